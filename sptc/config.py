@@ -1,0 +1,99 @@
+"""Options of `torch.compile(model, backend="spt", options={...})`: one frozen dataclass, flat dotted keys."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """An option is unknown, of the wrong type, or out of range."""
+
+
+def _option(key: str, default: Any, doc: str) -> Any:
+    metadata = {"key": key, "doc": doc}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option with its default. `Config.from_options({"ffn.density": 0.5})` validates; attributes use underscores."""
+
+    attention_enabled: bool = _option("attention.enabled", True, "rewrite attention regions")
+    attention_density: float = _option("attention.density", 0.125, "share of keys kept, in (0, 1]")
+    attention_query_block: int | None = _option("attention.query_block", None, "queries a tile; None: from shapes and device")
+    attention_key_block: int | None = _option("attention.key_block", None, "keys a block; None: from shapes and device")
+    attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pq", "how blocks of keys are chosen")
+    ffn_enabled: bool = _option("ffn.enabled", True, "rewrite FFN regions")
+    ffn_density: float = _option("ffn.density", 0.5, "share of blocks active for a token, in (0, 1]")
+    ffn_blocks: int = _option("ffn.blocks", 8, "blocks of hidden units")
+    decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
+    on_error: Literal["raise", "dense"] = _option("on_error", "raise", "on an unexpected failure: raise, or warn and compile dense")
+    dump: str | None = _option("dump", None, "a folder for graphs, kernels and the report")
+    inductor: dict[str, Any] = _option("inductor", {}, "config patches for Inductor")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+        """Validate `options` and return a Config.
+
+        Raises:
+            ConfigError: unknown key (the nearest known one is named), wrong type, or value out of range.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, Config):
+            return options
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"options must be a dict of dotted keys, got {type(options).__name__}")
+        known = {f.metadata["key"]: f for f in fields(cls)}
+        hints = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key, value in options.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                raise ConfigError(f"unknown option {key!r}; did you mean {near[0]!r}? Known: {', '.join(sorted(known))}")
+            name = known[key].name
+            values[name] = _checked(key, value, hints[name])
+        config = cls(**values)
+        config._check_ranges()
+        return config
+
+    def to_options(self) -> dict[str, Any]:
+        """The inverse of from_options: dotted keys to values."""
+        return {f.metadata["key"]: getattr(self, f.name) for f in fields(self)}
+
+    def _check_ranges(self) -> None:
+        for key, value in (("attention.density", self.attention_density), ("ffn.density", self.ffn_density)):
+            if not 0.0 < value <= 1.0:
+                raise ConfigError(f"option {key!r} must be in (0, 1], got {value}")
+        for key, size in (
+            ("attention.query_block", self.attention_query_block),
+            ("attention.key_block", self.attention_key_block),
+            ("ffn.blocks", self.ffn_blocks),
+        ):
+            if size is not None and size < 1:
+                raise ConfigError(f"option {key!r} must be at least 1, got {size}")
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """`value` if it fits `hint` (an int fits float; a bool is no number), else a ConfigError that says what fits."""
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint) and isinstance(value, str):
+            return value
+        raise ConfigError(f"option {key!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}, got {value!r}")
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(a) or a for a in allowed)
+    if isinstance(value, bool) and bool not in plain:
+        pass
+    elif isinstance(value, plain):
+        return value
+    elif float in plain and isinstance(value, int):
+        return float(value)
+    names = " or ".join("None" if p is type(None) else p.__name__ for p in plain)
+    raise ConfigError(f"option {key!r} must be {names}, got {value!r} ({type(value).__name__})")

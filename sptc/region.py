@@ -1,0 +1,110 @@
+"""The nouns that passes hand to each other: projections, masks, regions, refusals, decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Node
+
+Kind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter on a projection: y += scaling * B(A(dropout(x)))."""
+
+    low: Node  # [..., r]: the output of A, before B and scaling
+    a: Node  # [r, in] weight of A
+    b: Node  # [out, r] weight of B
+    scaling: float
+    dropout_p: float  # of the input of A; 0.0 when absent or not training
+
+
+@dataclass(frozen=True)
+class Projection:
+    """y = x W^T + bias (+ LoRA), as linear, addmm or matmul; maybe a range of rows of W (one half of a fused gate-up)."""
+
+    x: Node  # input, unit axis last
+    y: Node  # the node that holds the whole sum
+    weight: Node
+    transposed: bool  # weight is stored [in, out] (Conv1D, matmul) instead of [out, in]
+    bias: Node | None
+    rows: tuple[int, int] | None  # the output features used; None means all
+    lora: Lora | None
+    nodes: frozenset[Node]  # every node computed only for this projection, y included, LoRA's A excluded
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which (b, h, q, k) attend: predicate AND boolean AND (bias is not -inf). See sptc/predicate.py for the grammar."""
+
+    predicate: str = "True"
+    tensors: tuple[Node, ...] = ()  # t0, t1, ... of the predicate
+    sizes: tuple[Node | int, ...] = ()  # s0, s1, ... of the predicate
+    boolean: Node | None = None  # bool, broadcastable to [b, h, n, m]
+    bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m]
+    causal: bool = False  # the predicate implies k <= q + (m - n)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the user's model: module path and source line."""
+
+    module: str  # "model.layers.0.mlp", "" for the root
+    source: str  # "modeling_llama.py:174", "" when unknown
+    owner: tuple[str, ...] = ()  # keys of nn_module_stack, root first, down to the deepest module common to the region's nodes
+
+
+@dataclass(frozen=True)
+class AttentionRegion:
+    """y = softmax(scale * q k^T + mask) v over [batch, heads, length, head size] tensors."""
+
+    q: Node  # [b, h, n, d]
+    k: Node  # [b, h_kv, m, d], grouped heads not materialised
+    v: Node  # [b, h_kv, m, d_v]
+    y: Node  # [b, h, n, d_v]
+    scale: float
+    dropout_p: float  # 0.0 when not training
+    mask: Mask
+    nodes: frozenset[Node]
+    site: Site
+    kind: Literal["attention"] = "attention"
+
+
+@dataclass(frozen=True)
+class FfnRegion:
+    """y = down(dropout(act(up_1(x), ..., up_k(x)))): closed, one input and one output."""
+
+    x: Node
+    y: Node
+    ups: tuple[Projection, ...]
+    down: Projection
+    activation: str  # canonical string over u0, u1, ...
+    dropout_p: float  # between act and down; 0.0 when not training
+    hidden: int  # d_ff
+    nodes: frozenset[Node]
+    site: Site
+    kind: Literal["ffn"] = "ffn"
+
+
+Region = AttentionRegion | FfnRegion
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that looked like a region and is not usable: the rule, the node, why, and where."""
+
+    kind: Kind
+    rule: str  # short and stable, for example "escapes"
+    node: Node
+    reason: str  # for people
+    site: Site
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the finders return for one graph (a body of a checkpoint is a graph of its own)."""
+
+    regions: tuple[Region, ...]
+    refusals: tuple[Refusal, ...]
