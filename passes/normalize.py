@@ -1,0 +1,182 @@
+"""From Dynamo's graph to one ATen graph before autograd: every spelling of a layer becomes the same few operators.
+
+The graph that Dynamo captures mixes methods, functions and modules' internals. Tracing it once more below Python and above autograd
+(`make_fx(pre_dispatch=True)`) gives ATen operators with composite ones (`linear`, `scaled_dot_product_attention`, `dropout`) kept whole.
+Placeholders keep order, identity and Dynamo's metadata; bodies of activation checkpoints are normalised too; other higher-order operators
+are kept as they are, since inlining their forward would lose the backward that the user wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils import _pytree as pytree
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+_CONTEXT_KEY = "_checkpoint_context_fn"
+
+
+def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """A new ATen graph that computes what `gm` computes, gradients included; `gm` is left untouched.
+
+    Args:
+        gm: the graph a Dynamo backend receives.
+        example_inputs: one tensor, SymInt or number a placeholder, as a Dynamo backend receives them.
+
+    Raises:
+        Whatever tracing raises; control-flow exceptions of Dynamo (restarts) pass through.
+    """
+    fake_mode, fakes = _fake_inputs(example_inputs)
+
+    def run(*args: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return _Lowering(gm).run(*args)
+
+    with _CheckpointContexts(gm) as contexts, fake_mode, enable_python_dispatcher():
+        graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        contexts.clean(graph)
+    _keep_dynamo_metadata(gm, graph)
+    return graph
+
+
+def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
+    """The (call, body) pairs of activation checkpoints directly in `gm`."""
+    return [
+        (node, getattr(gm, str(node.args[0].target)))
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target is CHECKPOINT and isinstance(node.args[0], fx.Node)
+    ]
+
+
+def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """`gm` and the bodies of its activation checkpoints, nested ones included, outermost first."""
+    return [gm, *(inner for _, body in checkpoint_bodies(gm) for inner in graphs(body))]
+
+
+class _Lowering(fx.Interpreter):
+    """Runs a Dynamo graph under make_fx; what must not be traced through is recorded as one node."""
+
+    _node: fx.Node
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _enter_autocast:  # really enter, so that what follows is traced with its dtypes; it records itself
+            context = torch.amp.autocast(*args, **kwargs)
+            context.__enter__()
+            return context
+        if target is _exit_autocast:
+            args[0].__exit__(None, None, None)
+            return None
+        if isinstance(target, torch._ops.HigherOrderOperator) and target is not CHECKPOINT:
+            return self._opaque(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _opaque(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mode = get_proxy_mode()
+        assert mode is not None, "normalize runs under make_fx"
+        tracer = mode.tracer
+        fake_mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
+        with disable_proxy_modes_tracing():
+            out = pytree.tree_map(lambda t: _same_metadata(t, fake_mode), self._node.meta["example_value"])
+
+        def proxy(a: Any) -> Any:
+            if isinstance(a, fx.GraphModule):
+                name = tracer.get_fresh_qualname("body")
+                tracer.root.register_module(name, a)
+                return tracer.create_proxy("get_attr", name, (), {})
+            return tracer.unwrap_proxy(a)
+
+        call = tracer.create_proxy("call_function", target, pytree.tree_map(proxy, args), pytree.tree_map(proxy, kwargs))
+        return track_tensor_tree(out, call, constant=None, tracer=tracer)
+
+
+class _CheckpointContexts:
+    """Gives plain checkpoints a context function while tracing.
+
+    The rule that traces `tag_activation_checkpoint` reads that key unconditionally and fails for checkpoints that have none.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._bodies = [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m is not gm and _CONTEXT_KEY not in m.meta]
+
+    def __enter__(self) -> _CheckpointContexts:
+        for body in self._bodies:
+            body.meta[_CONTEXT_KEY] = _recompute_all
+        return self
+
+    def clean(self, graph: fx.GraphModule) -> None:
+        _remove_context([m for m in graph.modules() if isinstance(m, fx.GraphModule)])
+
+    def __exit__(self, *_: object) -> None:
+        _remove_context(self._bodies)
+
+
+def _remove_context(bodies: Sequence[fx.GraphModule]) -> None:
+    for body in bodies:
+        if body.meta.get(_CONTEXT_KEY) is _recompute_all:
+            del body.meta[_CONTEXT_KEY]
+
+
+def _recompute_all() -> Any:
+    from torch._higher_order_ops.wrap import _always_prefer_recompute
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(_always_prefer_recompute)
+
+
+def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """The inputs as fakes of the mode that AOTAutograd will use, so that symbolic sizes stay the same objects."""
+    tracing = TracingContext.try_get()
+    mode = (tracing.fake_mode if tracing else None) or detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = []
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and not (isinstance(value, FakeTensor) and value.fake_mode is mode):
+            context = tracing.tensor_to_context.get(value) if tracing and value in tracing.tensor_to_context else None
+            source = context.tensor_source if context is not None else None
+            value = mode.from_tensor(value, symbolic_context=context, source=source, trace=context is None)
+        fakes.append(value)
+    return mode, fakes
+
+
+def _same_metadata(t: Any, fake_mode: FakeTensorMode | None) -> Any:
+    if not isinstance(t, torch.Tensor):
+        return t
+    assert fake_mode is not None
+    with fake_mode:
+        out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return out.requires_grad_() if t.requires_grad else out
+
+
+def _keep_dynamo_metadata(gm: fx.GraphModule, graph: fx.GraphModule) -> None:
+    """What AOTAutograd and Inductor read of Dynamo's graph: sources of placeholders, static inputs, names of constants."""
+    old = gm.graph.find_nodes(op="placeholder")
+    new = graph.graph.find_nodes(op="placeholder")
+    if len(old) != len(new):
+        raise AssertionError(f"normalizing changed the number of inputs from {len(old)} to {len(new)}")
+    for a, b in zip(old, new, strict=True):
+        b._dynamo_source = getattr(a, "_dynamo_source", None)
+        for key in ("grapharg", "tensor_dict"):
+            if key in a.meta:
+                b.meta[key] = a.meta[key]
+    graph.meta.update(gm.meta)
+    sources = dict(getattr(gm, "_param_name_to_source", None) or {})
+    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
+        sources.setdefault(name, ConstantSource(name))  # AOTAutograd insists on a source for each constant that tracing lifted
+    graph._param_name_to_source = sources
+    for name in ("_source_to_user_stacks", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(graph, name, getattr(gm, name))
