@@ -108,3 +108,72 @@ class Found:
 
     regions: tuple[Region, ...]
     refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """A prepared FFN's trainable state, as nodes of the region's graph."""
+
+    weight: Node  # [G, d]
+    bias: Node  # [G]
+    loss_scale: Node  # 0-d, multiplies the balance loss
+    training: bool
+
+
+@dataclass(frozen=True)
+class CodebookState:
+    """A prepared attention's state, as nodes of the region's graph."""
+
+    codebooks: Node  # fp32 [h_kv, M, E, d / M]
+    code_sums: Node  # fp32 like codebooks: sum of the vectors of each codeword since the last update
+    code_counts: Node  # fp32 [h_kv, M, E]
+    training: bool
+
+
+State = RouterState | CodebookState
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How a region's attention becomes sparse."""
+
+    density: float
+    query_block: int
+    key_block: int
+    selector: Literal["pq", "pooled"]
+
+
+@dataclass(frozen=True)
+class FfnSettings:
+    """How a region's FFN becomes routed: `active` of `blocks` blocks of hidden units for each token."""
+
+    blocks: int
+    active: int
+
+    @property
+    def density(self) -> float:
+        return self.active / self.blocks
+
+
+Settings = AttentionSettings | FfnSettings
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward and backward of a region: floating-point operations, bytes moved, and predicted seconds on this device."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a region is rewritten, how, and why."""
+
+    region: Region
+    rewrite: bool
+    reason: str
+    settings: Settings
+    dense: Cost
+    sparse: Cost

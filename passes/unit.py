@@ -1,0 +1,37 @@
+"""What flows through the pipeline: one graph and all that the passes have learned of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from sptc.config import Config
+from sptc.region import Decision, Refusal, Region, State
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass as it ran: its name, seconds, nodes before and after."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One captured graph on its way through the passes. Each pass returns a new Unit; only normalize, bind and rewrite touch the graph."""
+
+    gm: fx.GraphModule
+    example_inputs: tuple[Any, ...]
+    config: Config
+    device: Any = None  # DeviceCosts of passes/decide.py: what `decide` knows of the device
+    regions: tuple[Region, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
+    decisions: tuple[Decision, ...] = ()
+    records: tuple[PassRecord, ...] = ()
