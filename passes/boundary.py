@@ -1,0 +1,101 @@
+"""Is a set of nodes a closed region? Only its output is used outside, nothing it reads changes under it, and no mode switches inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from networkx.utils import UnionFind
+from torch.fx import Graph, Node
+
+from sptc.passes.pattern import is_mode_change, op
+
+
+@dataclass(frozen=True)
+class Breach:
+    """Why a set of nodes is not a closed region."""
+
+    rule: str  # "escapes", "mutated" or "mode-boundary"
+    node: Node
+    reason: str
+
+
+def breach(nodes: Collection[Node], y: Node) -> Breach | None:
+    """Why `nodes` can't be replaced by one operator that stands where `y` stands; None when they can."""
+    inside = frozenset(nodes)
+    return _escape(inside, y) or _switch(inside, y) or _mutation(inside, y)
+
+
+def _escape(inside: frozenset[Node], y: Node) -> Breach | None:
+    for node in y.graph.nodes:
+        if node not in inside or node is y:
+            continue
+        outside = [user for user in node.users if user not in inside]
+        if outside:
+            return Breach("escapes", node, f"the intermediate {node.name} ({op(node) or node.op}) is also used by {outside[0].name}")
+    return None
+
+
+def _between(inside: frozenset[Node], y: Node) -> Iterator[Node]:
+    """The nodes from the region's first to `y`, in order."""
+    started = False
+    for node in y.graph.nodes:
+        started = started or node in inside
+        if started:
+            yield node
+        if node is y:
+            return
+
+
+def _switch(inside: frozenset[Node], y: Node) -> Breach | None:
+    for node in _between(inside, y):
+        if is_mode_change(node):
+            return Breach("mode-boundary", node, f"{node.name} switches autocast or grad mode inside the region")
+    return None
+
+
+def _mutation(inside: frozenset[Node], y: Node) -> Breach | None:
+    writes = [(node, target) for node in _between(inside, y) for target in _written(node)]
+    if not writes:
+        return None
+    aliases = alias_sets(y.graph)
+    read = {aliases[arg] for node in inside for arg in node.all_input_nodes}
+    for node, target in writes:
+        if node in inside and target in inside and len(target.users) == 1:
+            continue  # the in-place spelling of an activation on a value of the region's own
+        if aliases[target] in read:
+            return Breach("mutated", node, f"{node.name} ({op(node)}) changes {target.name} in place while the region reads it")
+    return None
+
+
+def _written(node: Node) -> list[Node]:
+    """The tensors that a node changes in place."""
+    if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)):
+        return []
+    arguments = node.target._schema.arguments
+    return [
+        arg
+        for i, spec in enumerate(arguments)
+        if spec.alias_info is not None and spec.alias_info.is_write
+        for arg in [node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)]
+        if isinstance(arg, Node)
+    ]
+
+
+def alias_sets(graph: Graph) -> UnionFind:
+    """Nodes that may share memory, by the alias annotations of operator schemas: `sets[a] is sets[b]`."""
+    sets: UnionFind = UnionFind(graph.nodes)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            if any(r.alias_info is not None for r in schema.returns):
+                for i, spec in enumerate(schema.arguments):
+                    arg = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
+                    if spec.alias_info is not None and isinstance(arg, Node):
+                        sets.union(node, arg)
+        elif getattr(node.target, "__name__", "") == "getitem":
+            sets.union(node, node.args[0])
+    return sets

@@ -1,0 +1,262 @@
+"""Find FFN regions: y = down(dropout(act(up_1(x), ..., up_k(x)))), with `act` any elementwise graph.
+
+From every projection, walk back through what computes its input until projections are reached. What lies between is lifted to an
+expression; it is never matched against a list of known activations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch import fx
+from torch.fx import Node
+
+from sptc import expression
+from sptc.passes.boundary import breach
+from sptc.passes.pattern import (
+    TRANSPARENT,
+    VIEWS,
+    dtype,
+    keeps_last_axis,
+    match_projection,
+    op,
+    origin_of_units,
+    same_size,
+    shape,
+)
+from sptc.passes.site import site_of
+from sptc.region import FfnRegion, Found, Projection, Refusal
+
+# Operators that mix hidden units: a region with one of them between its projections is reported, not rewritten.
+MIXING = frozenset(
+    {
+        "aten.softmax.int",
+        "aten._softmax.default",
+        "aten.log_softmax.int",
+        "aten.layer_norm.default",
+        "aten.rms_norm.default",
+        "aten.group_norm.default",
+        "aten.cumsum.default",
+        "aten.mean.dim",
+        "aten.sum.dim_IntList",
+        "aten.amax.default",
+        "aten.var.correction",
+        "aten.linalg_vector_norm.default",
+        "aten.roll.default",
+        "aten.flip.default",
+    }
+)
+
+LINEAR = frozenset({"aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.neg.default", "aten.div.Tensor"})
+
+
+def find_ffn(gm: fx.GraphModule) -> Found:
+    """FFN regions and refusals of one graph; bodies of checkpoints are graphs of their own."""
+    regions: list[FfnRegion] = []
+    refusals: list[Refusal] = []
+    covered: set[Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if node in covered or op(node) in TRANSPARENT or op(node) in VIEWS:
+            continue
+        down = match_projection(node)
+        if down is None:
+            continue
+        covered |= down.nodes
+        if down.rows is not None:
+            continue
+        result = _region(down)
+        if isinstance(result, FfnRegion):
+            regions.append(result)
+            covered |= result.nodes
+        elif result is not None:
+            refusals.append(result)
+    return Found(tuple(reversed(regions)), tuple(reversed(refusals)))
+
+
+def _may_be_ffn(start: Node, hidden: Any) -> bool:
+    """A look ahead: does what computes `start` reach projections, and is it more than the residual stream behind a normalisation?
+
+    Breadth first, so that the stream is recognised at its nearest layers instead of being walked to the embedding.
+    """
+    queue, seen = deque([start]), {start}
+    inputs: set[Node] = set()
+    mixing = stranger = nonlinear = False
+    while queue:
+        node = queue.popleft()
+        name = op(node)
+        up = match_projection(node)
+        following: list[Node] = []
+        if up is not None and same_size(shape(node)[-1], hidden):
+            inputs.add(origin_of_units(up.x))
+        elif name in TRANSPARENT or name == "aten.dropout.default" or (name in VIEWS and keeps_last_axis(node)):
+            following = node.all_input_nodes[:1]
+        elif name in MIXING:
+            mixing, following = True, node.all_input_nodes[:1]
+        elif shape(node) and expression.liftable(name):
+            nonlinear = nonlinear or name not in LINEAR
+            following = node.all_input_nodes
+        elif _is_unit_parameter(node):
+            mixing = True
+        else:
+            stranger = True
+        if mixing and (stranger or len(inputs) > 1):
+            return False
+        queue.extend(n for n in following if n not in seen)
+        seen.update(following)
+    return bool(inputs) and (nonlinear or not stranger)
+
+
+def _is_unit_parameter(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr") and len(shape(node)) == 1
+
+
+@dataclass
+class _Walk:
+    """What a walk back from a projection's input met."""
+
+    hidden: Any  # size of the unit axis
+    ups: dict[Node, Projection] = field(default_factory=dict)
+    nodes: set[Node] = field(default_factory=set)
+    memo: dict[Node, sympy.Expr] = field(default_factory=dict)
+    problem: tuple[str, Node, str] | None = None  # the first (rule, node, reason) that forbids the region
+    dropout_p: float = 0.0
+
+    def refuse(self, rule: str, node: Node, reason: str) -> None:
+        if self.problem is None:
+            self.problem = (rule, node, reason)
+
+
+def _region(down: Projection) -> FfnRegion | Refusal | None:
+    """The region that ends in `down`, why it is refused, or None when `down` does not end an FFN."""
+    hidden = shape(down.x)[-1] if shape(down.x) else None
+    if not isinstance(hidden, int):
+        return None
+    if not _may_be_ffn(down.x, hidden):
+        return None
+    walk = _Walk(hidden)
+    activation = _lift(_after_dropout(down.x, walk), walk)
+    ups = tuple(walk.ups.values())
+    if walk.problem is None and _is_linear(activation, len(ups)):
+        return None  # a LoRA pair, a plain stack of projections
+    nodes = frozenset(walk.nodes.union(down.nodes, _adapter_nodes(down, walk.nodes), *(up.nodes for up in ups)))
+    site = site_of(nodes)
+    if walk.problem is None:
+        _check_inputs(ups, walk)
+    found = breach(nodes, down.y) if walk.problem is None else None
+    if found is not None:
+        walk.refuse(found.rule, found.node, found.reason)
+    if walk.problem is not None:
+        rule, node, reason = walk.problem
+        return Refusal("ffn", rule, node, reason, site)
+    return FfnRegion(
+        x=ups[0].x,
+        y=down.y,
+        ups=ups,
+        down=down,
+        activation=expression.canonical(activation),
+        dropout_p=walk.dropout_p,
+        hidden=hidden,
+        nodes=nodes,
+        site=site,
+    )
+
+
+def _after_dropout(node: Node, walk: _Walk) -> Node:
+    """The activation's value below the dropout that stands directly before the down projection."""
+    for inner in _same_units(node):
+        if op(inner) == "aten.dropout.default":
+            p, train = inner.args[1:]
+            if train:
+                walk.dropout_p = float(p)  # type: ignore[arg-type]
+            return inner.args[0]  # type: ignore[return-value]
+    return node
+
+
+def _same_units(node: Node) -> Iterator[Node]:
+    while True:
+        yield node
+        if not (op(node) in TRANSPARENT or (op(node) in VIEWS and keeps_last_axis(node))):
+            return
+        node = node.args[0]  # type: ignore[assignment]
+
+
+def _lift(node: Node, walk: _Walk) -> sympy.Expr:
+    if node not in walk.memo:
+        walk.memo[node] = _lift_node(node, walk)
+    return walk.memo[node]
+
+
+def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
+    """`node` as an expression of the projections' outputs; problems are noted in `walk`, and the walk goes on to learn what is there."""
+    up = match_projection(node)
+    if up is not None and same_size(shape(node)[-1], walk.hidden):
+        walk.ups[node] = up
+        return expression.unit(len(walk.ups) - 1)
+    name = op(node)
+    if not name or not shape(node):
+        return _stranger(node, walk)
+    if name in TRANSPARENT or (name in VIEWS and keeps_last_axis(node)):
+        return _descend(node, walk)
+    if name == "aten.dropout.default":
+        if node.args[2] and node.args[1]:
+            walk.refuse("dropout", node, f"dropout {node.name} is inside the activation, not between it and the down projection")
+        return _descend(node, walk)
+    if name in MIXING:
+        walk.refuse("activation", node, f"{node.name} ({name}) mixes hidden units")
+        return _descend(node, walk)
+    if not expression.liftable(name):
+        return _stranger(node, walk)
+    walk.nodes.add(node)
+    arguments = [_lift_argument(a, walk) for a in node.args]
+    lifted = expression.lift(name, arguments, dict(node.kwargs))
+    if lifted is None:
+        walk.refuse("activation", node, f"{node.name} ({name}) has arguments that no elementwise expression covers")
+        return sympy.Integer(0)
+    return lifted
+
+
+def _descend(node: Node, walk: _Walk) -> sympy.Expr:
+    walk.nodes.add(node)
+    return _lift(node.args[0], walk)  # type: ignore[arg-type]
+
+
+def _lift_argument(arg: Any, walk: _Walk) -> Any:
+    return _lift(arg, walk) if isinstance(arg, Node) else arg
+
+
+def _stranger(node: Node, walk: _Walk) -> sympy.Expr:
+    if _is_unit_parameter(node):
+        walk.refuse("activation", node, f"{node.name} gives each hidden unit a parameter of its own inside the activation")
+    else:
+        walk.refuse("operand", node, f"{node.name} enters the activation and is computed by no projection of the input")
+    return sympy.Integer(1)
+
+
+def _is_linear(activation: sympy.Expr, arity: int) -> bool:
+    units = [expression.unit(i) for i in range(arity)]
+    return bool(activation.is_polynomial(*units)) and sympy.Poly(activation, *units).total_degree() <= 1
+
+
+def _check_inputs(ups: tuple[Projection, ...], walk: _Walk) -> None:
+    first = ups[0]
+    for up in ups[1:]:
+        if origin_of_units(up.x) is not origin_of_units(first.x) or dtype(up.x) is not dtype(first.x):
+            walk.refuse("inputs", up.y, f"the projections {first.y.name} and {up.y.name} read different inputs")
+            return
+
+
+def _adapter_nodes(down: Projection, region: set[Node]) -> set[Node]:
+    """The nodes that compute the down projection's low-rank input from the activation."""
+    nodes: set[Node] = set()
+    pending = [down.lora.low] if down.lora is not None else []
+    while pending:
+        node = pending.pop()
+        if node in nodes or node in region or node.op in ("placeholder", "get_attr"):
+            continue
+        nodes.add(node)
+        pending += node.all_input_nodes
+    return nodes
