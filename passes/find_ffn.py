@@ -167,13 +167,15 @@ def _region(down: Projection) -> FfnRegion | Refusal | None:
 
 def _after_dropout(node: Node, walk: _Walk) -> Node:
     """The activation's value below the dropout that stands directly before the down projection."""
-    for inner in _same_units(node):
-        if op(inner) == "aten.dropout.default":
-            p, train = inner.args[1:]
-            if train:
-                walk.dropout_p = float(p)  # type: ignore[arg-type]
-            return inner.args[0]  # type: ignore[return-value]
-    return node
+    chain = list(_same_units(node))
+    dropout = chain[-1]
+    if op(dropout) != "aten.dropout.default":
+        return node
+    walk.nodes.update(chain)
+    below, p, train = dropout.args
+    if train:
+        walk.dropout_p = float(p)  # type: ignore[arg-type]
+    return below  # type: ignore[return-value]
 
 
 def _same_units(node: Node) -> Iterator[Node]:
@@ -195,7 +197,7 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
     up = match_projection(node)
     if up is not None and same_size(shape(node)[-1], walk.hidden):
         walk.ups[node] = up
-        return expression.unit(len(walk.ups) - 1)
+        return expression.SYMBOLS[len(walk.ups) - 1]
     name = op(node)
     if not name or not shape(node):
         return _stranger(node, walk)
@@ -237,7 +239,7 @@ def _stranger(node: Node, walk: _Walk) -> sympy.Expr:
 
 
 def _is_linear(activation: sympy.Expr, arity: int) -> bool:
-    units = [expression.unit(i) for i in range(arity)]
+    units = expression.SYMBOLS[:arity]
     return bool(activation.is_polynomial(*units)) and sympy.Poly(activation, *units).total_degree() <= 1
 
 

@@ -9,6 +9,7 @@ are kept as they are, since inlining their forward would lose the backward that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +23,38 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from sptc.passes.site import site_of
+from sptc.passes.unit import Unit
+from sptc.region import Refusal
+
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 _CONTEXT_KEY = "_checkpoint_context_fn"
+
+
+def lower(unit: Unit) -> Unit:
+    """The unit with its graph normalized; higher-order operators, whose bodies no pass looks into, become refusals."""
+    opaque = [n for n in unit.gm.graph.nodes if _is_higher_order(n)]
+    refusals = tuple(
+        Refusal("graph", "higher-order", n, f"{_name(n)} is kept as it is; nothing inside it is rewritten", site_of([n])) for n in opaque
+    )
+    if any(_name(n) in _UNTRACEABLE for n in opaque):
+        return replace(unit, refusals=refusals)
+    return replace(unit, gm=normalize(unit.gm, unit.example_inputs), refusals=refusals)
+
+
+# Their graphs hold vmapped constants (block masks) that can't be traced once more; the whole graph goes to Inductor as captured.
+_UNTRACEABLE = frozenset({"flex_attention", "flex_attention_backward", "_vmap_increment_nesting"})
+
+
+def _is_higher_order(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is CHECKPOINT:
+        return False
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or _name(node) in _UNTRACEABLE
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:

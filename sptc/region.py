@@ -95,7 +95,7 @@ Region = AttentionRegion | FfnRegion
 class Refusal:
     """A place that looked like a region and is not usable: the rule, the node, why, and where."""
 
-    kind: Kind
+    kind: Literal["attention", "ffn", "graph"]  # "graph": a part of the graph that no finder looks into
     rule: str  # short and stable, for example "escapes"
     node: Node
     reason: str  # for people

@@ -1,0 +1,57 @@
+"""An attention region as a choice of key blocks and one `sptc::sparse_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sptc.passes.build import Builder, aten
+from sptc.passes.pattern import dtype, shape
+from sptc.region import AttentionRegion, AttentionSettings, CodebookState
+
+
+def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, state: CodebookState | None) -> Node:
+    """Insert the sparse attention before `region.y`; returns the node that replaces it."""
+    b = Builder(region.y)
+    mask = region.mask
+    batched = len(shape(region.q)) == 4
+    q, k, v = (n if batched else b.call(aten.unsqueeze.default, n, 0) for n in (region.q, region.k, region.v))
+    operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, mask.bias)
+    blocks = (settings.query_block, settings.key_block)
+    statistics = state is not None and state.training
+    chosen = b.call(
+        torch.ops.sptc.select_blocks.default,
+        b.call(aten.detach.default, q),
+        b.call(aten.detach.default, k),
+        state.codebooks if state is not None else None,
+        *operands,
+        settings.selector,
+        settings.density,
+        region.scale,
+        *blocks,
+        mask.causal and settings.query_block > 1,
+        statistics,
+    )
+    if state is not None and statistics:  # only ever accumulated here: a codebook changes between steps
+        b.call(aten.add_.Tensor, state.code_sums, b.item(chosen, 2))
+        b.call(aten.add_.Tensor, state.code_counts, b.item(chosen, 3))
+    seed = b.seed() if region.dropout_p else None
+    out = b.call(
+        torch.ops.sptc.sparse_attention.default,
+        q,
+        k,
+        v,
+        b.item(chosen, 0),
+        b.item(chosen, 1),
+        *operands,
+        seed,
+        region.dropout_p,
+        region.scale,
+        *blocks,
+    )
+    y = b.item(out, 0)
+    if not batched:
+        y = b.call(aten.squeeze.dim, y, 0)
+    return b.cast(y, dtype(region.y))

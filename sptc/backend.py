@@ -1,0 +1,85 @@
+"""`torch.compile(model, backend="spt")`: options, passes, Inductor. The whole story on one screen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.compile_fx import compile_fx
+
+import sptc.codegen.ops  # noqa: F401  registers the sptc operators
+from sptc.codegen.cpu.attention import default_blocks
+from sptc.config import Config, ConfigError
+from sptc.device import calibrate, check_device
+from sptc.dump import Dump
+from sptc.passes import PIPELINE
+from sptc.passes.runner import run
+from sptc.passes.unit import Unit
+from sptc.report import Report
+
+log = logging.getLogger(__name__)
+
+Inner = Callable[[fx.GraphModule, list[Any], Config], Callable[..., Any]]
+
+
+def spt(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, **unsupported: Any
+) -> Callable[..., Any]:
+    """The Dynamo backend. Options are those of `sptc.Config`, as flat dotted keys.
+
+    Raises:
+        ConfigError: unknown option, wrong type, out of range, a `mode`, or a device without kernels.
+    """
+    if unsupported:
+        names = ", ".join(f"{key}={value!r}" for key, value in unsupported.items())
+        raise ConfigError(f"backend 'spt' takes no {names}; pass Inductor's settings as options={{'inductor': {{...}}}}")
+    return compile_graph(gm, example_inputs, Config.from_options(options))
+
+
+def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Callable[..., Any]:
+    return compile_fx(gm, example_inputs, config_patches=config.inductor or None)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
+    """Run the passes on one captured graph and compile the result with `inner`."""
+    device = _device(example_inputs)
+    check_device(device)
+    dump = Dump.of(config)
+    unit = Unit(gm, tuple(example_inputs), config, calibrate(device, default_blocks))
+    if dump is not None:
+        dump("captured", unit)
+    try:
+        unit = run(unit, PIPELINE, observe=dump)
+        report = Report.of([unit])
+        compiled = inner(unit.gm, example_inputs, config)
+    except (TorchDynamoException, ConfigError):
+        raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
+    except Exception:
+        if config.on_error == "raise":
+            raise
+        log.warning("sptc failed on a graph and leaves it dense, as on_error='dense' asks", exc_info=True)
+        report = Report.of([])
+        compiled = inner(gm, example_inputs, config)
+    if dump is not None:
+        dump.report(report)
+    return CompiledGraph(compiled, report)
+
+
+class CompiledGraph:
+    """What Dynamo calls, with the report of its compile."""
+
+    def __init__(self, call: Callable[..., Any], report: Report) -> None:
+        self._call = call
+        self.report = report
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+
+def _device(example_inputs: list[Any]) -> torch.device:
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
