@@ -118,6 +118,7 @@ class RouterState:
     bias: Node  # [G]
     loss_scale: Node  # 0-d, multiplies the balance loss
     training: bool
+    trainable: bool = True  # the router's parameters require a gradient
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,273 @@
+"""Give the regions of a prepared model their trainable state, and take the marks that carried it out of the graph.
+
+A mark (`sptc::mark`, see sptc/state.py) stands at the output of a region's owner and holds the state's tensors. It is matched to a region
+by the owner's call (`nn_module_stack`, call suffix included) and, among several slots of one owner, by the name of the down weight (FFN) or
+by order (attention). A mark outside the checkpoint body that holds its region has its tensors appended to the body's operands, so that the
+state is at hand where the region is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from torch import fx
+from torch.fx import Node
+
+from sptc.config import Config, ConfigError
+from sptc.passes.normalize import checkpoint_bodies
+from sptc.passes.pattern import shape
+from sptc.passes.site import site_of
+from sptc.passes.unit import Unit
+from sptc.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
+from sptc.state import MARK, SLOT_TENSORS, Slot, parse_layout
+
+_STEP = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
+_TABLES = {"_modules", "_parameters", "_buffers", "__dict__"}
+_WRAPPERS = {"base_layer"}  # PEFT puts the weight of a layer that it adapts under this name
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A graph, and the call that runs it in the graph around it (None: the outermost)."""
+
+    gm: fx.GraphModule
+    call: Node | None
+    parent: _Frame | None
+
+    def path(self) -> list[_Frame]:
+        """This frame and those around it, outermost first."""
+        return [*(self.parent.path() if self.parent else []), self]
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A slot of one mark."""
+
+    mark: Node
+    frame: _Frame
+    slot: Slot
+    tensors: tuple[Node, ...]
+    training: bool
+
+
+def bind(unit: Unit) -> Unit:
+    """Fill `states` for the regions that marks belong to, and erase the marks.
+
+    A region whose owner carries no slot for it gets no entry. State that does not fit its region, and state without a region, are refusals
+    of rule "state".
+
+    Raises:
+        ConfigError: an option that was given contradicts the prepared state.
+    """
+    frames = list(_frames(unit.gm))
+    marks = [(frame, node) for frame in frames for node in frame.gm.graph.find_nodes(op="call_function", target=MARK)]
+    if not marks:
+        return unit
+    by_graph = {frame.gm.graph: frame for frame in frames}
+    states: dict[Region, State] = {}
+    refusals: list[Refusal] = []
+    refused: set[Region] = set()
+    for frame, mark in marks:
+        regions = [r for r in unit.regions if r.site.owner == _owner(mark)]
+        slots = _slots(frame, mark)
+        pairs = _pair_ffn(slots, regions, by_graph) + _pair_attention(slots, regions)
+        for marked, region in pairs:
+            reason = _misfit(marked, region, by_graph[region.y.graph])
+            if reason is None:
+                _check_options(marked, region, unit.config)
+                states[region] = _state(marked, by_graph[region.y.graph], unit.example_inputs)
+            else:
+                refusals.append(Refusal(region.kind, "state", region.y, reason, region.site))
+                refused.add(region)
+        paired = {region for _, region in pairs}
+        for marked in (s for s in slots if all(s is not other for other, _ in pairs)):
+            orphans = [r for r in regions if r.kind == marked.slot.kind and r not in paired]
+            refusals += _without_region(marked, orphans, unit)
+            refused.update(orphans)
+    before = {mark: _before(mark) for _, mark in marks}
+    for _, mark in marks:
+        mark.replace_all_uses_with(before[mark])
+        mark.graph.erase_node(mark)
+    kept = {region: _substitute(region, before) for region in unit.regions if region not in refused}
+    return replace(
+        unit,
+        regions=tuple(kept.values()),
+        refusals=tuple(_substitute(r, before) for r in (*unit.refusals, *dict.fromkeys(refusals))),
+        states={kept[region]: state for region, state in states.items()},
+    )
+
+
+def _frames(gm: fx.GraphModule, call: Node | None = None, parent: _Frame | None = None) -> Iterator[_Frame]:
+    frame = _Frame(gm, call, parent)
+    yield frame
+    for inner_call, body in checkpoint_bodies(gm):
+        yield from _frames(body, inner_call, frame)
+
+
+def _owner(mark: Node) -> tuple[str, ...]:
+    return tuple(mark.meta.get("nn_module_stack") or ())
+
+
+def _before(mark: Node) -> Node:
+    """What a mark marks; owners may nest, and so may their marks."""
+    node = mark
+    while node.target is MARK:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _slots(frame: _Frame, mark: Node) -> list[_Marked]:
+    _, tensors, layout, training = mark.args
+    slots = parse_layout(str(layout))
+    assert isinstance(tensors, Sequence) and len(tensors) == SLOT_TENSORS * len(slots), f"malformed mark {mark.format_node()}"
+    parts = (tuple(tensors[i * SLOT_TENSORS : (i + 1) * SLOT_TENSORS]) for i in range(len(slots)))
+    return [_Marked(mark, frame, slot, part, bool(training)) for slot, part in zip(slots, parts, strict=True)]  # type: ignore[arg-type]
+
+
+def _pair_ffn(slots: list[_Marked], regions: list[Region], frames: Mapping[fx.Graph, _Frame]) -> list[tuple[_Marked, Region]]:
+    """Slots and FFN regions with the same down weight. The longest name chooses first: "other.fc2.weight" also ends in "fc2.weight"."""
+    left = [r for r in regions if isinstance(r, FfnRegion)]
+    named = sorted((s for s in slots if s.slot.kind == "ffn"), key=lambda s: -len(s.slot.down))
+    paths = {r: parameter_path(_outermost(_weight(r.down.weight), frames[r.y.graph])) for r in left}
+    if len(named) == len(left) == 1 and not paths[left[0]]:
+        return [(named[0], left[0])]  # names are unknown where DDP splits graphs; there is only one way to pair them
+    pairs: list[tuple[_Marked, Region]] = []
+    for marked in named:
+        wanted = _plain(marked.slot.down.split("."))
+        region = next((r for r in left if paths[r][-len(wanted) :] == wanted), None)
+        if region is not None:
+            pairs.append((marked, region))
+            left.remove(region)
+    return pairs
+
+
+def _pair_attention(slots: list[_Marked], regions: list[Region]) -> list[tuple[_Marked, Region]]:
+    """Slot i belongs to the i-th attention that the owner's call computes."""
+    found = [r for r in regions if isinstance(r, AttentionRegion)]
+    return [(s, found[s.slot.index]) for s in slots if s.slot.kind == "attention" and s.slot.index < len(found)]
+
+
+def _weight(node: Node) -> Node:
+    """The parameter behind views and casts."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _outermost(node: Node, frame: _Frame) -> Node:
+    """What a placeholder of a checkpoint body stands for in the outermost graph."""
+    while frame.parent is not None and frame.call is not None and node.op == "placeholder":
+        node = frame.call.args[1 + frame.gm.graph.find_nodes(op="placeholder").index(node)]  # type: ignore[assignment]
+        frame = frame.parent
+    return node
+
+
+def parameter_path(node: Node) -> list[str]:
+    """The names on the way from the compiled frame to a parameter: ["layers", "0", "fc2", "weight"]; [] when unknown."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return []
+    steps = [next(part for part in match.groups() if part is not None) for match in _STEP.finditer(source.name)]
+    return _plain([s for s in steps[1:] if s not in _TABLES])  # the first is the local or global that holds the model
+
+
+def _plain(names: list[str]) -> list[str]:
+    return [n for n in names if n not in _WRAPPERS]
+
+
+def _misfit(marked: _Marked, region: Region, frame: _Frame) -> str | None:
+    """Why a slot's tensors can't serve a region; None when they can."""
+    name, sizes = f"the prepared state {marked.slot.name!r}", list(shape(marked.tensors[0]))
+    problem = ""
+    if marked.frame not in frame.path():
+        problem = f"{name} is used inside an activation checkpoint that does not hold its region"
+    elif isinstance(region, FfnRegion):
+        width = shape(region.x)[-1]
+        if len(sizes) != 2 or sizes[1] != width:
+            problem = f"{name} has a router of shape {sizes}, but the FFN's input has {width} features"
+        elif region.hidden % sizes[0]:
+            problem = f"{name} has {sizes[0]} blocks, which do not divide the FFN's hidden size {region.hidden}"
+    else:
+        heads, width = shape(region.k)[1], shape(region.k)[-1]
+        if len(sizes) != 4 or sizes[0] != heads or sizes[1] * sizes[3] != width:
+            problem = f"{name} has codebooks of shape {sizes}, but the attention has {heads} key heads of size {width}"
+    return f"{problem}; prepare the model again" if problem else None
+
+
+def _check_options(marked: _Marked, region: Region, config: Config) -> None:
+    """The state's shapes win over defaults; an option that was given and says something else is a mistake."""
+    where = region.site.module or "the model"
+    if isinstance(region, FfnRegion):
+        blocks = shape(marked.tensors[0])[0]
+        if config.ffn_blocks not in (blocks, Config().ffn_blocks):
+            raise ConfigError(
+                f"option 'ffn.blocks' is {config.ffn_blocks}, but the router of {where} was prepared for {blocks} blocks; "
+                "leave the option out, or prepare a fresh model with it"
+            )
+    elif config.attention_selector != "pq":
+        raise ConfigError(
+            f"option 'attention.selector' is {config.attention_selector!r}, but {where} was prepared with codebooks, which only 'pq' uses; "
+            "leave the option out, or prepare a fresh model with it"
+        )
+
+
+def _state(marked: _Marked, frame: _Frame, example_inputs: Sequence[Any]) -> State:
+    first, second, third = (_reach(node, marked.frame, frame) for node in marked.tensors)
+    if marked.slot.kind == "attention":
+        return CodebookState(first, second, third, marked.training)
+    outer = _outermost(marked.tensors[0], marked.frame)
+    trainable = example_inputs[outer.graph.find_nodes(op="placeholder").index(outer)].requires_grad
+    return RouterState(first, second, third, marked.training, trainable)
+
+
+def _reach(node: Node, start: _Frame, end: _Frame) -> Node:
+    """`node` of the graph `start` as seen in `end`, a checkpoint body in it: handed down from call to call."""
+    path = end.path()
+    for frame in path[path.index(start) + 1 :]:
+        assert frame.call is not None
+        placeholders = frame.gm.graph.find_nodes(op="placeholder")
+        operands = list(frame.call.args[1:])
+        if node in operands:
+            node = placeholders[operands.index(node)]
+            continue
+        with frame.gm.graph.inserting_after(placeholders[-1]):
+            inner = frame.gm.graph.placeholder(node.name)
+        inner.meta.update({key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta})
+        frame.call.args = (*frame.call.args, node)
+        node = inner
+    return node
+
+
+def _without_region(marked: _Marked, regions: Sequence[Region], unit: Unit) -> list[Refusal]:
+    """Refusals for a slot that no region takes: the owner's other regions of its kind, or the mark itself."""
+    kind: Any = marked.slot.kind
+    name = f"the prepared state {marked.slot.name!r}"
+    if not (unit.config.ffn_enabled if kind == "ffn" else unit.config.attention_enabled):
+        return []
+    if regions:
+        reason = f"{name} belongs to {marked.slot.down or 'an attention that was not found'}, not to this; prepare the model again"
+        return [Refusal(kind, "state", r.y, reason, r.site) for r in regions]
+    site = site_of([marked.mark])
+    if any(r.kind == kind and r.site.owner == site.owner for r in unit.refusals):
+        return []  # the finder has said why
+    reason = (
+        f"{name} reached a graph without its region: a graph break parts them, or its module is the one given to torch.compile(model), "
+        "which runs that module's hooks outside the graph (model.compile() does not)"
+    )
+    return [Refusal(kind, "state", marked.mark, reason, site)]
+
+
+def _substitute(value: Any, nodes: Mapping[Node, Node]) -> Any:
+    """`value` (dataclasses and tuples of nodes) with nodes exchanged."""
+    if isinstance(value, Node):
+        return nodes.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(_substitute(v, nodes) for v in value)
+    if isinstance(value, frozenset):
+        return frozenset(_substitute(v, nodes) for v in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _substitute(getattr(value, f.name), nodes) for f in fields(value)})
+    return value
