@@ -9,7 +9,7 @@ are kept as they are, since inlining their forward would lose the backward that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.utils import reenter_make_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
@@ -29,12 +30,10 @@ from sptc.region import Refusal
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
-_CONTEXT_KEY = "_checkpoint_context_fn"
-
 
 def lower(unit: Unit) -> Unit:
     """The unit with its graph normalized; higher-order operators, whose bodies no pass looks into, become refusals."""
-    opaque = [n for n in unit.gm.graph.nodes if _is_higher_order(n)]
+    opaque = [n for module in unit.gm.modules() if isinstance(module, fx.GraphModule) for n in module.graph.nodes if _is_higher_order(n)]
     refusals = tuple(
         Refusal("graph", "higher-order", n, f"{_name(n)} is kept as it is; nothing inside it is rewritten", site_of([n])) for n in opaque
     )
@@ -73,9 +72,8 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         with torch.fx.traceback.preserve_node_meta():
             return _Lowering(gm).run(*args)
 
-    with _CheckpointContexts(gm) as contexts, fake_mode, enable_python_dispatcher():
+    with fake_mode, enable_python_dispatcher():
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
-        contexts.clean(graph)
     _keep_dynamo_metadata(gm, graph)
     return graph
 
@@ -94,6 +92,23 @@ def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [gm, *(inner for _, body in checkpoint_bodies(gm) for inner in graphs(body))]
 
 
+_MODE_CHANGES = (_enter_autocast, _exit_autocast, torch._C._set_grad_enabled)
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """What a mode change returned, and its node."""
+
+    value: Any
+    proxy: fx.Proxy
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    assert mode is not None, "normalize runs under make_fx"
+    return mode.tracer
+
+
 class _Lowering(fx.Interpreter):
     """Runs a Dynamo graph under make_fx; what must not be traced through is recorded as one node."""
 
@@ -104,21 +119,27 @@ class _Lowering(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _enter_autocast:  # really enter, so that what follows is traced with its dtypes; it records itself
-            context = torch.amp.autocast(*args, **kwargs)
-            context.__enter__()
-            return context
-        if target is _exit_autocast:
-            args[0].__exit__(None, None, None)
-            return None
-        if isinstance(target, torch._ops.HigherOrderOperator) and target is not CHECKPOINT:
-            return self._opaque(target, args, kwargs)
+        if target in _MODE_CHANGES:
+            return self._change_mode(target, args, kwargs)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            if target is CHECKPOINT:
+                args = (_lower_body(*args), *args[1:])
+            return self._record(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
-    def _opaque(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mode = get_proxy_mode()
-        assert mode is not None, "normalize runs under make_fx"
-        tracer = mode.tracer
+    def _change_mode(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take effect, so that what follows is traced with its dtypes, and be one node of the graph at hand.
+
+        make_fx's own recording always writes to the outermost graph: a switch inside a checkpoint's body would leave the body.
+        """
+        node = _tracer().create_proxy("call_function", target, *pytree.tree_map_only(_Mode, lambda m: m.proxy, (args, kwargs)))
+        args, kwargs = pytree.tree_map_only(_Mode, lambda m: m.value, (args, kwargs))
+        with torch._C.DisableTorchFunction():
+            return _Mode(target(*args, **kwargs), node)
+
+    def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node for a higher-order call; its result is what Dynamo saw, its body is not run."""
+        tracer = _tracer()
         fake_mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
         with disable_proxy_modes_tracing():
             out = pytree.tree_map(lambda t: _same_metadata(t, fake_mode), self._node.meta["example_value"])
@@ -134,38 +155,16 @@ class _Lowering(fx.Interpreter):
         return track_tensor_tree(out, call, constant=None, tracer=tracer)
 
 
-class _CheckpointContexts:
-    """Gives plain checkpoints a context function while tracing.
+def _lower_body(body: fx.GraphModule, *args: Any) -> fx.GraphModule:
+    """The body of a checkpoint, normalized. (PyTorch's own rule for tracing it would warn of a context function that nobody passed.)"""
 
-    The rule that traces `tag_activation_checkpoint` reads that key unconditionally and fails for checkpoints that have none.
-    """
+    def run(*inputs: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return _Lowering(body).run(*inputs)
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._bodies = [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m is not gm and _CONTEXT_KEY not in m.meta]
-
-    def __enter__(self) -> _CheckpointContexts:
-        for body in self._bodies:
-            body.meta[_CONTEXT_KEY] = _recompute_all
-        return self
-
-    def clean(self, graph: fx.GraphModule) -> None:
-        _remove_context([m for m in graph.modules() if isinstance(m, fx.GraphModule)])
-
-    def __exit__(self, *_: object) -> None:
-        _remove_context(self._bodies)
-
-
-def _remove_context(bodies: Sequence[fx.GraphModule]) -> None:
-    for body in bodies:
-        if body.meta.get(_CONTEXT_KEY) is _recompute_all:
-            del body.meta[_CONTEXT_KEY]
-
-
-def _recompute_all() -> Any:
-    from torch._higher_order_ops.wrap import _always_prefer_recompute
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    return create_selective_checkpoint_contexts(_always_prefer_recompute)
+    lowered = reenter_make_fx(run)(*args)
+    lowered.meta.update(body.meta)  # a selective checkpoint's policy among it
+    return lowered
 
 
 def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
