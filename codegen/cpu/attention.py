@@ -1,0 +1,285 @@
+"""Sparse attention on a CPU: `sptc::sparse_attention` and its backward as BLAS products over gathered key blocks.
+
+The work is cut into chunks of block lists (some heads with all their tiles, or some tiles of one head) whose buffers stay in the cache.
+There is no loop over tokens. All arithmetic is fp32, or fp64 for fp64 inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sptc.codegen.block_lists import block_count
+from sptc.codegen.cpu.mask import CpuMask, Lists
+from sptc.codegen.random import keep_runs
+
+_CHUNK = 1 << 20  # elements of scores and gathered blocks at a time
+
+
+def default_blocks(n: int, m: int, density: float) -> tuple[int, int]:
+    """(query_block, key_block) that are fast on a CPU; small tiles choose better, large ones fill BLAS and the cache better."""
+    return 64, 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """What forward and backward share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ids: Tensor
+    counts: Tensor
+    mask: CpuMask
+    seed: Tensor | None
+    dropout_p: float
+    scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def keep_scale(self) -> float:
+        return 0.0 if self.dropout_p == 1.0 else 1.0 / (1.0 - self.dropout_p)
+
+    @functools.cached_property
+    def key_bias(self) -> Tensor | None:
+        """[1 or b, 1 or h_kv, blocks * key_block], -inf for masked keys and those past the end; None if all keys count."""
+        bias, past = self.mask.key_bias(self.dtype), -self.mask.m % self.mask.key_block
+        if bias is None and past:
+            bias = torch.zeros((1, 1, self.mask.m), dtype=self.dtype)
+        return torch.nn.functional.pad(bias, (0, past), value=-math.inf) if bias is not None and past else bias
+
+    @functools.cached_property
+    def short_lists(self) -> bool:
+        """Whether some list does not fill its capacity."""
+        return bool((self.counts < self.ids.shape[-1]).any())
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Memory that chunks use one after another: fresh memory for each would cost more page faults than arithmetic."""
+
+    dtype: torch.dtype
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = torch.empty(size, dtype=self.dtype)
+        return self.held[name][:size].view(shape)
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    """The blocks of key heads [head, head + heads) of one batch row, contiguous in the dtype of arithmetic."""
+
+    batch: int
+    head: int
+    heads: int
+    k: Tensor  # [heads * blocks, key_block * d]
+    v: Tensor  # [heads * blocks, key_block * d_v]
+    bias: Tensor | None  # [heads * blocks, key_block]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Lists with their queries and gathered keys: lists = heads * tiles, rows = group * query_block, width = list width * key_block."""
+
+    keys: KeyBlocks
+    tile: int
+    tiles: int
+    place: Tensor  # int64 [lists * list width]: rows of KeyBlocks
+    q: Tensor  # [lists, rows, d], zero past the end
+    k: Tensor  # [lists, width, d]
+    v: Tensor  # [lists, width, d_v]
+    weights: Tensor  # [lists, rows, width]: softmax of the scores before dropout, 0 in rows without keys
+    top: Tensor  # [lists, rows]: the greatest score, -inf in rows without keys
+    keep: Tensor | None  # bool [lists, rows, width]: what dropout keeps
+
+    @property
+    def where(self) -> tuple[KeyBlocks, int, int]:
+        return self.keys, self.tile, self.tiles
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [b, h, n, d_v] in the dtype of q, lse [b, h, n] in the dtype of arithmetic."""
+    mask = call.mask
+    out = call.q.new_empty((mask.b, mask.h, mask.n, call.v.shape[-1]))
+    lse = torch.empty((mask.b, mask.h, mask.n), dtype=call.dtype)
+    buffers = Buffers(call.dtype)
+    for keys in _key_blocks(call, buffers):
+        for chunk in _chunks(call, keys, buffers):
+            log_sum = chunk.top - chunk.weights.amax(-1).log_()  # the greatest weight is exp(top - lse)
+            _store(mask, *chunk.where, log_sum.masked_fill_(chunk.top == -math.inf, -math.inf).unsqueeze(-1), lse.unsqueeze(-1))
+            weights = chunk.weights if chunk.keep is None else chunk.weights.mul_(chunk.keep).mul_(call.keep_scale)
+            _store(mask, *chunk.where, torch.bmm(weights, chunk.v, out=buffers.take("out", *chunk.q.shape[:2], call.v.shape[-1])), out)
+    return out, lse
+
+
+def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, those without need as empty tensors of shape [0]. The weights are computed anew."""
+    mask = call.mask
+    grads = [torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)]
+    buffers = Buffers(call.dtype)
+    for keys in _key_blocks(call, buffers):
+        heads = slice(keys.head, keys.head + keys.heads)
+        sums = [buffers.take(name, *x.shape).zero_() for name, x in (("grad_k", keys.k), ("grad_v", keys.v))]
+        for chunk in _chunks(call, keys, buffers):
+            _chunk_backward(call, chunk, grad_out, out, need, grads[0], sums, buffers)
+        for grad, total, wanted in zip(grads[1:], sums, need[1:], strict=True):
+            if wanted:
+                grad[keys.batch, heads] = total.view(keys.heads, -1, grad.shape[-1])[:, : mask.m]
+    return grads[0], grads[1], grads[2]
+
+
+def _chunk_backward(
+    call: Call, chunk: Chunk, grad_out: Tensor, out: Tensor, need: Sequence[bool], grad_q: Tensor, sums: Sequence[Tensor], buffers: Buffers
+) -> None:
+    mask, weights = call.mask, chunk.weights
+    gradient = _load(mask, *chunk.where, grad_out, buffers.take("grad_out", *chunk.q.shape[:2], call.v.shape[-1]))
+    delta = (gradient * _load(mask, *chunk.where, out, buffers.take("out", *gradient.shape))).sum(-1, keepdim=True)
+    if need[2]:
+        dropped = weights if chunk.keep is None else weights * chunk.keep * call.keep_scale
+        _scatter(sums[1], chunk, torch.bmm(dropped.mT, gradient, out=buffers.take("gathered", *chunk.v.shape)))
+    if not (need[0] or need[1]):
+        return
+    slope = torch.bmm(gradient, chunk.v.mT, out=buffers.take("slope", *weights.shape))
+    if chunk.keep is not None:
+        slope.mul_(chunk.keep).mul_(call.keep_scale)
+    slope.sub_(delta).mul_(weights)  # the gradient of the scores
+    if need[0]:
+        _store(mask, *chunk.where, _product(slope, chunk.k, call.scale, buffers.take("out", *chunk.q.shape)), grad_q)
+    if need[1]:
+        _scatter(sums[0], chunk, _product(slope.mT, chunk.q, call.scale, buffers.take("gathered", *chunk.k.shape)))
+
+
+def _key_blocks(call: Call, buffers: Buffers) -> Iterator[KeyBlocks]:
+    """All key heads, as many of one batch row at a time as make a chunk."""
+    mask, bias = call.mask, call.key_bias
+    step = max(1, min(mask.h_kv, _CHUNK // (call.ids.shape[2] * _list_elements(call))))
+    for batch in range(mask.b):
+        for head in range(0, mask.h_kv, step):
+            heads = min(step, mask.h_kv - head)
+            k, v = (_packed(mask, x[batch, head : head + heads], name, buffers) for name, x in (("keys", call.k), ("values", call.v)))
+            rows = None
+            if bias is not None:
+                rows = bias[batch if bias.shape[0] > 1 else 0]
+                rows = (rows[head : head + heads] if rows.shape[0] > 1 else rows.expand(heads, -1)).reshape(-1, mask.key_block)
+            yield KeyBlocks(batch, head, heads, k, v, rows)
+
+
+def _chunks(call: Call, keys: KeyBlocks, buffers: Buffers) -> Iterator[Chunk]:
+    """The lists of some heads, as many tiles at a time as make a chunk."""
+    tiles = call.ids.shape[2]
+    step = max(1, min(tiles, _CHUNK // (keys.heads * _list_elements(call))))
+    for tile in range(0, tiles, step):
+        yield _chunk(call, keys, tile, min(step, tiles - tile), buffers)
+
+
+def _list_elements(call: Call) -> int:
+    """Elements of scores and of gathered keys and values that one list needs."""
+    width = call.ids.shape[-1] * call.mask.key_block
+    return max(1, width * (call.mask.group * call.mask.query_block + call.q.shape[-1] + call.v.shape[-1]))
+
+
+def _chunk(call: Call, keys: KeyBlocks, tile: int, tiles: int, buffers: Buffers) -> Chunk:
+    mask, width = call.mask, call.ids.shape[-1]
+    part = keys.batch, slice(keys.head, keys.head + keys.heads), slice(tile, tile + tiles)
+    ids = call.ids[part].long()
+    lists, rows, columns = keys.heads * tiles, mask.group * mask.query_block, width * mask.key_block
+    blocks = int(block_count(mask.m, mask.key_block))
+    place = (ids + torch.arange(0, keys.heads * blocks, blocks).view(-1, 1, 1)).view(-1)
+    k = torch.index_select(keys.k, 0, place, out=buffers.take("chunk_k", len(place), keys.k.shape[1])).view(lists, columns, -1)
+    v = torch.index_select(keys.v, 0, place, out=buffers.take("chunk_v", len(place), keys.v.shape[1])).view(lists, columns, -1)
+    q = _load(mask, keys, tile, tiles, call.q, buffers.take("chunk_q", lists, rows, k.shape[-1]))
+
+    bias = None if keys.bias is None else keys.bias.index_select(0, place).view(lists, width, mask.key_block)
+    if call.short_lists:
+        unused = torch.arange(width) >= call.counts[part].reshape(lists, 1)
+        bias = torch.zeros((lists, width, mask.key_block), dtype=call.dtype) if bias is None else bias
+        bias.masked_fill_(unused.unsqueeze(-1), -math.inf)
+    row = None if bias is None else bias.view(lists, 1, columns)
+    scores = _product(q, k.mT, call.scale, buffers.take("scores", lists, rows, columns), row)
+    whole = Lists(keys.batch, keys.head, tile, ids)
+    if mask.hides_elements:
+        mask.add_elements(scores.view(keys.heads, tiles, mask.group, mask.query_block, width, mask.key_block), whole)
+    weights = torch.softmax(scores, -1, out=buffers.take("weights", *scores.shape))
+    top = scores.amax(-1)
+    if bias is not None or mask.hides_elements:
+        empty = top == -math.inf
+        if bool(empty.any()):
+            weights.masked_fill_(empty.unsqueeze(-1), 0.0)
+    return Chunk(keys, tile, tiles, place, q, k, v, weights, top, _survivors(call, whole))
+
+
+def _survivors(call: Call, lists: Lists) -> Tensor | None:
+    """bool [lists, rows, width]: what dropout keeps, or None without dropout."""
+    if call.seed is None or call.dropout_p == 0.0:
+        return None
+    mask = call.mask
+    heads, tiles, width = lists.ids.shape
+    h = torch.arange(lists.head * mask.group, (lists.head + heads) * mask.group).view(heads, 1, mask.group, 1, 1)
+    q = torch.arange(lists.tile * mask.query_block, (lists.tile + tiles) * mask.query_block).view(1, tiles, 1, -1, 1)
+    k = (lists.ids * mask.key_block).view(heads, tiles, 1, 1, width)
+    start = ((lists.batch * mask.h + h) * mask.n + q) * mask.m + k
+    return keep_runs(call.seed, start, mask.key_block, call.dropout_p).view(heads * tiles, -1, width * mask.key_block)
+
+
+def _packed(mask: CpuMask, x: Tensor, name: str, buffers: Buffers) -> Tensor:
+    """[heads, m, d] -> [heads * blocks, key_block * d], zeros past the end; a view where the memory fits already."""
+    heads, m, d = x.shape
+    length = int(block_count(m, mask.key_block)) * mask.key_block
+    if length == m and x.dtype == buffers.dtype and x.is_contiguous():
+        return x.view(-1, mask.key_block * d)
+    packed = buffers.take(name, heads, length, d)
+    packed[:, :m] = x
+    packed[:, m:] = 0.0
+    return packed.view(-1, mask.key_block * d)
+
+
+def _load(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buffer: Tensor) -> Tensor:
+    """Rows of x [b, h, n, d] that belong to a chunk, into `buffer` [heads * tiles, group * query_block, d], zeros past the end."""
+    rows = _rows(mask, keys, tile, tiles, x)
+    tiled = buffer.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
+    whole = rows.shape[2] // mask.query_block
+    tiled[:, :, :whole] = rows[:, :, : whole * mask.query_block].unflatten(2, (whole, mask.query_block))
+    if whole < tiles:
+        rest = rows.shape[2] - whole * mask.query_block
+        tiled[:, :, whole, :rest] = rows[:, :, whole * mask.query_block :]
+        tiled[:, :, whole, rest:] = 0.0
+    return buffer
+
+
+def _store(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, values: Tensor, x: Tensor) -> None:
+    """The inverse of `_load`: values [heads * tiles, group * query_block, d] into their rows of x."""
+    rows = _rows(mask, keys, tile, tiles, x)
+    tiled = values.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
+    whole = rows.shape[2] // mask.query_block
+    rows[:, :, : whole * mask.query_block].unflatten(2, (whole, mask.query_block)).copy_(tiled[:, :, :whole])
+    if whole < tiles:
+        rows[:, :, whole * mask.query_block :] = tiled[:, :, whole, : rows.shape[2] - whole * mask.query_block]
+
+
+def _rows(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor) -> Tensor:
+    """The view [heads, group, rows, d] of x [b, h, n, d] that a chunk covers."""
+    heads = x[keys.batch].unflatten(0, (mask.h_kv, mask.group))[keys.head : keys.head + keys.heads]
+    return heads[:, :, tile * mask.query_block : (tile + tiles) * mask.query_block]
+
+
+def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor, row: Tensor | None = None) -> Tensor:
+    """alpha * a @ b + row, into `out`."""
+    if row is None:
+        return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
+    return torch.baddbmm(row.expand(out.shape), a, b, alpha=alpha, out=out)
+
+
+def _scatter(total: Tensor, chunk: Chunk, values: Tensor) -> None:
+    """Add values [lists, width, d] to the blocks they were gathered from."""
+    total.index_add_(0, chunk.place, values.view(len(chunk.place), -1))

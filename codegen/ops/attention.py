@@ -1,0 +1,170 @@
+"""Schemas, fakes, autograd and autocast rules of the sparse attention ops. `docs/architecture.md` is their contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+
+from sptc.codegen.block_lists import block_count, list_width
+from sptc.codegen.cpu import attention as cpu
+from sptc.codegen.cpu import selection as cpu_selection
+from sptc.codegen.cpu.mask import CpuMask
+from sptc.codegen.ops import autocast
+from sptc.predicate import parse
+
+_MASK = "str predicate, Tensor[] mask_tensors, SymInt[] mask_sizes, Tensor? mask, Tensor? bias"
+_COMPUTE = f"{_MASK}, Tensor? seed, float dropout_p, float scale, int query_block, int key_block"
+
+_lib = torch.library.Library("sptc", "FRAGMENT")
+_lib.define(
+    f"select_blocks(Tensor q, Tensor k, Tensor? codebooks, {_MASK}, str selector, float density, float scale, "
+    "int query_block, int key_block, bool own, bool statistics) -> (Tensor ids, Tensor counts, Tensor code_sums, Tensor code_counts)"
+)
+_lib.define(f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor ids, Tensor counts, {_COMPUTE}) -> (Tensor out, Tensor lse)")
+_lib.define(
+    "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor ids, Tensor counts, "
+    f"{_COMPUTE}, bool[] need) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+)
+
+
+def _check_heads(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q must be [b, h, n, d] and k [b, h_kv, m, d] with h a multiple of h_kv, got {list(q.shape)} and {list(k.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}; pass an additive mask as bias")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}; pass a boolean mask as mask")
+    for name, operand in (("mask", mask), ("bias", bias)):
+        if operand is not None and operand.dim() > 4:
+            raise ValueError(f"{name} must be broadcastable to [b, h, n, m], got {list(operand.shape)}")
+
+
+def _check_selector(q: Tensor, k: Tensor, codebooks: Tensor | None, selector: str, statistics: bool) -> None:
+    if selector not in ("pq", "pooled"):
+        raise ValueError(f"selector must be 'pq' or 'pooled', got {selector!r}")
+    if selector == "pooled":
+        if statistics:
+            raise ValueError("selector 'pooled' has no codebooks, so there are no statistics of them; pass statistics=False")
+        return
+    if codebooks is None:
+        raise ValueError("selector 'pq' needs codebooks [h_kv, M, E, d / M]")
+    if codebooks.dim() != 4 or codebooks.shape[0] != k.shape[1] or codebooks.shape[1] * codebooks.shape[3] != q.shape[3]:
+        raise ValueError(f"codebooks must be [h_kv, M, E, d / M] for k {list(k.shape)}, got {list(codebooks.shape)}")
+
+
+def _cpu_mask(
+    q: Tensor, k: Tensor, predicate: str, tensors: Sequence[Tensor], sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None,
+    query_block: int, key_block: int,
+) -> CpuMask:  # fmt: skip
+    (b, h, n, _), (h_kv, m) = q.shape, k.shape[1:3]
+    return CpuMask(parse(predicate), tensors, sizes, mask, bias, b, h, h_kv, n, m, query_block, key_block)
+
+
+def _select_cpu(
+    q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int],
+    mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
+    statistics: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_heads(q, k, mask, bias)
+    _check_selector(q, k, codebooks, selector, statistics)
+    operands = _cpu_mask(q, k, predicate, mask_tensors, mask_sizes, mask, bias, query_block, key_block)
+    return cpu_selection.select_blocks(q, k, codebooks, operands, selector, density, scale, own, statistics)
+
+
+def _select_fake(
+    q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int | SymInt],
+    mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
+    statistics: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_heads(q, k, mask, bias)
+    _check_selector(q, k, codebooks, selector, statistics)
+    parse(predicate).check(mask_tensors, mask_sizes)
+    (b, _, n, _), (h_kv, m) = q.shape, k.shape[1:3]
+    lists = (b, h_kv, block_count(n, query_block))
+    ids = q.new_empty((*lists, list_width(n, m, density, query_block, key_block, own)), dtype=torch.int32)
+    shapes = ((0,), (0,)) if codebooks is None or not statistics else (codebooks.shape, codebooks.shape[:3])
+    return ids, q.new_empty(lists, dtype=torch.int32), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> cpu.Call:
+    predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = operands
+    _check_heads(q, k, mask, bias)
+    parse(predicate).check(tensors, sizes)
+    blocks = _cpu_mask(q, k, predicate, tensors, sizes, mask, bias, query_block, key_block)
+    return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale)
+
+
+def _attention_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    return cpu.forward(_call(*args))
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    predicate, tensors, sizes, mask, bias, *_ = operands
+    _check_heads(q, k, mask, bias)
+    parse(predicate).check(tensors, sizes)
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse)
+
+
+def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, need = rest
+    return cpu.backward(_call(q, k, v, *operands), grad_out, out, lse, need)
+
+
+def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k, v), rest[-1], strict=True))
+
+
+def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output)
+    ctx.gradients = tuple([None] * len(x) if _is_tensor_list(x) else None for x in inputs)
+
+
+def _select_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return ctx.gradients
+
+
+def _is_tensor_list(x: Any) -> bool:
+    """Whether autograd counts `x` among lists of tensors, and wants a list of gradients for it: an empty list of sizes it does too."""
+    return isinstance(x, list | tuple) and all(isinstance(item, Tensor) for item in x)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ids, counts, predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = inputs
+    if bias is not None and bias.requires_grad:
+        raise RuntimeError("sptc::sparse_attention has no gradient for bias; detach it, or keep this attention dense")
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, ids, counts, mask, bias, seed, *tensors)
+    ctx.plain = predicate, sizes, dropout_p, scale, query_block, key_block
+
+
+def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, ids, counts, mask, bias, seed, *tensors = ctx.saved_tensors
+    predicate, sizes, *numbers = ctx.plain
+    need = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.sptc.sparse_attention_backward(
+        grad_out, q, k, v, out, lse, ids, counts, predicate, tensors, sizes, mask, bias, seed, *numbers, need
+    )
+    wanted = (grad if needed else None for grad, needed in zip(grads, need, strict=True))
+    return *wanted, None, None, None, [None] * len(tensors), [] if not sizes else None, *[None] * 7
+
+
+def _no_second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("sptc::sparse_attention has no second derivative; keep this attention dense where create_graph=True is needed")
+
+
+_lib.impl("select_blocks", _select_cpu, "CPU")
+_lib.impl("sparse_attention", _attention_cpu, "CPU")
+_lib.impl("sparse_attention_backward", _backward_cpu, "CPU")
+torch.library.register_fake("sptc::select_blocks", _select_fake, lib=_lib)
+torch.library.register_fake("sptc::sparse_attention", _attention_fake, lib=_lib)
+torch.library.register_fake("sptc::sparse_attention_backward", _backward_fake, lib=_lib)
+torch.library.register_autograd("sptc::select_blocks", _select_backward, setup_context=_select_setup, lib=_lib)
+torch.library.register_autograd("sptc::sparse_attention", _attention_backward, setup_context=_attention_setup, lib=_lib)
+torch.library.register_autograd("sptc::sparse_attention_backward", _no_second_backward, lib=_lib)
+autocast.register(_lib, "select_blocks", ("q", "k"))
+autocast.register(_lib, "sparse_attention", ("q", "k", "v"))

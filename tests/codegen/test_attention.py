@@ -1,0 +1,131 @@
+"""The sparse attention ops against the reference in fp64: lists, outputs, every gradient, every kind of mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sptc.codegen.ops  # noqa: F401
+from sptc.codegen.block_lists import list_width
+from sptc.codegen.reference import attention as reference
+
+ops = torch.ops.sptc
+
+
+def heads(b, h, length, d, dtype=torch.float64, seed=0):
+    """Strided as in a model: [b, length, h, d] transposed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(b, length, h, d, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+
+
+def codebooks(h_kv, d, subspaces=2, codewords=5):
+    return torch.randn(h_kv, subspaces, codewords, d // subspaces, generator=torch.Generator().manual_seed(9))
+
+
+def operands(name, b, h, n, m):
+    """predicate, tensors, sizes, mask, bias."""
+    generator = torch.Generator().manual_seed(4)
+    padding = torch.arange(m) < torch.randint(1, m + 1, (b, 1), generator=generator)
+    documents = torch.randint(0, 4, (b, max(n, m)), generator=generator).sort().values
+    scattered = torch.rand(b, 1, n, m, generator=generator) > 0.6
+    bias = torch.randn(1, h, n, m, generator=generator, dtype=torch.float64)
+    hidden = torch.where(padding[:, None, None], 0.0, torch.finfo(torch.float32).min).to(torch.float32)
+    return {
+        "none": ("True", [], [], None, None),
+        "causal": ("k <= q", [], [], None, None),
+        "aligned": ("k <= q + s0", [], [m - n], None, None),
+        "window": ("(k <= q) & (k > q - s0)", [], [7], None, None),
+        "padding": ("t0[b, k]", [padding], [], None, None),
+        "causal padding": ("(k <= q) & t0[b, k]", [padding], [], None, None),
+        "documents": ("(t0[b, q] == t0[b, k]) & (k <= q)", [documents], [], None, None),
+        "per head": ("(k + h) % 3 != 0", [], [], None, None),
+        "nothing": ("k < 0", [], [], None, None),
+        "left padding": ("(k <= q) & t0[b, k]", [padding.flip(1)], [], None, None),
+        "boolean": ("True", [], [], scattered, None),
+        "boolean row": ("k <= q", [], [], padding[:, None, None].expand(b, 1, n, m), None),
+        "bias": ("True", [], [], None, bias.masked_fill(bias > 1, -torch.inf)),
+        "bias row": ("k <= q", [], [], None, hidden),
+        "all": ("(k <= q + 3) & t0[b, k]", [padding], [], scattered, bias),
+    }[name]
+
+
+MASKS = ["none", "causal", "aligned", "window", "padding", "causal padding", "documents", "per head", "nothing", "left padding"]
+MASKS += ["boolean", "boolean row", "bias", "bias row", "all"]
+SIZES = [  # b, h, h_kv, n, m, d, d_v, query_block, key_block
+    (2, 2, 2, 37, 37, 8, 8, 8, 4),
+    (1, 4, 2, 19, 45, 4, 6, 4, 8),
+    (2, 3, 1, 23, 11, 8, 4, 16, 3),
+    (1, 2, 2, 13, 13, 4, 4, 1, 1),
+    (1, 2, 1, 9, 14, 6, 2, 64, 64),
+]
+
+
+def as_mask(spec):
+    return reference.Mask(*spec)
+
+
+def select(q, k, books, spec, selector, density, query_block, key_block, own, statistics=False, scale=0.3):
+    return ops.select_blocks(q, k, books, *spec, selector, density, scale, query_block, key_block, own, statistics)
+
+
+def gradients(function, q, k, v, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out, lse = function(*leaves)
+    return out.detach(), lse.detach(), dict(zip("qkv", torch.autograd.grad(out, leaves, grad), strict=True))
+
+
+def assert_close(got, want, tolerance, name):
+    error = (got.double() - want).abs().max().item() if got.numel() else 0.0
+    assert error <= tolerance * max(1.0, want.abs().max().item()), (name, error)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_selection_equals_reference(name, sizes):
+    b, h, h_kv, n, m, d, _, query_block, key_block = sizes
+    q, k, books = heads(b, h, n, d, torch.float32), heads(b, h_kv, m, d, torch.float32, 1), codebooks(h_kv, d)
+    spec = operands(name, b, h, n, m)
+    for selector in ("pq", "pooled"):
+        for own in (False, True):
+            statistics = selector == "pq"
+            args = (selector, 0.3, 0.3, query_block, key_block, own, statistics)
+            want = reference.select_blocks(q.double(), k.double(), books, as_mask(spec), *args)
+            got = ops.select_blocks(q, k, books, *spec, *args)
+            assert got[0].dtype == got[1].dtype == torch.int32 and got[0].shape[-1] == list_width(n, m, 0.3, query_block, key_block, own)
+            assert torch.equal(got[1], want[1]) and torch.equal(got[0], want[0]), (selector, own)
+            torch.testing.assert_close(got[2:], want[2:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_attention_equals_reference(name, sizes, dropout_p):
+    b, h, h_kv, n, m, d, d_v, query_block, key_block = sizes
+    q, k, v, grad = heads(b, h, n, d), heads(b, h_kv, m, d, seed=1), heads(b, h_kv, m, d_v, seed=2), heads(b, h, n, d_v, seed=3)
+    spec = operands(name, b, h, n, m)
+    ids, counts, *_ = select(q, k, None, spec, "pooled", 0.4, query_block, key_block, True)
+    seed = torch.tensor(1234) if dropout_p else None
+    rest = (seed, dropout_p, 0.3, query_block, key_block)
+    want = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), q, k, v, grad)
+    got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)
+    assert_close(got[0], want[0], 1e-12, "out")
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-12)
+    for x, gradient in got[2].items():
+        assert_close(gradient, want[2][x], 1e-12, x)
+    assert got[0].is_contiguous() and got[1].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["none", "causal", "causal padding", "boolean"])
+@pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
+def test_full_lists_equal_dense_attention(name, sizes):
+    b, h, h_kv, n, m, d, d_v, query_block, key_block = sizes
+    q, k, v, grad = heads(b, h, n, d), heads(b, h_kv, m, d, seed=1), heads(b, h_kv, m, d_v, seed=2), heads(b, h, n, d_v, seed=3)
+    spec = operands(name, b, h, n, m)
+    allowed = as_mask(spec).allowed((b, h, n, m), q.device)
+    grad = grad * allowed.any(-1, keepdim=True)  # rows without keys excepted
+    ids, counts, *_ = select(q, k, codebooks(h_kv, d), spec, "pq", 1.0, query_block, key_block, False)
+    dense = lambda *x: (F.scaled_dot_product_attention(*x, attn_mask=allowed, scale=0.3, enable_gqa=True), q)  # noqa: E731
+    want = gradients(dense, q, k, v, grad)
+    got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, None, 0.0, 0.3, query_block, key_block), q, k, v, grad)
+    assert_close(got[0] * allowed.any(-1, keepdim=True), want[0].nan_to_num(0.0) * allowed.any(-1, keepdim=True), 1e-12, "out")
+    for x, gradient in got[2].items():
+        assert_close(gradient, want[2][x].nan_to_num(0.0), 1e-12, x)
