@@ -9,7 +9,7 @@ state is at hand where the region is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
-from sptc.passes.normalize import checkpoint_bodies
+from sptc.passes.frame import Frame, frames, hand_down, input_index, outermost, parameter
 from sptc.passes.pattern import shape
 from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
@@ -30,24 +30,11 @@ _WRAPPERS = {"base_layer"}  # PEFT puts the weight of a layer that it adapts und
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """A graph, and the call that runs it in the graph around it (None: the outermost)."""
-
-    gm: fx.GraphModule
-    call: Node | None
-    parent: _Frame | None
-
-    def path(self) -> list[_Frame]:
-        """This frame and those around it, outermost first."""
-        return [*(self.parent.path() if self.parent else []), self]
-
-
-@dataclass(frozen=True)
 class _Marked:
     """A slot of one mark."""
 
     mark: Node
-    frame: _Frame
+    frame: Frame
     slot: Slot
     tensors: tuple[Node, ...]
     training: bool
@@ -62,11 +49,11 @@ def bind(unit: Unit) -> Unit:
     Raises:
         ConfigError: an option that was given contradicts the prepared state.
     """
-    frames = list(_frames(unit.gm))
-    marks = [(frame, node) for frame in frames for node in frame.gm.graph.find_nodes(op="call_function", target=MARK)]
+    every = list(frames(unit.gm))
+    marks = [(frame, node) for frame in every for node in frame.gm.graph.find_nodes(op="call_function", target=MARK)]
     if not marks:
         return unit
-    by_graph = {frame.gm.graph: frame for frame in frames}
+    by_graph = {frame.gm.graph: frame for frame in every}
     states: dict[Region, State] = {}
     refusals: list[Refusal] = []
     refused: set[Region] = set()
@@ -100,13 +87,6 @@ def bind(unit: Unit) -> Unit:
     )
 
 
-def _frames(gm: fx.GraphModule, call: Node | None = None, parent: _Frame | None = None) -> Iterator[_Frame]:
-    frame = _Frame(gm, call, parent)
-    yield frame
-    for inner_call, body in checkpoint_bodies(gm):
-        yield from _frames(body, inner_call, frame)
-
-
 def _owner(mark: Node) -> tuple[str, ...]:
     return tuple(mark.meta.get("nn_module_stack") or ())
 
@@ -119,7 +99,7 @@ def _before(mark: Node) -> Node:
     return node
 
 
-def _slots(frame: _Frame, mark: Node) -> list[_Marked]:
+def _slots(frame: Frame, mark: Node) -> list[_Marked]:
     _, tensors, layout, training = mark.args
     slots = parse_layout(str(layout))
     assert isinstance(tensors, Sequence) and len(tensors) == SLOT_TENSORS * len(slots), f"malformed mark {mark.format_node()}"
@@ -127,11 +107,11 @@ def _slots(frame: _Frame, mark: Node) -> list[_Marked]:
     return [_Marked(mark, frame, slot, part, bool(training)) for slot, part in zip(slots, parts, strict=True)]  # type: ignore[arg-type]
 
 
-def _pair_ffn(slots: list[_Marked], regions: list[Region], frames: Mapping[fx.Graph, _Frame]) -> list[tuple[_Marked, Region]]:
+def _pair_ffn(slots: list[_Marked], regions: list[Region], by_graph: Mapping[fx.Graph, Frame]) -> list[tuple[_Marked, Region]]:
     """Slots and FFN regions with the same down weight. The longest name chooses first: "other.fc2.weight" also ends in "fc2.weight"."""
     left = [r for r in regions if isinstance(r, FfnRegion)]
     named = sorted((s for s in slots if s.slot.kind == "ffn"), key=lambda s: -len(s.slot.down))
-    paths = {r: parameter_path(_outermost(_weight(r.down.weight), frames[r.y.graph])) for r in left}
+    paths = {r: parameter_path(outermost(parameter(r.down.weight), by_graph[r.y.graph])) for r in left}
     if len(named) == len(left) == 1 and not paths[left[0]]:
         return [(named[0], left[0])]  # names are unknown where DDP splits graphs; there is only one way to pair them
     pairs: list[tuple[_Marked, Region]] = []
@@ -150,21 +130,6 @@ def _pair_attention(slots: list[_Marked], regions: list[Region]) -> list[tuple[_
     return [(s, found[s.slot.index]) for s in slots if s.slot.kind == "attention" and s.slot.index < len(found)]
 
 
-def _weight(node: Node) -> Node:
-    """The parameter behind views and casts."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def _outermost(node: Node, frame: _Frame) -> Node:
-    """What a placeholder of a checkpoint body stands for in the outermost graph."""
-    while frame.parent is not None and frame.call is not None and node.op == "placeholder":
-        node = frame.call.args[1 + frame.gm.graph.find_nodes(op="placeholder").index(node)]  # type: ignore[assignment]
-        frame = frame.parent
-    return node
-
-
 def parameter_path(node: Node) -> list[str]:
     """The names on the way from the compiled frame to a parameter: ["layers", "0", "fc2", "weight"]; [] when unknown."""
     source = getattr(node, "_dynamo_source", None)
@@ -178,7 +143,7 @@ def _plain(names: list[str]) -> list[str]:
     return [n for n in names if n not in _WRAPPERS]
 
 
-def _misfit(marked: _Marked, region: Region, frame: _Frame) -> str | None:
+def _misfit(marked: _Marked, region: Region, frame: Frame) -> str | None:
     """Why a slot's tensors can't serve a region; None when they can."""
     name, sizes = f"the prepared state {marked.slot.name!r}", list(shape(marked.tensors[0]))
     problem = ""
@@ -214,31 +179,13 @@ def _check_options(marked: _Marked, region: Region, config: Config) -> None:
         )
 
 
-def _state(marked: _Marked, frame: _Frame, example_inputs: Sequence[Any]) -> State:
-    first, second, third = (_reach(node, marked.frame, frame) for node in marked.tensors)
+def _state(marked: _Marked, frame: Frame, example_inputs: Sequence[Any]) -> State:
+    first, second, third = (hand_down(node, marked.frame, frame) for node in marked.tensors)
     if marked.slot.kind == "attention":
         return CodebookState(first, second, third, marked.training)
-    outer = _outermost(marked.tensors[0], marked.frame)
-    trainable = example_inputs[outer.graph.find_nodes(op="placeholder").index(outer)].requires_grad
+    index = input_index(outermost(marked.tensors[0], marked.frame))
+    trainable = index is None or example_inputs[index].requires_grad
     return RouterState(first, second, third, marked.training, trainable)
-
-
-def _reach(node: Node, start: _Frame, end: _Frame) -> Node:
-    """`node` of the graph `start` as seen in `end`, a checkpoint body in it: handed down from call to call."""
-    path = end.path()
-    for frame in path[path.index(start) + 1 :]:
-        assert frame.call is not None
-        placeholders = frame.gm.graph.find_nodes(op="placeholder")
-        operands = list(frame.call.args[1:])
-        if node in operands:
-            node = placeholders[operands.index(node)]
-            continue
-        with frame.gm.graph.inserting_after(placeholders[-1]):
-            inner = frame.gm.graph.placeholder(node.name)
-        inner.meta.update({key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta})
-        frame.call.args = (*frame.call.args, node)
-        node = inner
-    return node
 
 
 def _without_region(marked: _Marked, regions: Sequence[Region], unit: Unit) -> list[Refusal]:

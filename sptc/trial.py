@@ -1,0 +1,215 @@
+"""Runs of the example batch for `prepare`: one that gathers what trainable state starts from, one that checks that the state arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from sptc.passes.frame import Frame, frames, input_index, outermost, parameter
+from sptc.passes.normalize import CHECKPOINT
+from sptc.passes.unit import Unit
+from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Projection, Refusal, Region, RouterState
+from sptc.state import Codebook, Router, fit_codebooks, start_router
+
+SAMPLED_ROWS = 4096  # tokens of an FFN, or vectors of a key head, that the start of the state is computed from
+
+Judge = Callable[[fx.GraphModule, list[Any]], Unit]
+
+
+@dataclass
+class FfnSample:
+    """What the example batch showed of an FFN, over all calls of its owner."""
+
+    down: str  # owner-local name of the down weight
+    blocks: int
+    up: Tensor | None = None  # [d_ff, d]
+    inputs: list[Tensor] = field(default_factory=list)  # [N, d] each
+
+    def slot(self) -> Router:
+        assert self.up is not None
+        return Router(*start_router(self.up, torch.cat(self.inputs), self.blocks), self.down)
+
+
+@dataclass
+class AttentionSample:
+    """What the example batch showed of an attention, over all calls of its owner."""
+
+    vectors: list[Tensor] = field(default_factory=list)  # queries and keys, [h_kv, N, d] each
+
+    def slot(self) -> Codebook:
+        return Codebook(fit_codebooks(torch.cat(self.vectors, 1)))
+
+
+class Trial:
+    """The first run. `samples` maps the name of an owner to its slots: "attention<i>", or the local name of an FFN's down weight."""
+
+    def __init__(self, model: nn.Module, judge: Judge) -> None:
+        self.samples: dict[str, dict[str, FfnSample | AttentionSample]] = {}
+        self.refusals: list[Refusal] = []
+        self._judge = judge
+        self._modules = {str(id(module)): name for name, module in model.named_modules()}
+        self._parameters: dict[int, list[str]] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            self._parameters.setdefault(id(p), []).append(name)
+
+    def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        unit = self._judge(gm, inputs)
+
+        def call(*args: Any) -> Any:
+            watched: dict[Node, list[Callable[[Tensor], None]]] = {}
+            for node, see in self._watches(unit, args):
+                watched.setdefault(node, []).append(see)
+            with torch.no_grad():
+                return _Watching(unit.gm, watched).run(*args)
+
+        return call
+
+    def _watches(self, unit: Unit, args: Sequence[Any]) -> Iterator[tuple[Node, Callable[[Tensor], None]]]:
+        by_graph = {frame.gm.graph: frame for frame in frames(unit.gm)}
+        moved = self._moves(unit.example_inputs, args)
+        for decision in unit.decisions:
+            region = decision.region
+            if not decision.rewrite or (isinstance(region, AttentionRegion) and unit.config.attention_selector != "pq"):
+                continue
+            owner = self._owner(region, moved)
+            if owner is None:
+                self._refuse(region, "no module of the model holds it: its part of the model is captured apart from the module that calls it")
+            elif isinstance(region, AttentionRegion):
+                yield from self._watch_attention(region, owner, unit)
+            else:
+                yield from self._watch_ffn(region, owner, decision, by_graph[region.y.graph], args)
+
+    def _watch_attention(self, region: AttentionRegion, owner: str, unit: Unit) -> Iterator[tuple[Node, Callable[[Tensor], None]]]:
+        call = [r for r in unit.regions if r.kind == "attention" and r.site.owner == region.site.owner]
+        sample = self.samples.setdefault(owner, {}).setdefault(f"attention{call.index(region)}", AttentionSample())
+        assert isinstance(sample, AttentionSample)
+
+        def see(value: Tensor) -> None:
+            sample.vectors.append(_vectors(value, key_heads))
+
+        key_heads = int(region.k.meta["val"].shape[1])
+        yield region.q, see
+        yield region.k, see
+
+    def _watch_ffn(
+        self, region: FfnRegion, owner: str, decision: Decision, frame: Frame, args: Sequence[Any]
+    ) -> Iterator[tuple[Node, Callable[[Tensor], None]]]:
+        index = input_index(outermost(parameter(region.down.weight), frame))
+        names = self._parameters.get(id(args[index]), []) if index is not None else []
+        prefix = f"{owner}." if owner else ""
+        down = next((name.removeprefix(prefix) for name in names if name.startswith(prefix)), None)
+        if down is None:
+            self._refuse(region, "its down weight is not a parameter of the module that holds the FFN")
+            return
+        assert isinstance(decision.settings, FfnSettings)
+        sample = self.samples.setdefault(owner, {}).setdefault(down, FfnSample(down, decision.settings.blocks))
+        assert isinstance(sample, FfnSample)
+
+        def see_input(value: Tensor) -> None:
+            sample.inputs.append(_evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0))
+
+        def see_weight(value: Tensor) -> None:
+            sample.up = _weight(region.ups[0], value)
+
+        yield region.x, see_input
+        yield region.ups[0].weight, see_weight
+
+    def _refuse(self, region: Region, reason: str) -> None:
+        self.refusals.append(Refusal(region.kind, "state", region.y, f"no trainable state: {reason}", region.site))
+
+    def _moves(self, compiled: Sequence[Any], args: Sequence[Any]) -> list[tuple[str, str]]:
+        """Where Dynamo runs the graph of one module for another: (name of the module it was captured for, name of the one it runs for).
+
+        After a graph break in a loop over layers one captured graph serves them all; parameters tell for which layer it runs.
+        """
+        moves = []
+        for old, new in zip(compiled, args, strict=True):
+            if old is new or id(old) not in self._parameters or id(new) not in self._parameters:
+                continue
+            before, after = (self._parameters[id(p)][0].split(".") for p in (old, new))
+            while before and after and before[-1] == after[-1]:
+                del before[-1], after[-1]
+            moves.append((".".join(before), ".".join(after)))
+        return sorted(set(moves), key=lambda move: -len(move[0]))
+
+    def _owner(self, region: Region, moves: Sequence[tuple[str, str]]) -> str | None:
+        """The name of the module that holds a region; None when there is none."""
+        if not region.site.owner:
+            return None
+        name = self._modules.get(region.site.owner[-1].partition("@")[0])
+        if name is None or not moves:
+            return name
+        for before, after in moves:
+            if name == before or name.startswith(f"{before}."):
+                return after + name.removeprefix(before)
+        return None
+
+
+class Check:
+    """The second run: `reached` holds the ids of the first tensor of each slot that was bound to a region of the graph it entered."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.units: list[Unit] = []
+        self.reached: set[int] = set()
+        self._judge = judge
+
+    def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        unit = self._judge(gm, inputs)
+        self.units.append(unit)
+        by_graph = {frame.gm.graph: frame for frame in frames(unit.gm)}
+        nodes = [
+            outermost(state.weight if isinstance(state, RouterState) else state.codebooks, by_graph[region.y.graph])
+            for region, state in unit.states.items()
+        ]
+        indices = [index for node in nodes if (index := input_index(node)) is not None]
+
+        def call(*args: Any) -> Any:
+            self.reached.update(id(args[index]) for index in indices)
+            with torch.no_grad():
+                return gm(*args)
+
+        return call
+
+
+class _Watching(fx.Interpreter):
+    """Runs a normalized graph eagerly, checkpoint bodies included, and shows the values of some nodes."""
+
+    def __init__(self, gm: fx.GraphModule, watched: dict[Node, list[Callable[[Tensor], None]]]) -> None:
+        super().__init__(gm)
+        self._watched = watched
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        for see in self._watched.get(n, ()):
+            see(value)
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is CHECKPOINT:
+            return _Watching(args[0], self._watched).run(*args[1:])
+        return super().call_function(target, args, kwargs)
+
+
+def _weight(up: Projection, value: Tensor) -> Tensor:
+    """The projection as [d_ff, d]."""
+    weight = value.T if up.transposed else value
+    return (weight if up.rows is None else weight[up.rows[0] : up.rows[1]]).detach()
+
+
+def _vectors(value: Tensor, key_heads: int) -> Tensor:
+    """Queries or keys [b, h, n, d] as [h_kv, N, d], query heads beside the key head that they share."""
+    b, h, n, d = value.shape
+    rows = value.reshape(b, key_heads, h // key_heads, n, d).transpose(0, 1).reshape(key_heads, -1, d)
+    return _evenly(rows, SAMPLED_ROWS // 2, 1)
+
+
+def _evenly(rows: Tensor, count: int, dim: int) -> Tensor:
+    """At most `count` rows, spread evenly over all, as a copy of their own."""
+    size = rows.shape[dim]
+    chosen = torch.linspace(0, size - 1, min(count, size), device=rows.device).round().long()
+    return rows.detach().index_select(dim, chosen)
