@@ -23,8 +23,8 @@ MASKED = -1e4
 MAX_ATOMS = 48  # a longer predicate costs more than the tensor it replaces
 
 
-class MaskRefused(Exception):
-    """The mask can't be an operand of a sparse op: `rule`, `node` and the reason go into a Refusal."""
+class Refused(Exception):
+    """What was found can't be rewritten: `rule`, `node` and the reason become a `Refusal`."""
 
     def __init__(self, rule: str, node: Node, reason: str) -> None:
         super().__init__(reason)
@@ -76,7 +76,7 @@ def read_mask(
         outer: see `mask_reader.Reader`.
 
     Raises:
-        MaskRefused: two biases, a bias with a gradient ("bias-gradient"), or a layout that no operand has ("mask").
+        Refused: two biases, a bias with a gradient ("bias-gradient"), or a layout that no operand has ("mask").
     """
     reader = Reader(outer)
     *_, q, k = Frame(frame.b, frame.h, frame.n, frame.m).positions()
@@ -86,9 +86,9 @@ def read_mask(
     biases = [part.bias for part in parts if part.bias is not None]
     booleans = [part.boolean for part in parts if part.boolean is not None]
     if len(biases) > 1:
-        raise MaskRefused("mask", biases[1], "two tensors are added to the scores, and neither reads as a mask")
+        raise Refused("mask", biases[1], "two tensors are added to the scores, and neither reads as a mask")
     if biases and requires_grad(biases[0]):
-        raise MaskRefused("bias-gradient", biases[0], f"the bias {biases[0].name} that is added to the scores needs a gradient")
+        raise Refused("bias-gradient", biases[0], f"the bias {biases[0].name} that is added to the scores needs a gradient")
     kept = []
     for conjunct in terms.conjuncts(allowed):
         if not booleans and isinstance(conjunct, Element) and _broadcasts(conjunct, frame) and _joint(conjunct):
@@ -96,7 +96,7 @@ def read_mask(
         else:
             kept.append(conjunct)
     if len(booleans) > 1:
-        raise MaskRefused("mask", booleans[1], "two boolean masks that do not read as predicates")
+        raise Refused("mask", booleans[1], "two boolean masks that do not read as predicates")
     writer = _Writer()
     text = str(predicate.Predicate(writer.truth(terms.conjunction(*kept))))
     return Mask(
@@ -132,24 +132,22 @@ def _read(reader: Reader, given: MaskInput, layout: Frame) -> _Part:
 def _whole(given: MaskInput, layout: Frame) -> _Part:
     """The tensor as it is."""
     if layout.merged or given.how == "drop":
-        raise MaskRefused("mask", given.node, f"the mask {given.node.name} neither reads as a predicate nor broadcasts to the scores")
+        raise Refused("mask", given.node, f"the mask {given.node.name} neither reads as a predicate nor broadcasts to the scores")
     if given.how == "keep":
         return _Part(boolean=given.node)
     if given.factor != 1.0:
-        raise MaskRefused("scale", given.node, f"the bias {given.node.name} is scaled together with the scores")
+        raise Refused("scale", given.node, f"the bias {given.node.name} is scaled together with the scores")
     return _Part(bias=given.node)
 
 
 def _added(number: Number, given: MaskInput, layout: Frame) -> _Part:
-    allowed, bias = _masking(number)
+    allowed, bias = _masking(terms.multiply(Linear(given.factor), number))
     if bias is None:
         return _Part(allowed)
     if not _broadcasts(bias, layout):
         if layout.merged:
             raise Unreadable("a bias of another layout")
         return _whole(given, layout)
-    if given.factor != 1.0:
-        raise MaskRefused("scale", given.node, f"the bias {given.node.name} is scaled together with the scores")
     return _Part(allowed, bias=bias.node)
 
 

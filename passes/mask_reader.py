@@ -105,6 +105,16 @@ class Reader:
             return self.size(number, arg)
         raise Unreadable(f"{arg} is no number")
 
+    def constant(self, arg: Any) -> float | None:
+        """The one number that an argument holds in all its elements; None if it depends on anything."""
+        if isinstance(arg, Node) and not all(same_size(size, 1) for size in shape(arg)):
+            return None
+        try:
+            number = self.number(arg, (ZERO,) * (len(shape(arg)) if isinstance(arg, Node) else 0))
+        except Unreadable:
+            return None
+        return float(number.constant) if isinstance(number, Linear) and number.is_constant else None
+
     def size(self, size: Any, node: Node | None = None) -> Linear:
         """A dimension of a shape; `node` is searched in the graph when it is symbolic and not given."""
         if isinstance(size, int):

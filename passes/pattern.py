@@ -54,6 +54,11 @@ def op(node: Any) -> str:
     return ""
 
 
+def base_name(node: Any) -> str:
+    """The operator's name, that of "aten.add_.Tensor" being "aten.add.Tensor": in a graph both give the same value."""
+    return op(node).replace("_.", ".")
+
+
 def value(node: Any) -> Any:
     """The fake tensor, size or number that a node computes; None when unknown."""
     return node.meta.get("val") if isinstance(node, Node) else node

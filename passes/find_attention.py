@@ -1,0 +1,335 @@
+"""Find attention regions: y = softmax(scale * q k^T + mask) v, as one operator or spelled out.
+
+A softmax is a candidate if a product of two tensors leads to it through elementwise operators and a product follows it. From there on
+every operator is either understood (scale, mask, dropout, cast, view) or the candidate is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from sptc.passes.attention_operands import Operand, grouped, key_of, merged_heads, query_of, split_heads, without_empty
+from sptc.passes.boundary import breach
+from sptc.passes.mask import MASKED, Frame, MaskInput, Refused, read_mask
+from sptc.passes.mask_reader import Reader
+from sptc.passes.pattern import TRANSPARENT, VIEWS, argument, base_name, dtype, op, same_size, shape
+from sptc.passes.site import site_of
+from sptc.region import AttentionRegion, Found, Refusal
+
+FUSED = "aten.scaled_dot_product_attention.default"
+SOFTMAX = frozenset({"aten.softmax.int", "aten._softmax.default"})
+PRODUCTS = frozenset({"aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default"})
+DROPOUT = "aten.dropout.default"
+_MAX_STEPS = 24
+
+
+def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None) -> Found:
+    """Attention regions and refusals of one graph; bodies of checkpoints are graphs of their own.
+
+    Args:
+        gm: a normalised graph.
+        outer: for the body of a checkpoint: what each of its placeholders is in the graph around it. Masks are then read there, and
+            `Mask.tensors` and `Mask.sizes` may be nodes of that graph. Without it a mask built outside stays an operand.
+    """
+    regions: list[AttentionRegion] = []
+    refusals: list[Refusal] = []
+    reader = Reader(outer)
+    for node in gm.graph.nodes:
+        try:
+            draft = _fused(node) if op(node) == FUSED else _spelled(node, reader) if op(node) in SOFTMAX else None
+            if draft is not None:
+                regions.append(_region(draft, outer))
+        except Refused as refused:
+            refusals.append(Refusal("attention", refused.rule, refused.node, str(refused), site_of([node])))
+    return Found(tuple(regions), tuple(refusals))
+
+
+@dataclass
+class _Draft:
+    """A candidate on its way to a region."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    y: Node
+    scale: float
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    masks: list[tuple[MaskInput, int]] = field(default_factory=list)  # with the rank of the scores where they apply
+    nodes: set[Node] = field(default_factory=set)  # what no one else may use
+
+
+def _fused(node: Node) -> _Draft:
+    q, k, v = (Operand(arg) for arg in node.args[:3] if isinstance(arg, Node))
+    for name, operand in (("q", q), ("k", k), ("v", v)):
+        if len(shape(operand.node)) != 4:
+            raise Refused("rank", node, f"{name} has the shape {_sizes(operand.node)}, not [batch, heads, length, size]")
+    mask, p = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = shape(q.node)[-1] ** -0.5
+    if not isinstance(scale, int | float) or not isinstance(p, int | float):
+        raise Refused("scale", node, "scale or dropout is computed in the graph")
+    draft = _Draft(q, k, v, node, float(scale), float(p), bool(argument(node, 5, "is_causal", False)), nodes={node})
+    if isinstance(mask, Node):
+        draft.masks.append((MaskInput("keep" if dtype(mask) == torch.bool else "add", mask), 4))
+    return draft
+
+
+def _spelled(softmax: Node, reader: Reader) -> _Draft | None:
+    """The region around a softmax; None if no product leads to it or follows it."""
+    weights = _to_product(softmax)
+    if weights is None or not _from_product(softmax.args[0]):
+        return None
+    rank = len(shape(softmax))
+    if argument(softmax, 1, "dim") not in (-1, rank - 1):
+        raise Refused("softmax-dim", softmax, f"softmax runs over dimension {argument(softmax, 1, 'dim')}, not over the keys")
+    product = weights[-1]
+    scores = _Scores(reader)
+    q, k = scores.walk(softmax.args[0])
+    draft = _Draft(q, k, Operand(_node(product, 1)), product, scores.scale, masks=scores.masks)
+    draft.nodes = {softmax, *scores.nodes, *weights}
+    for node in weights[:-1]:
+        name = base_name(node)
+        if name == DROPOUT:
+            if draft.dropout_p:
+                raise Refused("dropout", node, "attention weights are dropped twice")
+            _, p, train = node.args
+            draft.dropout_p = float(p) if train else 0.0  # type: ignore[arg-type]
+        elif name not in TRANSPARENT and name not in VIEWS:
+            raise Refused("weights", node, f"{node.name} ({op(node)}) changes the attention weights after softmax")
+    return draft
+
+
+def _to_product(softmax: Node) -> list[Node] | None:
+    """The nodes that lead from softmax to the product with v, that product last."""
+    paths: list[list[Node]] = [[]]
+    for _ in range(_MAX_STEPS):
+        longer = []
+        for path in paths:
+            here = path[-1] if path else softmax
+            for user in here.users:
+                if op(user) in PRODUCTS and _node(user, 0) is here:
+                    return [*path, user]
+                if base_name(user) == DROPOUT or _pointwise(user) or op(user) in VIEWS:
+                    longer.append([*path, user])
+        paths = longer
+    return None
+
+
+def _from_product(node: Any) -> bool:
+    """Whether a product of two tensors leads to `node` through elementwise operators and views."""
+    seen, todo = set(), [node]
+    while todo and len(seen) < _MAX_STEPS:
+        here = todo.pop()
+        if not isinstance(here, Node) or here in seen:
+            continue
+        seen.add(here)
+        if op(here) in PRODUCTS:
+            return True
+        if _pointwise(here) or op(here) in VIEWS or base_name(here) == DROPOUT:
+            todo += here.all_input_nodes
+    return False
+
+
+def _pointwise(node: Node) -> bool:
+    return op(node) in TRANSPARENT or (bool(op(node)) and torch.Tag.pointwise in node.target.tags)  # type: ignore[union-attr]
+
+
+def _node(product: Node, position: int) -> Node:
+    """The first (0) or second (1) factor of a product."""
+    factor = product.args[position + (op(product) == "aten.baddbmm.default")]
+    assert isinstance(factor, Node)
+    return factor
+
+
+class _Scores:
+    """Walks from softmax back to q k^T, collecting scale, masks and nodes."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.scale = 1.0  # of what was walked past: between here and the softmax
+        self.masks: list[tuple[MaskInput, int]] = []
+        self.nodes: set[Node] = set()
+
+    def walk(self, node: Any) -> tuple[Operand, Operand]:
+        """q and k of the product, their own scales taken into `scale`."""
+        while op(node) not in PRODUCTS:
+            self.nodes.add(node)
+            node = self._step(node)
+        self.nodes.add(node)
+        if op(node) == "aten.baddbmm.default":
+            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+            if beta != 0:
+                self._mask("add", node.args[0], node, self.scale * beta)
+            self.scale *= alpha
+        q, q_scale = query_of(_node(node, 0), self._reader)
+        k, k_scale = key_of(_node(node, 1), self._reader)
+        self.scale *= q_scale * k_scale
+        return q, k
+
+    def _mask(self, how: Any, mask: Any, node: Node, factor: float = 1.0) -> None:
+        self.masks.append((MaskInput(how, mask, factor), len(shape(node))))
+
+    def _step(self, node: Node) -> Node:
+        """Takes in what `node` does to the scores and returns the scores before it."""
+        name = base_name(node)
+        first: Any = node.args[0]
+        if name in TRANSPARENT:
+            return first
+        if name in VIEWS:
+            if not all(same_size(a, b) for a, b in zip(shape(first)[-2:], shape(node)[-2:], strict=True)):
+                raise Refused("scores", node, f"{node.name} rearranges queries and keys of the scores")
+            return first
+        if name in ("aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"):
+            return self._scaled(node)
+        if name in ("aten.add.Tensor", "aten.sub.Tensor"):
+            return self._added(node)
+        if name in ("aten.masked_fill.Scalar", "aten.masked_fill.Tensor"):
+            self._masks_out(node, node.args[2])
+            self._mask("drop", node.args[1], node)
+            return first
+        if name.startswith("aten.where."):
+            keep, then, other = node.args
+            kept, fill = (then, other) if _from_product(then) else (other, then)
+            self._masks_out(node, fill)
+            self._mask("keep" if kept is then else "drop", keep, node)
+            return kept  # type: ignore[return-value]
+        if name == DROPOUT:
+            raise Refused("dropout", node, f"{node.name} drops attention scores before softmax")
+        raise Refused("scores", node, f"{node.name} ({op(node)}) changes the scores between q k^T and softmax")
+
+    def _scaled(self, node: Node) -> Node:
+        a, b = node.args[:2]
+        for scores, factor in ((a, b), (b, a)):
+            number = self._reader.constant(factor)
+            if number is not None and isinstance(scores, Node):
+                divides = base_name(node).startswith("aten.div.")
+                if (divides and scores is b) or number <= 0:
+                    break
+                self.scale *= 1 / number if divides else number
+                return scores
+        raise Refused("scale", node, f"{node.name} ({op(node)}) scales the scores by something other than a positive constant")
+
+    def _added(self, node: Node) -> Node:
+        a, b = node.args[:2]
+        products = [_from_product(a), _from_product(b)]
+        if all(products):
+            raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")
+        scores, mask = (a, b) if products[0] else (b, a)
+        factor = node.kwargs.get("alpha", 1) * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
+        if not isinstance(mask, Node):
+            raise Refused("scores", node, f"{node.name} adds {mask} to all scores")
+        if scores is not a and factor != 1:
+            raise Refused("scores", node, f"{node.name} subtracts the scores")
+        if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
+            raise Refused("shape", node, f"{node.name} broadcasts the scores to {_sizes(node)}")
+        self._mask("add", mask, node, self.scale * factor)
+        return scores  # type: ignore[return-value]
+
+    def _masks_out(self, node: Node, fill: Any) -> None:
+        number = self._reader.constant(fill)
+        if number is None or number > MASKED:
+            raise Refused("scores", node, f"{node.name} fills scores with {fill}, which does not mask them")
+
+
+def _region(draft: _Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
+    heads = _unmerge(draft)
+    q, k, v = draft.q.node, without_empty(draft.k), without_empty(draft.v)
+    if heads is None:
+        k, v = _ungroup(k, v, shape(q)[1])
+        b, h, n = shape(q)[:3]
+    else:
+        b, h, n = shape(q)[0] // heads, heads, shape(q)[1]
+    m = shape(k.node)[-2]
+    _check(draft, q, k.node, v.node, heads)
+    frame = Frame(b, h, n, m)
+    layouts = {3: Frame(b, h, n, m, merged=True), 4: frame}
+    for given, rank in draft.masks:
+        if rank not in layouts:
+            raise Refused("rank", given.node, f"{given.node.name} masks scores of {rank} dimensions")
+    mask = read_mask([(given, layouts[rank]) for given, rank in draft.masks], frame, draft.is_causal, outer)
+    _refuse_breach(draft.nodes, draft.y)
+    nodes = frozenset(_with_exclusive(draft.nodes, (*draft.q.passed, *k.passed, *v.passed)))
+    return AttentionRegion(q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes), heads)
+
+
+def _unmerge(draft: _Draft) -> int | None:
+    """Go from [b * h, n, d] to the [b, h, n, d] nodes they are views of; the number of heads where the graph has none."""
+    rank = len(shape(draft.y))
+    if rank == 4:
+        return None
+    if rank != 3:
+        raise Refused("rank", draft.y, f"the product with v has the shape {_sizes(draft.y)}, not [batch, heads, length, size]")
+    split = [split_heads(draft.q), split_heads(draft.k), split_heads(draft.v)]
+    after = merged_heads(draft.y)
+    if all(split) and after is not None:
+        draft.q, draft.k, draft.v = split  # type: ignore[assignment]
+        draft.nodes.add(after)
+        draft.y = after
+        return None
+    heads = next((h for operand in (draft.q, draft.k, draft.v) if (h := _heads(operand)) is not None), None)
+    if heads is None:
+        raise Refused("rank", draft.y, f"the heads in {_sizes(draft.y)} can't be told from the batch")
+    return heads
+
+
+def _heads(operand: Operand) -> int | None:
+    """h, if the operand is [b * h, n, d] made from [n, b, h * d]: the layout of nn.MultiheadAttention."""
+    node = operand.node
+    if op(node) == "aten.transpose.int" and set(node.args[1:]) in ({0, 1}, {0, -2}):
+        view: Any = node.args[0]
+        if op(view) in VIEWS and len(shape(view.args[0])) == 3:
+            whole, width = shape(view.args[0])[-1], shape(node)[-1]
+            if isinstance(whole, int) and isinstance(width, int) and whole % width == 0:
+                return whole // width
+    four = split_heads(operand)
+    return None if four is None or not isinstance(shape(four.node)[1], int) else shape(four.node)[1]
+
+
+def _ungroup(k: Operand, v: Operand, heads: Any) -> tuple[Operand, Operand]:
+    """k and v before their heads were repeated, if both were, alike."""
+    fewer = grouped(k), grouped(v)
+    first, second = (shape(operand.node)[1] if operand else heads for operand in fewer)
+    if fewer[0] is None or fewer[1] is None or not same_size(first, second):
+        return k, v
+    return without_empty(fewer[0]), without_empty(fewer[1])
+
+
+def _check(draft: _Draft, q: Node, k: Node, v: Node, heads: int | None) -> None:
+    rank = 4 if heads is None else 3
+    for name, node in (("q", q), ("k", k), ("v", v)):
+        if len(shape(node)) != rank:
+            raise Refused("rank", draft.y, f"{name} has the shape {_sizes(node)}, not [batch, heads, length, size]")
+    pairs = [(q, k, 0), (q, v, 0), (q, k, -1), (k, v, -2)] + ([(k, v, 1)] if heads is None else [])
+    if not all(same_size(shape(a)[dim], shape(b)[dim]) for a, b, dim in pairs):
+        raise Refused("shape", draft.y, f"q {_sizes(q)}, k {_sizes(k)} and v {_sizes(v)} broadcast against each other")
+    if heads is None:
+        h, h_kv = shape(q)[1], shape(k)[1]
+        if not (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0):
+            raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
+
+
+def _refuse_breach(nodes: Iterable[Node], y: Node) -> None:
+    found = breach(frozenset(nodes), y)
+    if found is not None:
+        raise Refused(found.rule, found.node, found.reason)
+
+
+def _with_exclusive(nodes: set[Node], passed: Iterable[Node]) -> set[Node]:
+    """`nodes` and those of `passed` that serve nothing else."""
+    result = set(nodes)
+    for node in sorted(passed, reverse=True):
+        if all(user in result for user in node.users):
+            result.add(node)
+    return result
+
+
+def _sizes(node: Node) -> str:
+    return str(list(shape(node)))
