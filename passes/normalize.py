@@ -75,6 +75,8 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     with fake_mode, enable_python_dispatcher():
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     _keep_dynamo_metadata(gm, graph)
+    for module in graphs(graph):
+        module.graph.eliminate_dead_code()  # a value that no one uses, such as averaged attention weights, is no second use of its input
     return graph
 
 
