@@ -1,0 +1,234 @@
+"""The routed FFN on a CPU: one block of hidden units at a time, from gathered tokens to their sum, so that a block stays in the cache.
+
+Products are BLAS calls on views of the weights; the activation is computed in fp32 (fp64 for fp64 inputs). There is no loop over tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sptc.codegen.expr import compile_activation
+from sptc.codegen.random import keep_runs
+
+
+def route(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `sptc.codegen.reference.ffn.route`."""
+    count, blocks = scores.shape
+    chosen = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
+    mask = torch.zeros((blocks, count), dtype=torch.bool).scatter_(0, chosen.t(), True)
+    block, token = mask.nonzero().unbind(1)
+    offsets = torch.zeros(blocks + 1, dtype=torch.int32)
+    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
+    return token.to(torch.int32), offsets, token * blocks + block
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of hidden units and the list entries that use it."""
+
+    entries: slice  # of the list
+    units: slice  # of the hidden units
+    tokens: Tensor  # int32 [n]
+
+
+def _blocks(tokens: Tensor, offsets: Tensor, hidden: int) -> Iterator[_Block]:
+    """Blocks with at least one token."""
+    bounds = offsets.tolist()
+    width = hidden // (len(bounds) - 1)
+    for g, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if end > start:
+            yield _Block(slice(start, end), slice(g * width, (g + 1) * width), tokens[start:end])
+
+
+@dataclass(frozen=True)
+class _Dropout:
+    """Inverted dropout of hidden units; the fate of a unit depends on the seed, its token and itself only."""
+
+    seed: Tensor | None
+    p: float
+    hidden: int
+
+    def __call__(self, a: Tensor, block: _Block, into: Tensor | None = None) -> Tensor:
+        """a [n, width] with dropped units at 0 and the others scaled; `a` itself where nothing is dropped."""
+        if self.p == 0.0:
+            return a
+        if self.seed is None:
+            raise ValueError(f"sptc::routed_ffn needs a seed for dropout with p={self.p}")
+        start = block.tokens.to(torch.int64) * self.hidden + block.units.start
+        keep = keep_runs(self.seed, start, a.shape[1], self.p)
+        return torch.where(keep, a * (1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0), 0.0)
+
+
+def routed_ffn(
+    x: Tensor,
+    up: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    biased: Sequence[int],
+    low: Sequence[Tensor],
+    up_B: Sequence[Tensor],
+    adapted: Sequence[int],
+    down: Tensor,
+    down_A: Tensor | None,
+    tokens: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    lora_seed: Tensor | None,
+    dropout_p: float,
+    lora_dropout_p: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [N, d_out], low_out [N, r] or [0], pre [k, entries, width]; see `sptc::routed_ffn` in docs/architecture.md."""
+    hidden, act = up[0].shape[0], compile_activation(activation)
+    dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
+    pre = x.new_empty((len(up), tokens.shape[0], hidden // (offsets.shape[0] - 1)))
+    y = x.new_zeros((x.shape[0], down.shape[1]))
+    low_out = x.new_empty(0) if down_A is None else x.new_zeros((x.shape[0], down_A.shape[0]))
+    end = 0
+    for block in _blocks(tokens, offsets, hidden):
+        end = block.entries.stop
+        us = pre[:, block.entries].unbind(0)
+        rows = x.index_select(0, block.tokens)
+        for i, u in enumerate(us):
+            weight = up[i][block.units].t()
+            if i in biased:
+                torch.addmm(up_bias[biased.index(i)][block.units], rows, weight, out=u)
+            else:
+                torch.mm(rows, weight, out=u)
+            if i in adapted:
+                j = adapted.index(i)
+                u.addmm_(low[j].index_select(0, block.tokens), up_B[j][block.units].t())
+        a = act.forward([_wide(u) for u in us])
+        if scale is not None:
+            a.mul_(scale[block.entries].unsqueeze(1))
+        a = dropout(a, block)
+        y.index_add_(0, block.tokens, a.to(x.dtype) @ down[block.units])
+        if down_A is not None:
+            low_out.index_add_(0, block.tokens, lora_dropout(a, block).to(x.dtype) @ down_A[:, block.units].t())
+    pre[:, end:].zero_()
+    return y, low_out, pre
+
+
+@dataclass(frozen=True)
+class Need:
+    """Which gradients are wanted; the order is that of `sptc::routed_ffn_backward`'s `need`."""
+
+    x: bool
+    up: tuple[bool, ...]
+    up_bias: tuple[bool, ...]
+    low: tuple[bool, ...]
+    up_B: tuple[bool, ...]
+    down: bool
+    down_A: bool
+    scale: bool
+
+    @classmethod
+    def read(cls, need: Sequence[bool], ups: int, biases: int, adapters: int) -> Need:
+        """Raises ValueError if `need` has not one entry for each gradient."""
+        if len(need) != ups + biases + 2 * adapters + 4:
+            raise ValueError(f"need has {len(need)} entries, expected {ups + biases + 2 * adapters + 4}")
+        flags = iter(need)
+
+        def take(n: int) -> tuple[bool, ...]:
+            return tuple(next(flags) for _ in range(n))
+
+        return cls(next(flags), take(ups), take(biases), take(adapters), take(adapters), next(flags), next(flags), next(flags))
+
+
+def routed_ffn_backward(
+    grad_y: Tensor,
+    grad_low_out: Tensor | None,
+    x: Tensor,
+    up: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    biased: Sequence[int],
+    low: Sequence[Tensor],
+    up_B: Sequence[Tensor],
+    adapted: Sequence[int],
+    down: Tensor,
+    down_A: Tensor | None,
+    tokens: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    lora_seed: Tensor | None,
+    dropout_p: float,
+    lora_dropout_p: float,
+    activation: str,
+    pre: Tensor,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients in the order of `need`, [0] where not needed."""
+    hidden, act, dtype = up[0].shape[0], compile_activation(activation), x.dtype
+    dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
+    wanted = Need.read(need, len(up), len(up_bias), len(low))
+
+    def zeros(like: Tensor | None, flag: bool) -> Tensor:
+        return torch.zeros(like.shape, dtype=like.dtype) if flag and like is not None else x.new_empty(0)
+
+    grad_x = zeros(x, wanted.x)
+    grad_up = [zeros(w, flag) for w, flag in zip(up, wanted.up, strict=True)]
+    grad_bias = [zeros(b, flag) for b, flag in zip(up_bias, wanted.up_bias, strict=True)]
+    grad_low = [zeros(t, flag) for t, flag in zip(low, wanted.low, strict=True)]
+    grad_B = [zeros(b, flag) for b, flag in zip(up_B, wanted.up_B, strict=True)]
+    grad_down, grad_A, grad_scale = zeros(down, wanted.down), zeros(down_A, wanted.down_A), zeros(scale, wanted.scale)
+    through_lora = down_A is not None and grad_low_out is not None
+    needs_a = wanted.down or wanted.scale or (wanted.down_A and through_lora)
+    needs_u = wanted.x or any((*wanted.up, *wanted.up_bias, *wanted.low, *wanted.up_B))
+
+    for block in _blocks(tokens, offsets, hidden):
+        us = [_wide(u) for u in pre[:, block.entries].unbind(0)]
+        s = None if scale is None else scale[block.entries].unsqueeze(1)
+        g_rows = grad_y.index_select(0, block.tokens)
+        if needs_a:
+            a = act.forward(us)
+        if wanted.down or (wanted.down_A and through_lora):
+            h = dropout(a if s is None else a * s, block)
+        if wanted.down:
+            torch.mm(h.to(dtype).t(), g_rows, out=grad_down[block.units])
+        grad = _wide(g_rows @ down[block.units].t())
+        if through_lora:
+            low_rows = grad_low_out.index_select(0, block.tokens)
+            if wanted.down_A:
+                grad_A[:, block.units] = low_rows.t() @ lora_dropout(h, block).to(dtype)
+            if lora_dropout.p == 0.0 and grad.dtype == dtype:
+                grad.addmm_(low_rows, down_A[:, block.units])
+            else:
+                grad += lora_dropout(_wide(low_rows @ down_A[:, block.units]), block)
+        grad = dropout(grad, block)
+        if wanted.scale:
+            grad_scale[block.entries] = torch.linalg.vecdot(grad, a).to(grad_scale.dtype)
+        if not needs_u:
+            continue
+        if s is not None:
+            grad.mul_(s)
+        grad_us = [g.to(dtype) for g in act.backward(us, grad)]
+        if wanted.x:
+            grad_rows = grad_us[0] @ up[0][block.units]
+            for g, w in zip(grad_us[1:], up[1:], strict=True):
+                grad_rows.addmm_(g, w[block.units])
+            grad_x.index_add_(0, block.tokens, grad_rows)
+        if any(wanted.up):
+            rows = x.index_select(0, block.tokens)
+        for i, g in enumerate(grad_us):
+            if wanted.up[i]:
+                torch.mm(g.t(), rows, out=grad_up[i][block.units])
+        for j, i in enumerate(biased):
+            if wanted.up_bias[j]:
+                grad_bias[j][block.units] = grad_us[i].sum(0)
+        for j, i in enumerate(adapted):
+            if wanted.low[j]:
+                grad_low[j].index_add_(0, block.tokens, grad_us[i] @ up_B[j][block.units])
+            if wanted.up_B[j]:
+                torch.mm(grad_us[i].t(), low[j].index_select(0, block.tokens), out=grad_B[j][block.units])
+    return [grad_x, *grad_up, *grad_bias, *grad_low, *grad_B, grad_down, grad_A, grad_scale]
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In the dtype the activation is computed in."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
