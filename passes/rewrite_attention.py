@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from sptc.passes.build import Builder, aten
-from sptc.passes.pattern import dtype, shape
+from sptc.passes.pattern import dtype
 from sptc.region import AttentionRegion, AttentionSettings, CodebookState
 
 
@@ -16,8 +16,8 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     """Insert the sparse attention before `region.y`; returns the node that replaces it."""
     b = Builder(region.y)
     mask = region.mask
-    batched = len(shape(region.q)) == 4
-    q, k, v = (n if batched else b.call(aten.unsqueeze.default, n, 0) for n in (region.q, region.k, region.v))
+    merged = region.heads is not None
+    q, k, v = (b.call(aten.unflatten.int, n, 0, [-1, region.heads]) if merged else n for n in (region.q, region.k, region.v))
     operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, mask.bias)
     blocks = (settings.query_block, settings.key_block)
     statistics = state is not None and state.training
@@ -52,6 +52,6 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         *blocks,
     )
     y = b.item(out, 0)
-    if not batched:
-        y = b.call(aten.squeeze.dim, y, 0)
+    if merged:
+        y = b.call(aten.flatten.using_ints, y, 0, 1)
     return b.cast(y, dtype(region.y))
