@@ -62,8 +62,8 @@ def _mutation(inside: frozenset[Node], y: Node) -> Breach | None:
     aliases = alias_sets(y.graph)
     read = {aliases[arg] for node in inside for arg in node.all_input_nodes}
     for node, target in writes:
-        if node in inside and target in inside and len(target.users) == 1:
-            continue  # the in-place spelling of an activation on a value of the region's own
+        if node in inside and target in inside and all(len(n.users) == 1 for n in inside if n < node and aliases[n] == aliases[target]):
+            continue  # the in-place spelling of an activation, on a value that nothing else reads
         if aliases[target] in read:
             return Breach("mutated", node, f"{node.name} ({op(node)}) changes {target.name} in place while the region reads it")
     return None

@@ -223,7 +223,7 @@ def _match_adapter(term: Node, x: Node) -> tuple[Lora, frozenset[Node]] | None:
         return None
     inner = list(_units(low.x))
     dropout_p = 0.0
-    if op(inner[-1]) == "aten.dropout.default":
+    if inner[-1] is not origin_of_units(x) and op(inner[-1]) == "aten.dropout.default":
         dropout, p, train = inner[-1].args
         if train and p:
             dropout_p = float(p)  # type: ignore[arg-type]
