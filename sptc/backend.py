@@ -13,6 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
+from sptc.compiled import CompiledGraph
 from sptc.config import Config, ConfigError
 from sptc.device import calibrate, check_device
 from sptc.dump import Dump
@@ -66,18 +67,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         compiled = inner(gm, example_inputs, config)
     if dump is not None:
         dump.report(report)
-    return CompiledGraph(compiled, report)
-
-
-class CompiledGraph:
-    """What Dynamo calls, with the report of its compile."""
-
-    def __init__(self, call: Callable[..., Any], report: Report) -> None:
-        self._call = call
-        self.report = report
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+    return CompiledGraph(compiled, report, example_inputs)
 
 
 def _device(example_inputs: list[Any]) -> torch.device:
