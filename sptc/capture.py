@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import pgo
 from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_fn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
@@ -57,7 +57,7 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph) -
     run = types.FunctionType(_call.__code__.replace(), _call.__globals__)
     with ExitStack() as stack:
         stack.enter_context(_random_state_kept())
-        for root in _modules(plain, (*args, *kwargs.values())):
+        for root in called_modules(plain, (*args, *kwargs.values())):
             stack.enter_context(_buffers_kept(root))
             stack.enter_context(_compiled_calls_removed(root))
         stack.enter_context(_dynamo_kept(collect))
@@ -95,12 +95,10 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _undecorated(model: Callable[..., Any]) -> Callable[..., Any]:
     """What `torch.compile` wrapped, if it did."""
-    if isinstance(model, OptimizedModule):
-        return model._orig_mod
-    return getattr(model, "_torchdynamo_orig_callable", model)
+    return model._orig_mod if isinstance(model, OptimizedModule) else innermost_fn(model)
 
 
-def _modules(model: Callable[..., Any], arguments: Sequence[Any]) -> list[nn.Module]:
+def called_modules(model: Callable[..., Any], arguments: Sequence[Any] = ()) -> list[nn.Module]:
     """The modules that a call runs: the model, or those that a function gets as arguments or names in its closure and globals."""
     candidates = [model, *arguments, getattr(model, "__self__", None)]
     if inspect.isroutine(model):

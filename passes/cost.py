@@ -1,0 +1,212 @@
+"""What a region costs, dense and sparse: FLOPs, bytes and seconds of forward and backward.
+
+Sizes are numbers or sympy expressions, so one formula serves static and symbolic shapes. A gradient counts only where it is needed: a
+frozen weight costs nothing. Seconds are products at the rates that `sptc/device.py` measured, plus memory traffic, exponentials and
+fixed overhead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import sympy
+import torch
+
+from sptc.device import DeviceCosts
+from sptc.region import AttentionSettings, Cost, FfnSettings
+
+Size = Any  # an int or a sympy expression
+
+# Passes over an array of [tokens, hidden] or [queries, keys]: reads and writes of elements, each product's operands included.
+_DENSE_ATTENTION_PASSES = (8, 10)  # matmul, scale, mask, softmax, matmul as single operators: forward, backward
+_DENSE_HIDDEN_PASSES = (2, 3)  # for each up projection, and the same again for the activation's result
+_ROUTED_HIDDEN_PASSES = (3, 4)
+_SMALL_OPS = 20  # that a rewrite adds around its operators: routing, casts, reshapes
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cost whose sizes may be symbols."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+    seconds: sympy.Expr
+
+    def at(self, values: dict[sympy.Symbol, int]) -> Cost:
+        """The cost at given sizes."""
+        return Cost(*(float(sympy.sympify(e).subs(values)) for e in (self.flops, self.bytes, self.seconds)))
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """An attention region's sizes."""
+
+    b: Size
+    h: Size
+    h_kv: Size
+    n: Size
+    m: Size
+    d: Size
+    d_v: Size
+    dtype: torch.dtype | None
+    fused: bool  # dense, it is one scaled_dot_product_attention; otherwise scores go through memory
+    halved: bool  # dense, the kernel skips what is above the diagonal
+    own: bool  # causal
+    need: tuple[bool, bool, bool]  # gradients of q, k, v
+
+    @property
+    def trains(self) -> bool:
+        return any(self.need)
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """An FFN region's sizes."""
+
+    tokens: Size
+    d: int
+    hidden: int
+    d_out: int
+    ups: int
+    up_ranks: int  # ranks of the adapters of the up projections, summed
+    down_rank: int
+    dtype: torch.dtype | None
+    trained_router: bool
+    need_x: bool
+    need_ups: int  # how many weights of up projections need a gradient
+    need_down: bool
+    need_adapters: bool
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether a gradient goes through the activation."""
+        return self.need_x or self.need_ups > 0 or (self.need_adapters and self.up_ranks > 0)
+
+    @property
+    def trains(self) -> bool:
+        return self.needs_hidden or self.need_down or self.need_adapters
+
+
+def share(density: float) -> Fraction:
+    """A density as the fraction that was meant: 0.1 is 1/10."""
+    return Fraction(density).limit_denominator(2**16) or Fraction(1, 2**16)
+
+
+def _element(dtype: torch.dtype | None) -> int:
+    return dtype.itemsize if dtype is not None else 4
+
+
+def _ceil(numerator: Size, denominator: int) -> sympy.Expr:
+    return sympy.ceiling(sympy.sympify(numerator) / denominator)
+
+
+def dense_attention(s: AttentionShape, device: DeviceCosts) -> Work:
+    """softmax(q k^T) v; a flash kernel's backward computes the scores again and all three gradients."""
+    part = sympy.Rational(1, 2) if s.halved else sympy.Integer(1)
+    scores, rates, el = s.b * s.h * s.n * s.m * part, device.rates(s.dtype), _element(s.dtype)
+    forward = 2 * scores * (s.d + s.d_v)
+    backward = scores * (6 * s.d + 4 * s.d_v if s.fused else 4 * s.d + 4 * s.d_v) * s.trains
+    ends = el * _attention_ends(s)
+    if s.fused:
+        return Work(forward + backward, ends, forward / rates.attention + backward / rates.attention_backward + 3 * device.op_seconds)
+    traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * s.trains)
+    seconds = (forward + backward) / rates.gemm + traffic / device.bandwidth + scores / device.exponentials
+    return Work(forward + backward, traffic, seconds + 8 * device.op_seconds)
+
+
+def _attention_ends(s: AttentionShape) -> sympy.Expr:
+    """Elements of q, k, v and out that move: once forward; backward, each again with its gradient."""
+    q_and_out = s.b * s.h * s.n * (s.d + s.d_v)
+    keys = s.b * s.h_kv * s.m * (s.d + s.d_v)
+    return (q_and_out + keys) * (3 if s.trains else 1)
+
+
+def kept_keys(s: AttentionShape, settings: AttentionSettings) -> sympy.Expr:
+    """Keys that a tile looks at: its list's width in blocks times the block, at most all."""
+    kept = share(settings.density)
+    width = _ceil(_ceil(kept.numerator * s.m, kept.denominator), settings.key_block)
+    if s.own and settings.query_block > 1:
+        width = sympy.Max(width, -(-settings.query_block // settings.key_block))
+    return sympy.Min(width, _ceil(s.m, settings.key_block)) * settings.key_block
+
+
+def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: DeviceCosts) -> Work:
+    """Selection, then products of tiles with their gathered blocks; backward gathers and scores again."""
+    el, keys = _element(s.dtype), kept_keys(s, settings)
+    tiles = _ceil(s.n, settings.query_block)
+    scores = s.b * s.h * tiles * settings.query_block * keys
+    forward = 2 * scores * (s.d + s.d_v)
+    need_q, need_k, need_v = s.need
+    through_scores = need_q or need_k
+    products = 2 * s.d * (1 + need_q + need_k) + 2 * s.d_v * (through_scores + need_v)
+    backward = scores * products * s.trains
+    chosen, choosing, seconds = _selection(s, settings, device)
+    gathered = s.b * s.h_kv * tiles * keys * (s.d + s.d_v) * el
+    traffic = el * _attention_ends(s) + gathered * (4 if s.trains else 2) + choosing
+    seconds += forward / device.sparse_attention + backward / device.sparse_attention_backward
+    fixed = device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
+    return Work(forward + backward + chosen, traffic, seconds + fixed)
+
+
+def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCosts) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
+    """FLOPs, bytes and seconds of choosing; it has no backward."""
+    vectors = s.b * (s.h * s.n + s.h_kv * s.m)
+    if settings.selector == "pq":
+        codewords = 16 * _ceil(s.d, 8)
+        products = vectors * codewords * s.d
+        return 2 * products, 4 * vectors * (s.d + codewords), products / device.coded
+    blocks = _ceil(s.m, settings.key_block)
+    products = s.b * s.h * s.n * blocks * s.d
+    return 2 * products, 4 * (vectors * s.d + 3 * s.b * s.h * s.n * blocks), products / device.pooled
+
+
+def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:
+    """down(act(up_1(x), ...))."""
+    flops, el = _ffn_flops(s), _element(s.dtype)
+    traffic = el * (_ffn_ends(s) + _hidden_elements(s, _DENSE_HIDDEN_PASSES))
+    seconds = flops / device.rates(s.dtype).gemm + _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device)
+    return Work(flops, traffic, seconds + (3 + 2 * s.ups) * (2 if s.trains else 1) * device.op_seconds)
+
+
+def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
+    """The router, then for each block its tokens' products; `active` of `blocks` of everything dense."""
+    part, el, gemm = sympy.Rational(settings.active, settings.blocks), _element(s.dtype), device.rates(s.dtype).gemm
+    router = 2 * s.tokens * s.d * settings.blocks * (3 if s.trained_router and s.trains else 1)
+    entries = s.tokens * settings.active
+    gathers = el * entries * ((s.d + 3 * s.d_out) + (s.d_out + 3 * s.d) * s.needs_hidden)
+    sorting = 16 * 4 * s.tokens * settings.blocks  # passes of a stable sort over the scores
+    products = part * _ffn_flops(s)
+    traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _ROUTED_HIDDEN_PASSES)) + gathers + sorting
+    seconds = products / (gemm * device.routed) + router / gemm + (gathers + sorting) / device.bandwidth
+    seconds += part * _hidden_seconds(s, _ROUTED_HIDDEN_PASSES, device)
+    fixed = device.routed_seconds * settings.blocks * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
+    return Work(products + router, traffic, seconds + fixed)
+
+
+def _ffn_flops(s: FfnShape) -> sympy.Expr:
+    up = 2 * s.tokens * s.d * s.hidden
+    down = 2 * s.tokens * s.hidden * s.d_out
+    up_adapters, down_adapter = 2 * s.tokens * s.hidden * s.up_ranks, 2 * s.tokens * s.hidden * s.down_rank
+    forward = s.ups * up + down + up_adapters + down_adapter
+    backward = s.needs_hidden * (down + down_adapter) + s.need_x * s.ups * up + s.need_ups * up + s.need_down * down
+    backward += s.need_adapters * (2 * up_adapters + down_adapter)
+    return sympy.sympify(forward + backward)
+
+
+def _ffn_ends(s: FfnShape) -> sympy.Expr:
+    """Elements of x, y and the weights, with the gradients that are needed."""
+    ends = s.tokens * (s.d + s.d_out)
+    weights = s.hidden * (s.ups * s.d + s.d_out)
+    gradients = s.hidden * (s.need_ups * s.d + s.need_down * s.d_out)
+    return sympy.sympify(ends * (2 if s.trains else 1) + weights * (2 if s.trains else 1) + gradients)
+
+
+def _hidden_elements(s: FfnShape, passes: tuple[int, int]) -> sympy.Expr:
+    return sympy.sympify(s.tokens * s.hidden * (s.ups + 1) * (passes[0] + passes[1] * s.needs_hidden))
+
+
+def _hidden_seconds(s: FfnShape, passes: tuple[int, int], device: DeviceCosts) -> sympy.Expr:
+    traffic = _hidden_elements(s, passes) * _element(s.dtype)
+    return traffic / device.bandwidth + s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials

@@ -1,0 +1,212 @@
+"""Decide which regions become sparse, and how: settings from options and prepared state, and whether it pays on this device.
+
+With a symbolic length a decision is one comparison of that length with the length from which sparse pays, so Dynamo gets one guard and
+compiles once for either side of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols, optimization_hint
+
+from sptc.device import DeviceCosts
+from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
+from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
+from sptc.passes.unit import Unit
+from sptc.region import (
+    AttentionRegion,
+    AttentionSettings,
+    CodebookState,
+    Decision,
+    FfnRegion,
+    FfnSettings,
+    Refusal,
+    Region,
+    RouterState,
+    Settings,
+    State,
+)
+
+_LENGTH = sympy.Symbol("length", positive=True, integer=True)
+_LONGEST = 1 << 24
+
+
+def decide(unit: Unit) -> Unit:
+    """Fill `decisions`, one a region in the order of `regions`.
+
+    A region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks".
+    """
+    assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
+    regions: list[Region] = []
+    refusals: list[Refusal] = []
+    decisions: list[Decision] = []
+    for region in unit.regions:
+        state = unit.states.get(region)
+        if isinstance(region, FfnRegion) and region.hidden % (blocks := _blocks(unit, state)):
+            reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
+            refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
+            continue
+        regions.append(region)
+        decisions.append(_decide(unit, region, state))
+    return replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals), decisions=tuple(decisions))
+
+
+def _decide(unit: Unit, region: Region, state: State | None) -> Decision:
+    length = _length(region)
+    settings: Settings
+    if isinstance(region, FfnRegion):
+        ffn, settings = _ffn_shape(region, state, length), _ffn_settings(unit, state)
+        dense, sparse = dense_ffn(ffn, unit.device), sparse_ffn(ffn, settings, unit.device)
+    else:
+        attention = _attention_shape(region, length)
+        settings = _attention_settings(unit, region, state)
+        dense, sparse = dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
+    here = {_LENGTH: length.hint}
+    costs = dense.at(here), sparse.at(here)
+    key = f"{region.kind}.enabled"
+    if not (unit.config.ffn_enabled if region.kind == "ffn" else unit.config.attention_enabled):
+        return Decision(region, False, f"option {key!r} is False", settings, *costs)
+    if unit.config.decline == "never":
+        return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
+    rewrite, border = _pays(dense, sparse, length)
+    figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense"
+    reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
+    return Decision(region, rewrite, reason + border, settings, *costs)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+@dataclass(frozen=True)
+class _Length:
+    """What a region's cost varies with: tokens of an FFN, queries of attention, or the first other symbolic size."""
+
+    size: int | torch.SymInt
+    hint: int
+
+    def __call__(self, size: int | torch.SymInt) -> Size:
+        """A size as an expression in the length; symbols other than the length's are fixed at their hints."""
+        if isinstance(size, int):
+            return size
+        if isinstance(self.size, torch.SymInt):
+            own, expression = self.size.node.expr, size.node.expr
+            if own == expression:
+                return _LENGTH
+            if own.is_Symbol and expression.has(own):
+                others = {
+                    s: optimization_hint(size.node.shape_env.create_symintnode(s, hint=None)) for s in expression.free_symbols - {own}
+                }
+                return expression.xreplace({**others, own: _LENGTH})
+        return optimization_hint(size)
+
+
+def _length(region: Region) -> _Length:
+    if isinstance(region, FfnRegion):
+        size = math.prod(shape(region.x)[:-1])
+        return _Length(size, optimization_hint(size))
+    b, h, n, _ = _four(shape(region.q))
+    m = shape(region.k)[-2]
+    symbolic = [size for size in (n, m, b, h) if isinstance(size, torch.SymInt)]
+    size = symbolic[0] if symbolic else n
+    return _Length(size, optimization_hint(size))
+
+
+def _four(sizes: tuple[int | torch.SymInt, ...]) -> tuple[int | torch.SymInt, ...]:
+    return sizes if len(sizes) == 4 else (1, *sizes)
+
+
+def _pays(dense: Work, sparse: Work, length: _Length) -> tuple[bool, str]:
+    """Whether sparse is faster, and for a symbolic length from where on."""
+    difference = sympy.lambdify(_LENGTH, sparse.seconds - dense.seconds, modules="math")
+    if not isinstance(length.size, torch.SymInt) or has_free_unbacked_symbols(length.size):  # nothing can be guarded on data
+        return bool(difference(length.hint) < 0), ""
+    border = crossover(difference, length.hint)
+    if border is None:
+        return bool(difference(length.hint) < 0), ""
+    return guard_bool(length.size >= border), f"; sparse from {border} on"
+
+
+def crossover(difference: Callable[[int], float], hint: int) -> int | None:
+    """The least length, towards the hint's other side, from which `difference` is negative; None if the decision is the same everywhere.
+
+    Overheads are what sparse loses by, so it is taken to win above a length and lose below it.
+    """
+    if difference(hint) < 0:
+        low, high = 2, hint
+        if difference(low) < 0:
+            return None
+    else:
+        low = high = hint
+        while difference(high) >= 0:
+            low, high = high, 2 * high
+            if high > _LONGEST:
+                return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if difference(middle) < 0 else (middle, high)
+    return high
+
+
+def _blocks(unit: Unit, state: State | None) -> int:
+    return int(shape(state.weight)[0]) if isinstance(state, RouterState) else unit.config.ffn_blocks
+
+
+def _ffn_settings(unit: Unit, state: State | None) -> FfnSettings:
+    blocks, kept = _blocks(unit, state), share(unit.config.ffn_density)
+    return FfnSettings(blocks, -(-kept.numerator * blocks // kept.denominator))
+
+
+def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None) -> AttentionSettings:
+    """Codebooks select by pq; without them only pooled keys are possible."""
+    config = unit.config
+    n, m = optimization_hint(shape(region.q)[-2]), optimization_hint(shape(region.k)[-2])
+    query_block, key_block = unit.device.default_blocks(n, m, config.attention_density)
+    return AttentionSettings(
+        config.attention_density,
+        config.attention_query_block or query_block,
+        config.attention_key_block or key_block,
+        "pq" if isinstance(state, CodebookState) and config.attention_selector == "pq" else "pooled",
+    )
+
+
+def _attention_shape(region: AttentionRegion, length: _Length) -> AttentionShape:
+    b, h, n, d = (length(size) for size in _four(shape(region.q)))
+    _, h_kv, m, d_v = (length(size) for size in _four(shape(region.v)))
+    kernels = [node for node in region.nodes if op(node) == "aten.scaled_dot_product_attention.default"]
+    trains = requires_grad(region.y)
+    return AttentionShape(
+        *(b, h, h_kv, n, m, d, d_v),
+        dtype=dtype(region.y),
+        fused=bool(kernels),
+        halved=bool(kernels) and argument(kernels[0], 5, "is_causal", False) is True,
+        own=region.mask.causal,
+        need=(trains and requires_grad(region.q), trains and requires_grad(region.k), trains and requires_grad(region.v)),
+    )
+
+
+def _ffn_shape(region: FfnRegion, state: State | None, length: _Length) -> FfnShape:
+    trains, tokens = requires_grad(region.y), math.prod(shape(region.x)[:-1])
+    adapters = [up.lora for up in region.ups if up.lora is not None]
+    down = region.down.lora
+    every = [*adapters, *([down] if down is not None else [])]
+    return FfnShape(
+        tokens=length(tokens),
+        d=int(shape(region.x)[-1]),
+        hidden=region.hidden,
+        d_out=int(shape(region.y)[-1]),
+        ups=len(region.ups),
+        up_ranks=sum(int(shape(lora.a)[0]) for lora in adapters),
+        down_rank=int(shape(down.a)[0]) if down is not None else 0,
+        dtype=dtype(region.y),
+        trained_router=isinstance(state, RouterState) and state.training,
+        need_x=trains and requires_grad(region.x),
+        need_ups=sum(trains and requires_grad(up.weight) for up in region.ups),
+        need_down=trains and requires_grad(region.down.weight),
+        need_adapters=trains and any(requires_grad(lora.b) for lora in every),
+    )
