@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.compiled import CompiledGraph
 from sptc.config import Config, ConfigError
-from sptc.device import calibrate, check_device
+from sptc.device import calibrate
 from sptc.dump import Dump
 from sptc.passes import PIPELINE
 from sptc.passes.runner import run
@@ -45,12 +45,19 @@ def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
     return compile_fx(gm, example_inputs, config_patches=config.inductor or None)
 
 
+def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Unit:
+    """A captured graph at the start of the passes, with what is known of the device it runs on.
+
+    Raises:
+        ConfigError: a device without kernels.
+    """
+    return Unit(gm, tuple(example_inputs), config, calibrate(_device(example_inputs), default_blocks))
+
+
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
     """Run the passes on one captured graph and compile the result with `inner`."""
-    device = _device(example_inputs)
-    check_device(device)
+    unit = captured_unit(gm, example_inputs, config)
     dump = Dump.of(config)
-    unit = Unit(gm, tuple(example_inputs), config, calibrate(device, default_blocks))
     if dump is not None:
         dump("captured", unit)
     try:
@@ -70,6 +77,6 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
     return CompiledGraph(compiled, report, example_inputs)
 
 
-def _device(example_inputs: list[Any]) -> torch.device:
+def _device(example_inputs: Sequence[Any]) -> torch.device:
     devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

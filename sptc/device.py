@@ -1,7 +1,9 @@
 """What a device can do, measured once: the constants of the cost model in `passes/cost.py`.
 
-The measurements take less than two seconds and are kept in a private cache folder (`$XDG_CACHE_HOME/sptc` or `~/.cache/sptc`), one file for
-each processor, torch version, number of threads and version of the kernels. A file that cannot be read is measured anew.
+One thread is measured, in processor time, and rates are taken to grow with the number of threads: what else runs on the machine then
+hardly shows, and dense and sparse are always compared under the same conditions. The measurements take less than two seconds and are
+kept in a private cache folder (`$XDG_CACHE_HOME/sptc` or `~/.cache/sptc`), one file for each processor, torch version and version of
+the kernels. A file that cannot be read is measured anew.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,12 +33,12 @@ log = logging.getLogger(__name__)
 
 Blocks = Callable[[int, int, float], tuple[int, int]]
 
-_SECONDS = 0.08  # for one measurement: the least of the times that fit
+_SECONDS = 0.06  # for one measurement: the least of the times that fit
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Floating-point operations a second in one dtype."""
+    """Floating-point operations a second in one dtype, of all threads."""
 
     gemm: float  # a large product
     attention: float  # scaled_dot_product_attention, forward
@@ -45,7 +47,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class DeviceCosts:
-    """What the cost model knows of a device. Rates are per second."""
+    """What the cost model knows of a device. Rates are per second, of all threads."""
 
     single: Rates
     half: Rates
@@ -65,6 +67,9 @@ class DeviceCosts:
         return self.half if dtype in (torch.bfloat16, torch.float16) else self.single
 
 
+_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks"}
+
+
 def check_device(device: torch.device) -> None:
     """Raises ConfigError for a device that this version has no kernels for."""
     if device.type != "cpu":
@@ -82,7 +87,14 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
         default_blocks: (queries, keys, density) -> (query_block, key_block) of the device's kernels.
     """
     check_device(device)
-    return DeviceCosts(**_constants(_key()), default_blocks=default_blocks)
+    return _costs(_constants(_key()), torch.get_num_threads(), default_blocks)
+
+
+def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks) -> DeviceCosts:
+    """The constants of one thread, for `threads` of them."""
+    scaled = {name: values[name] * threads for name in _NUMBERS if name != "routed" and not name.endswith("seconds")}
+    single, half = (Rates(**{key: rate * threads for key, rate in values[name].items()}) for name in ("single", "half"))
+    return DeviceCosts(**{**values, **scaled, "single": single, "half": half}, default_blocks=default_blocks)
 
 
 def cache_folder() -> Path:
@@ -92,7 +104,7 @@ def cache_folder() -> Path:
 
 
 def _key() -> str:
-    parts = [_processor(), torch.__version__, str(torch.get_num_threads()), _kernel_sources()]
+    parts = [_processor(), torch.__version__, _kernel_sources()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
@@ -121,7 +133,7 @@ def _constants(key: str) -> dict[str, Any]:
     if values is None:
         values = _measure()
         _save(path, values)
-    return {**values, "single": Rates(**values["single"]), "half": Rates(**values["half"])}
+    return values
 
 
 def _load(path: Path) -> dict[str, Any] | None:
@@ -130,13 +142,12 @@ def _load(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    numbers = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks"}
     rates = {f.name for f in fields(Rates)}
 
     def holds(mapping: Any, names: set[str]) -> bool:
         return isinstance(mapping, dict) and all(isinstance(mapping.get(n), float) and 0 < mapping[n] < math.inf for n in names)
 
-    if not holds(values, numbers) or values.keys() != numbers | {"single", "half"}:
+    if not holds(values, _NUMBERS) or values.keys() != _NUMBERS | {"single", "half"}:
         return None
     if not all(holds(values[name], rates) and values[name].keys() == rates for name in ("single", "half")):
         return None
@@ -260,13 +271,13 @@ def _random(*shape: int) -> Tensor:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The least time of a call, after one that does not count: other work on the machine only ever adds."""
+    """The least processor time of a call, after one that does not count."""
     run()
-    best, stop = math.inf, time.perf_counter() + _SECONDS
+    best, stop = math.inf, time.thread_time() + _SECONDS
     while True:
-        start = time.perf_counter()
+        start = time.thread_time()
         run()
-        end = time.perf_counter()
+        end = time.thread_time()
         best = min(best, end - start)
         if end > stop:
             return best
@@ -274,8 +285,11 @@ def _seconds(run: Callable[[], object]) -> float:
 
 @contextmanager
 def _neutral_state() -> Iterator[None]:
-    """A backend is called in whatever mode the user's model runs."""
+    """A backend is called in whatever mode the user's model runs; here it is one thread in fp32 with gradients."""
+    threads = torch.get_num_threads()
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))

@@ -1,0 +1,47 @@
+"""`sptc.explain(model, example_inputs)`: what a compile would do, without compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from sptc.backend import captured_unit
+from sptc.capture import capture
+from sptc.config import Config
+from sptc.dump import Dump
+from sptc.passes import ANALYSIS
+from sptc.passes.runner import run
+from sptc.report import Report
+
+
+def explain(model: Callable[..., Any], example_inputs: Any, options: Mapping[str, Any] | None = None) -> Report:
+    """Capture the model's graphs, find regions and judge them. Nothing is compiled and nothing of the model or of Dynamo is changed.
+
+    The model runs once, eagerly, in the mode it is in (train or eval): a batch as training will see it gives the costs of a training step.
+
+    Args:
+        model: a module or a function, compiled or not.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        options: as for `torch.compile(model, backend="spt", options=...)`.
+
+    Raises:
+        ConfigError: unknown option, wrong type, out of range, or a device without kernels.
+        CaptureError: Dynamo captured no graph.
+    """
+    config = Config.from_options(options)
+    reports: list[Report] = []
+
+    def judge(gm: fx.GraphModule, inputs: list[Any]) -> None:
+        dump = Dump.of(config)
+        unit = captured_unit(gm, inputs, config)
+        if dump is not None:
+            dump("captured", unit)
+        report = Report.of([run(unit, ANALYSIS, observe=dump)])
+        if dump is not None:
+            dump.report(report)
+        reports.append(report)
+
+    capture(model, example_inputs, judge)
+    return Report.merged(reports)
