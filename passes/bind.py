@@ -1,9 +1,9 @@
 """Give the regions of a prepared model their trainable state, and take the marks that carried it out of the graph.
 
-A mark (`sptc::mark`, see sptc/state.py) stands at the output of a region's owner and holds the state's tensors. It is matched to a region
-by the owner's call (`nn_module_stack`, call suffix included) and, among several slots of one owner, by the name of the down weight (FFN) or
-by order (attention). A mark outside the checkpoint body that holds its region has its tensors appended to the body's operands, so that the
-state is at hand where the region is.
+A mark (`sptc::mark`, see sptc/state.py) stands at the output of the module that holds a region's state, and has its tensors as operands. It
+is matched to a region by that module's call (`nn_module_stack`, call suffix included) and, among several slots of one module, by the name
+of the down weight (FFN) or by order (attention). A mark outside the checkpoint body that holds its region has its tensors appended to the
+body's operands, so that the state is at hand where the region is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
@@ -26,6 +26,7 @@ from sptc.state import MARK, SLOT_TENSORS, Slot, parse_layout
 
 _STEP = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
 _TABLES = {"_modules", "_parameters", "_buffers", "__dict__"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WRAPPERS = {"base_layer"}  # PEFT puts the weight of a layer that it adapts under this name
 
 
@@ -58,7 +59,7 @@ def bind(unit: Unit) -> Unit:
     refusals: list[Refusal] = []
     refused: set[Region] = set()
     for frame, mark in marks:
-        regions = [r for r in unit.regions if r.site.owner == _owner(mark)]
+        regions = [r for r in unit.regions if holder(r) == _owner(mark)]
         slots = _slots(frame, mark)
         pairs = _pair_ffn(slots, regions, by_graph) + _pair_attention(slots, regions)
         for marked, region in pairs:
@@ -85,6 +86,18 @@ def bind(unit: Unit) -> Unit:
         refusals=tuple(_substitute(r, before) for r in (*unit.refusals, *dict.fromkeys(refusals))),
         states={kept[region]: state for region, state in states.items()},
     )
+
+
+def holder(region: Region) -> tuple[str, ...]:
+    """The call of the module that holds a region's state: its owner, or what is around it where the owner is a container.
+
+    A container calls or counts its submodules, so that `spt` must not become one of them.
+    """
+    keys = list(region.site.owner)
+    stack = next((stack for node in region.nodes if keys and keys[-1] in (stack := node.meta.get("nn_module_stack") or {})), {})
+    while keys and issubclass(stack[keys[-1]][1], _CONTAINERS):
+        keys.pop()
+    return tuple(keys)
 
 
 def _owner(mark: Node) -> tuple[str, ...]:
@@ -156,7 +169,7 @@ def _misfit(marked: _Marked, region: Region, frame: Frame) -> str | None:
         elif region.hidden % sizes[0]:
             problem = f"{name} has {sizes[0]} blocks, which do not divide the FFN's hidden size {region.hidden}"
     else:
-        heads, width = shape(region.k)[1], shape(region.k)[-1]
+        heads, width = shape(region.k)[-3], shape(region.k)[-1]
         if len(sizes) != 4 or sizes[0] != heads or sizes[1] * sizes[3] != width:
             problem = f"{name} has codebooks of shape {sizes}, but the attention has {heads} key heads of size {width}"
     return f"{problem}; prepare the model again" if problem else None
@@ -198,11 +211,11 @@ def _without_region(marked: _Marked, regions: Sequence[Region], unit: Unit) -> l
         reason = f"{name} belongs to {marked.slot.down or 'an attention that was not found'}, not to this; prepare the model again"
         return [Refusal(kind, "state", r.y, reason, r.site) for r in regions]
     site = site_of([marked.mark])
-    if any(r.kind == kind and r.site.owner == site.owner for r in unit.refusals):
+    if any(r.kind == kind and r.site.owner[: len(site.owner)] == site.owner for r in unit.refusals):
         return []  # the finder has said why
     reason = (
-        f"{name} reached a graph without its region: a graph break parts them, or its module is the one given to torch.compile(model), "
-        "which runs that module's hooks outside the graph (model.compile() does not)"
+        f"{name} reached a graph without its region: a graph break parts them, or its module is the one that torch.compile was called on, "
+        "whose hooks Dynamo runs outside the graph; compile a module around it, or set torch._dynamo.config.wrap_top_frame = True"
     )
     return [Refusal(kind, "state", marked.mark, reason, site)]
 

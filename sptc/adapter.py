@@ -31,7 +31,9 @@ def check(model: nn.Module) -> None:
     for peft_model in peft_models(model):
         config = peft_model.peft_config[peft_model.active_adapter]
         if not hasattr(config, "modules_to_save"):
-            raise AdapterError(f"a PEFT adapter of type {type(config).__name__} saves no modules, so routers and codebooks would be lost; use LoRA")
+            raise AdapterError(
+                f"a PEFT adapter of type {type(config).__name__} saves no modules, so trainable state would be lost; use LoRA"
+            )
 
 
 def adopt(model: nn.Module) -> None:

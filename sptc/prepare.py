@@ -12,19 +12,18 @@ import torch._dynamo
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+import sptc.codegen.ops  # noqa: F401  registers the operators that calibration times
 from sptc import adapter
-from sptc.backend import captured_unit
 from sptc.capture import capture
+from sptc.codegen.cpu.attention import default_blocks
 from sptc.config import Config
-from sptc.passes import PIPELINE
-from sptc.passes.rewrite import rewrite
+from sptc.device import calibrate
+from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.report import Report
 from sptc.state import DenseNotice, TrainableState, attach, detach, owners
 from sptc.trial import Check, FfnSample, Trial
-
-JUDGE = tuple(itertools.takewhile(lambda step: step[0] is not rewrite, PIPELINE))
 
 
 class PrepareError(ValueError):
@@ -68,8 +67,10 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
         model = model._orig_mod
     _check(model)
 
+    device = calibrate(_device(model), default_blocks)
+
     def judge(gm: fx.GraphModule, inputs: list[Any]) -> Unit:
-        return run(captured_unit(gm, inputs, config), JUDGE)
+        return run(Unit(gm, tuple(inputs), config, device), ANALYSIS)
 
     trial, check = Trial(model, judge), Check(judge)
     capture(model, example_inputs, trial.on_graph)
@@ -103,6 +104,11 @@ def _check(model: nn.Module) -> None:
     adapter.check(model)
 
 
+def _device(model: nn.Module) -> torch.device:
+    devices = [p.device for p in model.parameters()]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
 def _states(trial: Trial, notice: DenseNotice) -> dict[str, TrainableState]:
     """The state of each owner, by the owner's name."""
     states = {}
@@ -115,7 +121,7 @@ def _states(trial: Trial, notice: DenseNotice) -> dict[str, TrainableState]:
 def _attach(model: nn.Module, states: Mapping[str, TrainableState]) -> None:
     for name in states:
         if hasattr(model.get_submodule(name), "spt"):
-            raise PrepareError(f"{name or 'the model'} has an attribute 'spt' of its own, which is where trainable state is kept; rename it")
+            raise PrepareError(f"{name or 'the model'} has an attribute 'spt' of its own, which trainable state needs; rename it")
     for name, state in states.items():
         attach(model.get_submodule(name), state)
 

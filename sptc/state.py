@@ -294,6 +294,6 @@ def start_router(up: Tensor, x: Tensor, blocks: int, rms: float = 0.1) -> tuple[
     bias = -logits.mean(0)
     spread, level = (t.square().mean().sqrt() for t in (logits + bias, logits))
     # One token, or blocks alike: no spread to go by.
-    floor = torch.maximum(1e-3 * level, torch.full_like(level, torch.finfo(torch.float32).tiny))
+    floor = torch.maximum(1e-2 * level, torch.full_like(level, torch.finfo(torch.float32).tiny))
     scale = rms / torch.maximum(spread, floor)
     return (scale * weight).to(up.dtype), (scale * bias).to(up.dtype)

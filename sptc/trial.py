@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from sptc.passes.bind import holder
 from sptc.passes.frame import Frame, frames, input_index, outermost, parameter
 from sptc.passes.normalize import CHECKPOINT
+from sptc.passes.pattern import shape
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Projection, Refusal, Region, RouterState
 from sptc.state import Codebook, Router, fit_codebooks, start_router
@@ -78,21 +81,27 @@ class Trial:
                 continue
             owner = self._owner(region, moved)
             if owner is None:
-                self._refuse(region, "no module of the model holds it: its part of the model is captured apart from the module that calls it")
+                self._refuse(region, "a graph break separates it from the module that it belongs to")
+            elif not owner and not torch._dynamo.config.wrap_top_frame:
+                self._refuse(
+                    region,
+                    "it belongs to the outermost module, whose hooks Dynamo runs outside the graph; put that module into another one, "
+                    "or set torch._dynamo.config.wrap_top_frame = True",
+                )
             elif isinstance(region, AttentionRegion):
                 yield from self._watch_attention(region, owner, unit)
             else:
                 yield from self._watch_ffn(region, owner, decision, by_graph[region.y.graph], args)
 
     def _watch_attention(self, region: AttentionRegion, owner: str, unit: Unit) -> Iterator[tuple[Node, Callable[[Tensor], None]]]:
-        call = [r for r in unit.regions if r.kind == "attention" and r.site.owner == region.site.owner]
+        call = [r for r in unit.regions if r.kind == "attention" and holder(r) == holder(region)]
         sample = self.samples.setdefault(owner, {}).setdefault(f"attention{call.index(region)}", AttentionSample())
         assert isinstance(sample, AttentionSample)
 
         def see(value: Tensor) -> None:
             sample.vectors.append(_vectors(value, key_heads))
 
-        key_heads = int(region.k.meta["val"].shape[1])
+        key_heads = int(shape(region.k)[-3])
         yield region.q, see
         yield region.k, see
 
@@ -139,9 +148,8 @@ class Trial:
 
     def _owner(self, region: Region, moves: Sequence[tuple[str, str]]) -> str | None:
         """The name of the module that holds a region; None when there is none."""
-        if not region.site.owner:
-            return None
-        name = self._modules.get(region.site.owner[-1].partition("@")[0])
+        calls = holder(region)
+        name = self._modules.get(calls[-1].partition("@")[0]) if calls else None
         if name is None or not moves:
             return name
         for before, after in moves:
@@ -151,7 +159,7 @@ class Trial:
 
 
 class Check:
-    """The second run: `reached` holds the ids of the first tensor of each slot that was bound to a region of the graph it entered."""
+    """The second run: `reached` holds the ids of the first tensor of each slot that a region to be rewritten receives."""
 
     def __init__(self, judge: Judge) -> None:
         self.units: list[Unit] = []
@@ -162,10 +170,8 @@ class Check:
         unit = self._judge(gm, inputs)
         self.units.append(unit)
         by_graph = {frame.gm.graph: frame for frame in frames(unit.gm)}
-        nodes = [
-            outermost(state.weight if isinstance(state, RouterState) else state.codebooks, by_graph[region.y.graph])
-            for region, state in unit.states.items()
-        ]
+        used = [(unit.states[r], by_graph[r.y.graph]) for r in (d.region for d in unit.decisions if d.rewrite) if r in unit.states]
+        nodes = [outermost(state.weight if isinstance(state, RouterState) else state.codebooks, frame) for state, frame in used]
         indices = [index for node in nodes if (index := input_index(node)) is not None]
 
         def call(*args: Any) -> Any:
@@ -202,8 +208,9 @@ def _weight(up: Projection, value: Tensor) -> Tensor:
 
 
 def _vectors(value: Tensor, key_heads: int) -> Tensor:
-    """Queries or keys [b, h, n, d] as [h_kv, N, d], query heads beside the key head that they share."""
-    b, h, n, d = value.shape
+    """Queries or keys [..., h, n, d] as [h_kv, N, d], query heads beside the key head that they share."""
+    h, n, d = value.shape[-3:]
+    b = value.numel() // (h * n * d)
     rows = value.reshape(b, key_heads, h // key_heads, n, d).transpose(0, 1).reshape(key_heads, -1, d)
     return _evenly(rows, SAMPLED_ROWS // 2, 1)
 
