@@ -22,8 +22,13 @@ Size = Any  # an int or a sympy expression
 # Passes over an array of [tokens, hidden] or [queries, keys]: reads and writes of elements, each product's operands included.
 _DENSE_ATTENTION_PASSES = (8, 10)  # matmul, scale, mask, softmax, matmul as single operators: forward, backward
 _DENSE_HIDDEN_PASSES = (2, 3)  # for each up projection, and the same again for the activation's result
-_ROUTED_HIDDEN_PASSES = (3, 4)
+_ROUTED_HIDDEN_PASSES = (3, 4)  # for bytes; their time is part of the measured rate
 _SMALL_OPS = 20  # that a rewrite adds around its operators: routing, casts, reshapes
+_LOADING = 48  # rows whose products take as long as bringing the weights near: a block with few tokens is slow
+_ROUTED_ROWS = 512  # of a block, where the rate of routed products was measured
+_CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
+_CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
+_SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,22 @@ def _ceil(numerator: Size, denominator: int) -> sympy.Expr:
 
 def dense_attention(s: AttentionShape, device: DeviceCosts) -> Work:
     """softmax(q k^T) v; a flash kernel's backward computes the scores again and all three gradients."""
-    part = sympy.Rational(1, 2) if s.halved else sympy.Integer(1)
-    scores, rates, el = s.b * s.h * s.n * s.m * part, device.rates(s.dtype), _element(s.dtype)
+    keys = sympy.Min(s.m, (s.m + _CAUSAL_STEP) / sympy.Integer(2)) if s.halved else s.m
+    scores, rates, el = s.b * s.h * s.n * keys, device.rates(s.dtype), _element(s.dtype)
     forward = 2 * scores * (s.d + s.d_v)
     backward = scores * (6 * s.d + 4 * s.d_v if s.fused else 4 * s.d + 4 * s.d_v) * s.trains
     ends = el * _attention_ends(s)
     if s.fused:
-        return Work(forward + backward, ends, forward / rates.attention + backward / rates.attention_backward + 3 * device.op_seconds)
+        seconds = _with_softmax(s, forward / rates.attention + backward / rates.attention_backward)
+        return Work(forward + backward, ends, seconds + 3 * device.op_seconds)
     traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * s.trains)
     seconds = (forward + backward) / rates.gemm + traffic / device.bandwidth + scores / device.exponentials
     return Work(forward + backward, traffic, seconds + 8 * device.op_seconds)
+
+
+def _with_softmax(s: AttentionShape, seconds: sympy.Expr) -> sympy.Expr:
+    """Seconds of products at the rate for heads of 64, with the share of the softmax that this head size has."""
+    return seconds * (1 + _SOFTMAX / (s.d + s.d_v)) / (1 + _SOFTMAX / 128)
 
 
 def _attention_ends(s: AttentionShape) -> sympy.Expr:
@@ -145,8 +156,10 @@ def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: Dev
     chosen, choosing, seconds = _selection(s, settings, device)
     gathered = s.b * s.h_kv * tiles * keys * (s.d + s.d_v) * el
     traffic = el * _attention_ends(s) + gathered * (4 if s.trains else 2) + choosing
-    seconds += forward / device.sparse_attention + backward / device.sparse_attention_backward
-    fixed = device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
+    computing = _with_softmax(s, forward / device.sparse_attention + backward / device.sparse_attention_backward)
+    seconds += computing * (_CAUSAL_MASK if s.own else 1.0)
+    # The kernels take one row of the batch after another.
+    fixed = s.b * device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
     return Work(forward + backward + chosen, traffic, seconds + fixed)
 
 
@@ -179,8 +192,11 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
     sorting = 16 * 4 * s.tokens * settings.blocks  # passes of a stable sort over the scores
     products = part * _ffn_flops(s)
     traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _ROUTED_HIDDEN_PASSES)) + gathers + sorting
-    seconds = products / (gemm * device.routed) + router / gemm + (gathers + sorting) / device.bandwidth
-    seconds += part * _hidden_seconds(s, _ROUTED_HIDDEN_PASSES, device)
+    # The measured rate holds gathers and passes over hidden units, for an activation without an exponential.
+    rows = entries / sympy.Integer(settings.blocks)
+    seconds = products / (gemm * device.routed) * (1 + _LOADING / rows) / (1 + _LOADING / _ROUTED_ROWS)
+    seconds += router / gemm + sorting / device.bandwidth
+    seconds += part * s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
     fixed = device.routed_seconds * settings.blocks * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
     return Work(products + router, traffic, seconds + fixed)
 

@@ -57,7 +57,7 @@ class DeviceCosts:
     sparse_attention_backward: float
     pooled: float  # (query, key block) pairs of the pooled selector, for one element of the head size
     coded: float  # (vector, codeword) pairs of the pq selector, for one element of the head size
-    routed: float  # rate of sptc::routed_ffn's products, as a share of gemm
+    routed: float  # rate of sptc::routed_ffn, gathers included, as a share of gemm
     op_seconds: float  # a small operator
     attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward
     routed_seconds: float  # routed FFN of next to nothing, one block, forward and backward
@@ -254,7 +254,7 @@ def _routed_ffn(gemm: float) -> dict[str, float]:
 
         return _seconds(run)
 
-    tokens, size, hidden = 1024, 512, 2048
+    tokens, size, hidden = 1024, 768, 3072
     least = timed(8, 16, 64)
     seconds = _rest(timed(tokens, size, hidden), least)
     return {"routed": (active / groups) * 8 * tokens * size * hidden / seconds / gemm, "routed_seconds": least / groups}
