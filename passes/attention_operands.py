@@ -74,7 +74,7 @@ def _swaps_last(node: Node) -> bool:
     if op(node) == "aten.permute.default":
         dims: Any = node.args[1]
         return [d % rank for d in dims] == [*range(rank - 2), rank - 1, rank - 2]
-    return op(node) == "aten.t.default"
+    return op(node) in ("aten.mT.default", "aten.t.default")
 
 
 def without_empty(operand: Operand) -> Operand:

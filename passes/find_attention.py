@@ -138,8 +138,24 @@ def _from_product(node: Any) -> bool:
     return False
 
 
+_UNTAGGED = frozenset(  # elementwise, but torch does not tag these overloads as such
+    {
+        "aten.where.ScalarOther",
+        "aten.where.ScalarSelf",
+        "aten.where.Scalar",
+        "aten.masked_fill.Scalar",
+        "aten.masked_fill.Tensor",
+        "aten.mul.Tensor",
+        "aten.div.Tensor",
+        "aten.add.Tensor",
+        "aten.sub.Tensor",
+    }
+)
+
+
 def _pointwise(node: Node) -> bool:
-    return op(node) in TRANSPARENT or (bool(op(node)) and torch.Tag.pointwise in node.target.tags)  # type: ignore[union-attr]
+    name = base_name(node)
+    return bool(name) and (name in TRANSPARENT or name in _UNTAGGED or torch.Tag.pointwise in node.target.tags)  # type: ignore[union-attr]
 
 
 def _node(product: Node, position: int) -> Node:

@@ -486,11 +486,11 @@ def _regrouped(before: Sequence[Any], after: Sequence[Any], at: At) -> list[Line
     return result
 
 
-@_reads("aten.transpose.int", "aten.t.default", "aten.swapaxes.default")
+@_reads("aten.transpose.int", "aten.t.default", "aten.mT.default", "aten.swapaxes.default")
 def _transpose(reader: Reader, node: Node, at: At) -> Term:
     order = list(range(len(at)))
     if order[1:]:
-        a, b = (0, 1) if op(node) == "aten.t.default" else (_dim(node.args[1], len(at)), _dim(node.args[2], len(at)))
+        a, b = (-2, -1) if len(node.args) == 1 else (_dim(node.args[1], len(at)), _dim(node.args[2], len(at)))
         order[a], order[b] = order[b], order[a]
     return reader.element(_source(node), tuple(at[i] for i in order))
 

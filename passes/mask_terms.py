@@ -263,10 +263,9 @@ def choose(condition: Truth, then: Number, other: Number) -> Number:
 
 
 def _only_first(condition: Truth) -> Index | None:
-    """i, if the condition is i < 1: then i is 0 where it holds."""
-    if isinstance(condition, Comparison) and condition.operator == "<" and condition.value.constant == -1:
-        atom = Linear(0, condition.value.terms).atom
-        return atom if isinstance(atom, Index) else None
+    """i, if the condition is i <= 0: then i is 0 where it holds."""
+    if isinstance(condition, Comparison) and condition.operator == "<=" and isinstance(condition.value.atom, Index):
+        return condition.value.atom
     return None
 
 
@@ -332,11 +331,23 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
         isinstance(atom, Element) and (atom.floating or atom.boolean) for atom, _ in difference.terms
     ):
         raise Unreadable("a comparison of what is not an integer")
-    return _settled(operator, *bounds(difference), Comparison(operator, difference))
+    return _settled(_comparison(operator, difference))
 
 
-def _settled(operator: str, least: Any, most: Any, comparison: Comparison) -> Truth:
-    """True or False if the bounds decide `x OPERATOR 0`, else the comparison."""
+def _comparison(operator: str, value: Linear) -> Comparison:
+    """value OPERATOR 0; x < 1 is written as x <= 0 and so on, where that saves the constant."""
+    loose = {"<": ("<=", -1), ">": (">=", 1)}.get(operator)
+    if loose is not None and value.constant == loose[1]:
+        return Comparison(loose[0], Linear(0, value.terms))
+    strict = {"<=": ("<", 1), ">=": (">", -1)}.get(operator)
+    if strict is not None and value.constant == strict[1]:
+        return Comparison(strict[0], Linear(0, value.terms))
+    return Comparison(operator, value)
+
+
+def _settled(comparison: Comparison) -> Truth:
+    """True or False if the bounds of its value decide, else the comparison."""
+    operator, (least, most) = comparison.operator, bounds(comparison.value)
     if comparison.value.is_constant:
         return _COMPARE[operator](comparison.value.constant, 0)
     if operator in (">", ">=") and least is not None and _COMPARE[operator](least, 0):
@@ -364,7 +375,7 @@ def negation(a: Truth) -> Truth:
         case bool():
             return not a
         case Comparison(operator, value):
-            return Comparison(_NEGATED[operator], value)
+            return _comparison(_NEGATED[operator], value)
         case Not(operand):
             return operand
         case All(operands):

@@ -80,8 +80,8 @@ def _hugging_face(family: str, attention: str, dropout: float, **options: Any) -
         "bert": ("BertConfig", "BertForMaskedLM", {**sizes, "intermediate_size": HIDDEN, "hidden_dropout_prob": dropout}),
         "gpt2": (
             "GPT2Config",
-            "GPT2LMHeadModel",  # without `loss_type` its graph breaks before the loss
-            {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "loss_type": "ForCausalLM"},
+            "GPT2LMHeadModel",  # a warning breaks its graph before the loss: two graphs
+            {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64},
         ),
     }
     config_name, model_name, fields = families[family]
