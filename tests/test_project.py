@@ -1,0 +1,102 @@
+"""The house rules that a reader of the README relies on: rooms, links, what may import what, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("sptc", "passes", "codegen")
+SOURCES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py") if "__pycache__" not in path.parts)
+BANNED = {
+    "sptc": ("triton",),
+    "passes": ("triton", "sptc.codegen", "sptc.backend"),
+    "codegen": ("torch.fx", "sptc.passes", "sptc.region", "sptc.backend"),
+}
+BRIDGES = {"backend.py", "prepare.py"}  # of sptc/: may import both passes and codegen
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that the file imports, at the top or inside a function, `from torch import fx` as torch.fx."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("room", ["passes", "codegen"])
+def test_the_rooms_are_linked_into_the_package(room: str) -> None:
+    link = ROOT / "sptc" / room
+    assert link.is_symlink(), f"sptc/{room} is no link; check out on a file system with symbolic links (CONTRIBUTING.md)"
+    assert os.readlink(link) == f"../{room}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
+    modules = set(imported(path))
+    wrong = {module for module in modules for package in (*BANNED[path.parts[0]], "passes", "codegen") if within(module, package)}
+    assert not wrong
+    if path.parts[0] == "sptc" and path.name not in BRIDGES:
+        sides = {side for module in modules for side in ("sptc.passes", "sptc.codegen") if within(module, side)}
+        assert len(sides) < 2, f"{path} imports passes and codegen; only {sorted(BRIDGES)} may"
+
+
+def test_import_without_triton_and_under_one_name() -> None:
+    """In a process of its own: Triton can't be imported, and no room is loaded a second time under its bare name."""
+    script = "import sys; sys.modules['triton'] = None; import sptc, sptc.backend; assert not {'passes', 'codegen'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def tree() -> list[str]:
+    """Paths of the README's file tree, folders with a closing slash."""
+    block = re.search(r"^```text\n(sptc/.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert block, "README.md has no file tree (a ```text block that starts with sptc/)"
+    paths: list[str] = []
+    folder = ""
+    for line in block[1].splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        folder = folder if indent else name
+        paths.append(folder + name if indent else name)
+    return paths
+
+
+def test_readme_tree_is_the_tree() -> None:
+    named = set(tree())
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing, f"README.md names {missing}, which are not there"
+    modules = {str(path) for path in SOURCES if len(path.parts) == 2 and path.parts[0] in {"sptc", "passes"} and path.name != "__init__.py"}
+    assert modules <= named, f"README.md does not name {sorted(modules - named)}"
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / "source" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (tmp_path / "source").mkdir(exist_ok=True)
+            shutil.copy(source, tmp_path / "source" / name)
+    command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "./source"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names} == {"sptc", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
+    expected = {Path("sptc", *(path.parts[1:] if path.parts[0] == "sptc" else path.parts)).as_posix() for path in SOURCES}
+    assert {name for name in names if name.endswith(".py")} == expected
