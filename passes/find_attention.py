@@ -328,7 +328,7 @@ def _check(draft: _Draft, q: Node, k: Node, v: Node, heads: int | None) -> None:
         raise Refused("shape", draft.y, f"q {_sizes(q)}, k {_sizes(k)} and v {_sizes(v)} broadcast against each other")
     if heads is None:
         h, h_kv = shape(q)[1], shape(k)[1]
-        if not (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0):
+        if not (same_size(h, h_kv) or (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0)):
             raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
 
 

@@ -185,13 +185,10 @@ def _masking(number: Number) -> tuple[Truth, Element | None]:
 
 
 def _flag(element: Element, factor: float, constant: float) -> Truth:
-    """constant + factor * flag, where a flag is 0 or 1: one of the two must give 0, the other must mask."""
-    here = terms.linear(element)
-    if constant == 0 and factor <= MASKED:
-        return terms.compare("==", here, ZERO)
-    if constant <= MASKED and factor == -constant:
-        return terms.compare("!=", here, ZERO)
-    raise Unreadable("a bias from integers")
+    """Where constant + factor * flag does not mask, for an integer that flags with 1 and 0."""
+    unset, _ = _masking(Linear(constant))
+    set_, _ = _masking(Linear(constant + factor))
+    return terms.select(terms.compare("!=", terms.linear(element), ZERO), set_, unset)
 
 
 def _unequal(a: Number, b: Number) -> Truth | None:

@@ -8,6 +8,7 @@ of the example inputs: what is read holds for every input of the same shapes.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,14 @@ def _reads(*names: str) -> Callable[[_Rule], _Rule]:
         return rule
 
     return register
+
+
+_SIZE_ARITHMETIC: dict[Any, Callable[..., Number]] = {
+    operator.add: terms.add,
+    operator.sub: terms.subtract,
+    operator.mul: terms.multiply,
+    operator.neg: terms.negate,
+}
 
 
 class Reader:
@@ -101,6 +110,8 @@ class Reader:
         number = value(arg)
         if isinstance(number, int | float):
             return Linear(number)
+        if isinstance(arg, Node) and arg.target in _SIZE_ARITHMETIC:
+            return _SIZE_ARITHMETIC[arg.target](*(terms.as_number(self.scalar(a)) for a in arg.args))
         if isinstance(number, torch.SymInt):
             return self.size(number, arg)
         raise Unreadable(f"{arg} is no number")
@@ -360,8 +371,8 @@ _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": 
 
 @_reads(*(f"aten.{name}.{kind}" for name in _COMPARISONS for kind in ("Tensor", "Scalar")))
 def _comparison(reader: Reader, node: Node, at: At) -> Term:
-    operator = _COMPARISONS[op(node).split(".")[1]]
-    return terms.compare(operator, reader.number(node.args[0], at), reader.number(node.args[1], at))
+    relation = _COMPARISONS[op(node).split(".")[1]]
+    return terms.compare(relation, reader.number(node.args[0], at), reader.number(node.args[1], at))
 
 
 @_reads("aten.logical_not.default", "aten.bitwise_not.default", "aten.logical_not_.default", "aten.bitwise_not_.default")
