@@ -112,12 +112,12 @@ def dense_attention(s: AttentionShape, device: DeviceCosts) -> Work:
     keys = sympy.Min(s.m, (s.m + _CAUSAL_STEP) / sympy.Integer(2)) if s.halved else s.m
     scores, rates, el = s.b * s.h * s.n * keys, device.rates(s.dtype), _element(s.dtype)
     forward = 2 * scores * (s.d + s.d_v)
-    backward = scores * (6 * s.d + 4 * s.d_v if s.fused else 4 * s.d + 4 * s.d_v) * s.trains
+    backward = scores * (6 * s.d + 4 * s.d_v if s.fused else 4 * s.d + 4 * s.d_v) * int(s.trains)
     ends = el * _attention_ends(s)
     if s.fused:
         seconds = _with_softmax(s, forward / rates.attention + backward / rates.attention_backward)
         return Work(forward + backward, ends, seconds + 3 * device.op_seconds)
-    traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * s.trains)
+    traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * int(s.trains))
     seconds = (forward + backward) / rates.gemm + traffic / device.bandwidth + scores / device.exponentials
     return Work(forward + backward, traffic, seconds + 8 * device.op_seconds)
 
@@ -152,7 +152,7 @@ def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: Dev
     need_q, need_k, need_v = s.need
     through_scores = need_q or need_k
     products = 2 * s.d * (1 + need_q + need_k) + 2 * s.d_v * (through_scores + need_v)
-    backward = scores * products * s.trains
+    backward = scores * products * int(s.trains)
     chosen, choosing, seconds = _selection(s, settings, device)
     gathered = s.b * s.h_kv * tiles * keys * (s.d + s.d_v) * el
     traffic = el * _attention_ends(s) + gathered * (4 if s.trains else 2) + choosing
@@ -206,8 +206,8 @@ def _ffn_flops(s: FfnShape) -> sympy.Expr:
     down = 2 * s.tokens * s.hidden * s.d_out
     up_adapters, down_adapter = 2 * s.tokens * s.hidden * s.up_ranks, 2 * s.tokens * s.hidden * s.down_rank
     forward = s.ups * up + down + up_adapters + down_adapter
-    backward = s.needs_hidden * (down + down_adapter) + s.need_x * s.ups * up + s.need_ups * up + s.need_down * down
-    backward += s.need_adapters * (2 * up_adapters + down_adapter)
+    backward = int(s.needs_hidden) * (down + down_adapter) + int(s.need_x) * s.ups * up + s.need_ups * up + int(s.need_down) * down
+    backward += int(s.need_adapters) * (2 * up_adapters + down_adapter)
     return sympy.sympify(forward + backward)
 
 
@@ -215,7 +215,7 @@ def _ffn_ends(s: FfnShape) -> sympy.Expr:
     """Elements of x, y and the weights, with the gradients that are needed."""
     ends = s.tokens * (s.d + s.d_out)
     weights = s.hidden * (s.ups * s.d + s.d_out)
-    gradients = s.hidden * (s.need_ups * s.d + s.need_down * s.d_out)
+    gradients = s.hidden * (s.need_ups * s.d + int(s.need_down) * s.d_out)
     return sympy.sympify(ends * (2 if s.trains else 1) + weights * (2 if s.trains else 1) + gradients)
 
 
