@@ -1,0 +1,142 @@
+"""The `sptc` command: explain a model, dump what the passes make of it, run the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sptc.backend import compile_graph
+from sptc.capture import CaptureError, capture
+from sptc.config import Config, ConfigError
+from sptc.explain import explain
+from sptc.load_model import ModelError, load_model
+from sptc.report import Report
+
+MODEL = "a Hugging Face name, a folder written by save_pretrained, or package.module:factory; factory() returns (model, example_inputs)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 2 with a message when the command line is wrong."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ConfigError, ModelError, CaptureError) as error:
+        print(f"sptc: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sptc", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    explain = commands.add_parser("explain", help="say what a compile would do, without compiling")
+    explain.set_defaults(run=_explain)
+    dump = commands.add_parser("dump", help="write the graphs before and after the passes")
+    dump.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
+    dump.set_defaults(run=_dump)
+    for command in (explain, dump):
+        command.add_argument("model", metavar="MODEL", help=MODEL)
+        command.add_argument(
+            "--option", action="append", default=[], metavar="KEY=VALUE", help="as in torch.compile(options={...}); repeatable"
+        )
+        command.add_argument("--batch", type=_positive, default=1, help="sequences of a Hugging Face model's example (default 1)")
+        command.add_argument("--length", type=_positive, default=512, help="tokens of each (default 512)")
+        command.add_argument("--train", action="store_true", help="a training step; otherwise inference")
+        command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    bench = commands.add_parser("bench", help="run a benchmark of the source checkout")
+    bench.add_argument("name", nargs="?", help="which one; without it they are listed")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """["ffn.blocks=4"] -> {"ffn.blocks": 4}. Values are JSON where they parse as such, text otherwise; `Config` checks types.
+
+    Raises:
+        ConfigError: no "=" in a pair, or a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {pair!r} must be KEY=VALUE, for example --option ffn.density=0.5")
+        if key in options:
+            raise ConfigError(f"--option {key!r} is given twice")
+        try:
+            options[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    config = Config.from_options(parse_options(arguments.option))
+    _print(arguments, _on_model(arguments, lambda model, inputs: explain(model, inputs, config.to_options())))
+    return 0
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    config = Config.from_options({**parse_options(arguments.option), "dump": arguments.out})
+
+    def rewrite(model: Callable[..., Any], inputs: Any) -> Report:
+        reports: list[Report] = []
+
+        def on_graph(gm: Any, graph_inputs: list[Any]) -> None:
+            # What was rewritten is written down, not run.
+            reports.append(compile_graph(gm, graph_inputs, config, inner=lambda *_: gm.forward).report)
+
+        capture(model, inputs, on_graph)
+        return Report.merged(reports)
+
+    _print(arguments, _on_model(arguments, rewrite))
+    print(f"wrote {arguments.out}", file=sys.stderr)
+    return 0
+
+
+def _on_model(arguments: argparse.Namespace, run: Callable[[Callable[..., Any], Any], Report]) -> Report:
+    model, inputs = load_model(arguments.model, arguments.batch, arguments.length)
+    if isinstance(model, torch.nn.Module):
+        model.train(arguments.train)
+    with torch.set_grad_enabled(arguments.train):
+        return run(model, inputs)
+
+
+def _print(arguments: argparse.Namespace, report: Report) -> None:
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parent.parent
+    modules = [p.stem for p in root.glob("bench/*.py") if not p.stem.startswith("_")]
+    names = sorted([*modules, *(p.parent.name for p in root.glob("bench/*/__main__.py"))])
+    if not names:
+        raise ConfigError(
+            "benchmarks are part of the source checkout, not of the installed package: run `python -m bench.NAME` in a checkout"
+        )
+    if arguments.name is None:
+        print("\n".join(names))
+        return 0
+    if arguments.name not in names:
+        raise ConfigError(f"no benchmark {arguments.name!r}; there are {', '.join(names)}")
+    return subprocess.run([sys.executable, "-m", f"bench.{arguments.name}", *arguments.arguments], cwd=root, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
