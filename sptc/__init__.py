@@ -6,8 +6,9 @@ routers and codebooks; `explain` says what a compile would do; `report` says wha
 
 from sptc.compiled import report
 from sptc.config import Config, ConfigError
+from sptc.explain import explain
 from sptc.prepare import prepare
 from sptc.report import Report
 from sptc.state import step
 
-__all__ = ["Config", "ConfigError", "Report", "prepare", "report", "step"]
+__all__ = ["Config", "ConfigError", "Report", "explain", "prepare", "report", "step"]
