@@ -6,6 +6,7 @@ There is no loop over tokens. All arithmetic is fp32, or fp64 for fp64 inputs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from sptc.codegen.cpu.mask import CpuMask, Lists
 from sptc.codegen.random import keep_runs
 
 _CHUNK = 1 << 20  # elements of scores and gathered blocks at a time
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def default_blocks(n: int, m: int, density: float) -> tuple[int, int]:
@@ -116,10 +118,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     buffers = Buffers(call.dtype)
     for keys in _key_blocks(call, buffers):
         for chunk in _chunks(call, keys, buffers):
-            log_sum = chunk.top - chunk.weights.amax(-1).log_()  # the greatest weight is exp(top - lse)
-            _store(mask, *chunk.where, log_sum.masked_fill_(chunk.top == -math.inf, -math.inf).unsqueeze(-1), lse.unsqueeze(-1))
+            with _stored(mask, *chunk.where, lse.unsqueeze(-1), buffers) as target:
+                # The greatest weight is exp(top - lse), so this is lse; rows without keys have top = -inf and weights 0.
+                torch.sub(chunk.top, chunk.weights.amax(-1).clamp_(min=_TINY).log_(), out=target.squeeze(-1))
             weights = chunk.weights if chunk.keep is None else chunk.weights.mul_(chunk.keep).mul_(call.keep_scale)
-            _store(mask, *chunk.where, torch.bmm(weights, chunk.v, out=buffers.take("out", *chunk.q.shape[:2], call.v.shape[-1])), out)
+            with _stored(mask, *chunk.where, out, buffers) as target:
+                torch.bmm(weights, chunk.v, out=target)
     return out, lse
 
 
@@ -130,11 +134,11 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Seque
     buffers = Buffers(call.dtype)
     for keys in _key_blocks(call, buffers):
         heads = slice(keys.head, keys.head + keys.heads)
-        sums = [buffers.take(name, *x.shape).zero_() for name, x in (("grad_k", keys.k), ("grad_v", keys.v))]
+        sums = [_totals(mask, grad, keys, name, buffers) for grad, name in zip(grads[1:], ("grad_k", "grad_v"), strict=True)]
         for chunk in _chunks(call, keys, buffers):
             _chunk_backward(call, chunk, grad_out, out, need, grads[0], sums, buffers)
         for grad, total, wanted in zip(grads[1:], sums, need[1:], strict=True):
-            if wanted:
+            if wanted and total.data_ptr() != grad[keys.batch, heads].data_ptr():
                 grad[keys.batch, heads] = total.view(keys.heads, -1, grad.shape[-1])[:, : mask.m]
     return grads[0], grads[1], grads[2]
 
@@ -143,8 +147,9 @@ def _chunk_backward(
     call: Call, chunk: Chunk, grad_out: Tensor, out: Tensor, need: Sequence[bool], grad_q: Tensor, sums: Sequence[Tensor], buffers: Buffers
 ) -> None:
     mask, weights = call.mask, chunk.weights
-    gradient = _load(mask, *chunk.where, grad_out, buffers.take("grad_out", *chunk.q.shape[:2], call.v.shape[-1]))
-    delta = (gradient * _load(mask, *chunk.where, out, buffers.take("out", *gradient.shape))).sum(-1, keepdim=True)
+    gradient = _load(mask, *chunk.where, grad_out, buffers, "grad_out")
+    forward_out = _load(mask, *chunk.where, out, buffers, "out")
+    delta = torch.mul(gradient, forward_out, out=buffers.take("product", *gradient.shape)).sum(-1, keepdim=True)
     if need[2]:
         dropped = weights if chunk.keep is None else weights * chunk.keep * call.keep_scale
         _scatter(sums[1], chunk, torch.bmm(dropped.mT, gradient, out=buffers.take("gathered", *chunk.v.shape)))
@@ -155,7 +160,8 @@ def _chunk_backward(
         slope.mul_(chunk.keep).mul_(call.keep_scale)
     slope.sub_(delta).mul_(weights)  # the gradient of the scores
     if need[0]:
-        _store(mask, *chunk.where, _product(slope, chunk.k, call.scale, buffers.take("out", *chunk.q.shape)), grad_q)
+        with _stored(mask, *chunk.where, grad_q, buffers) as target:
+            _product(slope, chunk.k, call.scale, target)
     if need[1]:
         _scatter(sums[0], chunk, _product(slope.mT, chunk.q, call.scale, buffers.take("gathered", *chunk.k.shape)))
 
@@ -198,7 +204,7 @@ def _chunk(call: Call, keys: KeyBlocks, tile: int, tiles: int, buffers: Buffers)
     place = (ids + torch.arange(0, keys.heads * blocks, blocks).view(-1, 1, 1)).view(-1)
     k = torch.index_select(keys.k, 0, place, out=buffers.take("chunk_k", len(place), keys.k.shape[1])).view(lists, columns, -1)
     v = torch.index_select(keys.v, 0, place, out=buffers.take("chunk_v", len(place), keys.v.shape[1])).view(lists, columns, -1)
-    q = _load(mask, keys, tile, tiles, call.q, buffers.take("chunk_q", lists, rows, k.shape[-1]))
+    q = _load(mask, keys, tile, tiles, call.q, buffers, "chunk_q")
 
     bias = None if keys.bias is None else keys.bias.index_select(0, place).view(lists, width, mask.key_block)
     if call.short_lists:
@@ -244,9 +250,23 @@ def _packed(mask: CpuMask, x: Tensor, name: str, buffers: Buffers) -> Tensor:
     return packed.view(-1, mask.key_block * d)
 
 
-def _load(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buffer: Tensor) -> Tensor:
-    """Rows of x [b, h, n, d] that belong to a chunk, into `buffer` [heads * tiles, group * query_block, d], zeros past the end."""
+def _totals(mask: CpuMask, grad: Tensor, keys: KeyBlocks, name: str, buffers: Buffers) -> Tensor:
+    """Zeros [heads * blocks, key_block * d] to add up a gradient in: its own memory where that fits. Empty if it is not wanted."""
+    if grad.dim() == 1:
+        return grad
+    if mask.m % mask.key_block == 0 and grad.dtype == buffers.dtype:
+        return grad[keys.batch, keys.head : keys.head + keys.heads].view(-1, mask.key_block * grad.shape[-1]).zero_()
+    blocks = int(block_count(mask.m, mask.key_block))
+    return buffers.take(name, keys.heads * blocks, mask.key_block * grad.shape[-1]).zero_()
+
+
+def _load(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buffers: Buffers, name: str) -> Tensor:
+    """Rows of x [b, h, n, d] that belong to a chunk: [heads * tiles, group * query_block, d], zeros past the end; a view if memory fits."""
     rows = _rows(mask, keys, tile, tiles, x)
+    shape = (keys.heads * tiles, mask.group * mask.query_block, x.shape[-1])
+    if _fits(rows, mask, tiles, buffers.dtype):
+        return rows.view(shape)
+    buffer = buffers.take(name, *shape)
     tiled = buffer.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
     whole = rows.shape[2] // mask.query_block
     tiled[:, :, :whole] = rows[:, :, : whole * mask.query_block].unflatten(2, (whole, mask.query_block))
@@ -257,14 +277,26 @@ def _load(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buff
     return buffer
 
 
-def _store(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, values: Tensor, x: Tensor) -> None:
-    """The inverse of `_load`: values [heads * tiles, group * query_block, d] into their rows of x."""
+@contextlib.contextmanager
+def _stored(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buffers: Buffers) -> Iterator[Tensor]:
+    """Memory [heads * tiles, group * query_block, d] to fill; afterwards it is in the rows of x [b, h, n, d] that belong to a chunk."""
     rows = _rows(mask, keys, tile, tiles, x)
-    tiled = values.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
+    shape = (keys.heads * tiles, mask.group * mask.query_block, x.shape[-1])
+    if _fits(rows, mask, tiles, buffers.dtype):
+        yield rows.view(shape)
+        return
+    buffer = buffers.take("stored", *shape)
+    yield buffer
+    tiled = buffer.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
     whole = rows.shape[2] // mask.query_block
     rows[:, :, : whole * mask.query_block].unflatten(2, (whole, mask.query_block)).copy_(tiled[:, :, :whole])
     if whole < tiles:
         rows[:, :, whole * mask.query_block :] = tiled[:, :, whole, : rows.shape[2] - whole * mask.query_block]
+
+
+def _fits(rows: Tensor, mask: CpuMask, tiles: int, dtype: torch.dtype) -> bool:
+    """Whether the memory of rows [heads, group, rows, d] is that of the lists of a chunk."""
+    return mask.group == 1 and rows.shape[2] == tiles * mask.query_block and rows.dtype == dtype and rows.is_contiguous()
 
 
 def _rows(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor) -> Tensor:

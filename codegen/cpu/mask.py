@@ -7,9 +7,10 @@ An operand that looks at keys only (padding) becomes a row added to the scores. 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,17 +101,35 @@ class CpuMask:
 
     def add_elements(self, scores: Tensor, lists: Lists) -> None:
         """Add to `scores` [heads, tiles, group, query_block, width, key_block], in place, every operand that `key_bias` leaves out."""
-        positions = self._list_positions(lists)
-        slots = self._uncertain_slots(lists)
-        if slots is not None:
-            b, h, q, k = positions
-            conjuncts = (c.evaluate(b, h, q, k[..., slots, :], self.tensors, self.sizes) for c in self._element_conjuncts)
-            scores[..., slots, :].masked_fill_(functools.reduce(operator.and_, conjuncts).logical_not(), -math.inf)
+        if self._element_conjuncts:
+            self._add_conjuncts(scores, lists)
         if self._element_boolean is not None:
-            scores.masked_fill_(_picked(self._element_boolean, positions).logical_not(), -math.inf)
+            scores.masked_fill_(_picked(self._element_boolean, self._list_positions(lists)).logical_not(), -math.inf)
         if self._element_bias is not None:
-            bias = _picked(self._element_bias, positions)
+            bias = _picked(self._element_bias, self._list_positions(lists))
             scores.add_(bias).masked_fill_(~_shown(bias), -math.inf)
+
+    def _add_conjuncts(self, scores: Tensor, lists: Lists) -> None:
+        by_head = any(c.uses("h") for c in self._element_conjuncts)
+        by_batch = any(c.uses("b") for c in self._element_conjuncts)
+        for tiles, slots in self._uncertain(lists):
+            ids = lists.ids[:, tiles, slots]
+            if not by_head and bool((ids == ids[:1]).all()):
+                ids = ids[:1]  # blocks that all heads keep, such as a tile's own, are looked at once
+            key = (tiles.start + lists.tile, tiles.stop + lists.tile, lists.batch if by_batch else 0)
+            known = self._limits.get(key)
+            if by_head or known is None or known[0].shape != ids.shape or not torch.equal(known[0], ids):
+                b, h, q, k = self._list_positions(Lists(lists.batch, lists.head, lists.tile + tiles.start, ids))
+                keep = functools.reduce(operator.and_, (c.evaluate(b, h, q, k, self.tensors, self.sizes) for c in self._element_conjuncts))
+                known = ids, torch.where(keep, math.inf, -math.inf).to(scores.dtype)
+                self._limits[key] = known
+            part = scores[:, tiles, :, :, slots]
+            torch.minimum(part, known[1], out=part)
+
+    @functools.cached_property
+    def _limits(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
+        """By tiles and batch row, for the blocks looked at last: inf where the element conjuncts hold, else -inf."""
+        return {}
 
     @functools.cached_property
     def _element_conjuncts(self) -> tuple[Predicate, ...]:
@@ -195,18 +214,24 @@ class CpuMask:
         k = (lists.ids.unsqueeze(-1) * self.key_block + torch.arange(self.key_block)).clamp_(max=self.m - 1)
         return torch.tensor(lists.batch), h, q.view(1, tiles, 1, -1, 1, 1), k.view(heads, tiles, 1, 1, width, -1)
 
-    def _uncertain_slots(self, lists: Lists) -> slice | None:
-        """The range of list slots outside which the element conjuncts hold everywhere. None if they hold in all."""
-        if not self._element_conjuncts:
-            return None
-        if self._certain_pairs is None:
-            return slice(None)
+    def _uncertain(self, lists: Lists) -> Iterator[tuple[slice, slice]]:
+        """Runs of tiles, each with the range of list slots outside which the element conjuncts hold everywhere."""
+        heads, tiles, width = lists.ids.shape
         pairs = self._certain_pairs
-        heads, tiles, _ = lists.ids.shape
+        if pairs is None:
+            yield slice(0, tiles), slice(0, width)
+            return
         pairs = pairs[lists.batch if pairs.shape[0] > 1 else 0, :, lists.tile : lists.tile + tiles]
         pairs = pairs[lists.head : lists.head + heads] if pairs.shape[0] > 1 else pairs.expand(heads, -1, -1)
-        slots = pairs.gather(-1, lists.ids).all(0).all(0).logical_not().nonzero()
-        return slice(int(slots[0]), int(slots[-1]) + 1) if len(slots) else None
+        open_slots = pairs.gather(-1, lists.ids).all(0).logical_not().to(torch.int8)  # [tiles, width]
+        first, last = open_slots.argmax(-1).tolist(), (width - open_slots.flip(-1).argmax(-1)).tolist()
+        spans = [(low, high) if some else None for low, high, some in zip(first, last, open_slots.any(-1).tolist(), strict=True)]
+        start = 0
+        for span, run in itertools.groupby(spans):
+            stop = start + len(list(run))
+            if span is not None:
+                yield slice(start, stop), slice(*span)
+            start = stop
 
 
 def _four(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.nn.functional import pad
 from sptc.codegen.block_lists import block_count, list_width, lists_from_scores, nearest_first, owned, statistics_stride
 from sptc.codegen.cpu.mask import CpuMask
 
+_CHUNK = 1 << 19  # elements of similarities at a time, which stay in the cache
+
 
 def select_blocks(
     q: Tensor, k: Tensor, codebooks: Tensor | None, mask: CpuMask, selector: str, density: float, scale: float, own: bool, statistics: bool
@@ -18,79 +21,99 @@ def select_blocks(
     """See `docs/architecture.md`. Scores are computed in fp32."""
     n, m, query_block, key_block = mask.n, mask.m, mask.query_block, mask.key_block
     allowed, visible = mask.allowed_pairs(), mask.visible_keys()
-    empty = torch.empty(0)
-    sums, counts_of_codes = empty, empty
+    sums, code_counts = None, None
     if selector == "pq":
         assert codebooks is not None
-        if statistics:
-            sums, counts_of_codes = _statistics(q, k, codebooks, visible)
-        scores = _agreements(q, k, codebooks, visible, query_block, key_block)
+        scores, sums, code_counts = _agreements(q, k, codebooks, visible, query_block, key_block, statistics)
     else:
         scores = _pooled(q, k, visible, allowed, scale, query_block, key_block)
     must = owned(n, m, query_block, key_block, q.device) if own and query_block > 1 else None
     width = int(list_width(n, m, density, query_block, key_block, own))
     ids, counts = lists_from_scores(scores, allowed, must, nearest_first(n, m, query_block, key_block, q.device), width)
-    return ids, counts, sums, counts_of_codes
+    return ids, counts, *(torch.empty(0) if x is None else x for x in (sums, code_counts))
 
 
-def _codes(x: Tensor, codebooks: Tensor) -> Tensor:
-    """x [rows of batch, h_kv, length, d], codebooks [h_kv, M, E, d / M] -> int64 [rows of batch, h_kv, M, length].
+@dataclass(frozen=True)
+class _Codebooks:
+    """Codebooks [h_kv, M, E, d / M] in fp32, their statistics, and how ties are met."""
 
-    The nearest codeword c has the greatest x.c - |c|^2 / 2. All sub-spaces go into one product, with a block-diagonal matrix:
-    more arithmetic than M small products, in a shape that BLAS is fast at, and with the codewords on an axis that is fast to reduce.
-    """
-    h, subspaces, codewords, size = codebooks.shape
-    diagonal = torch.zeros((h, subspaces, codewords, subspaces, size), dtype=torch.float32)
-    index = torch.arange(subspaces)
-    diagonal[:, index, :, index] = codebooks.float().transpose(0, 1)
-    diagonal = diagonal.view(h, subspaces * codewords, subspaces * size)
-    offset = codebooks.float().square().sum(-1).mul_(-0.5).view(h, subspaces * codewords, 1)
-    codes = torch.empty((x.shape[0], h, subspaces, x.shape[2]), dtype=torch.int64)
-    for row, out in zip(x, codes, strict=True):
-        similarity = torch.baddbmm(offset, diagonal, row.float().mT)
-        out.copy_(similarity.view(h, subspaces, codewords, -1).max(2).indices)
-    return codes
+    words: Tensor
+    offset: Tensor  # [h_kv, M, E]: -|c|^2 / 2, so that the nearest codeword c of x has the greatest x.c + offset
+    sums: Tensor | None  # [h_kv, M, E, d / M], added to; None if no statistics are asked for
+    counts: Tensor | None  # [h_kv, M, E]
+    careful: bool  # equally near codewords: mark the first only, at many times the cost
+
+    @classmethod
+    def of(cls, codebooks: Tensor, statistics: bool, careful: bool) -> _Codebooks:
+        words = codebooks.float()
+        sums, counts = (torch.zeros(words.shape), torch.zeros(words.shape[:3])) if statistics else (None, None)
+        return cls(words, words.square().sum(-1).mul_(-0.5), sums, counts, careful)
+
+    def histograms(self, x: Tensor, step: int, visible: Tensor | None) -> Tensor:
+        """How often each codeword occurs in each run of `step` rows: x [b, h, rows, d] -> fp32 [b, h_kv, M * E, runs].
+
+        visible: bool [1 or b, 1 or h_kv, rows], rows that count; None for all.
+        """
+        (b, _, rows, _), (h_kv, subspaces, codewords, _) = x.shape, self.words.shape
+        found = torch.zeros((b, h_kv, subspaces * codewords, int(block_count(rows, step))))
+        at_a_time = max(1, min(h_kv, _CHUNK // (subspaces * codewords * rows)))
+        buffers = torch.empty((2, at_a_time * subspaces * codewords * rows))
+        for batch in range(b):
+            row = None if visible is None else visible[min(batch, visible.shape[0] - 1)].expand(h_kv, rows)
+            for first in range(0, h_kv, at_a_time):
+                heads = slice(first, min(first + at_a_time, h_kv))
+                hidden = None if row is None else row[heads].logical_not()
+                for member in x[batch].unflatten(0, (h_kv, -1))[heads].unbind(1):
+                    hot = self._one_hot(member.float(), heads, hidden, buffers)  # [heads * M, E, rows]
+                    found[batch, heads] += _run_sums(hot, step).view(heads.stop - first, subspaces * codewords, -1)
+        return found
+
+    def _one_hot(self, x: Tensor, heads: slice, hidden: Tensor | None, buffers: Tensor) -> Tensor:
+        """1 where a codeword is the nearest of a row that is not hidden. x [heads, rows, d], hidden bool [heads, rows]."""
+        (count, rows, _), (_, subspaces, codewords, size) = x.shape, self.words.shape
+        parts = x.transpose(0, 1).reshape(rows, count * subspaces, size)
+        shape = (count * subspaces, codewords, rows)
+        similarity, hot = (buffer[: shape[0] * codewords * rows].view(shape) for buffer in buffers)
+        offset = self.offset[heads].reshape(-1, codewords, 1).expand(shape)
+        torch.baddbmm(offset, self.words[heads].reshape(-1, codewords, size), parts.permute(1, 2, 0), out=similarity)
+        best, first = similarity.max(1, keepdim=True) if self.careful else (similarity.amax(1, keepdim=True), None)
+        if first is not None:
+            hot.zero_().scatter_(1, first, 1.0)
+        if hidden is not None:
+            best.view(count, subspaces, rows).masked_fill_(hidden.unsqueeze(1), math.inf)
+        if first is None:
+            torch.eq(similarity, best, out=hot)
+        elif hidden is not None:
+            hot.view(count, -1, rows).masked_fill_(hidden.unsqueeze(1), 0.0)
+        if self.sums is not None and self.counts is not None:
+            stride = statistics_stride(rows)
+            marks = hot[..., ::stride].contiguous()
+            self.sums[heads] += torch.bmm(marks, parts[::stride].transpose(0, 1)).view_as(self.sums[heads])
+            self.counts[heads] += marks.sum(-1).view_as(self.counts[heads])
+        return hot
 
 
-def _histogram(codes: Tensor, codewords: int, step: int, visible: Tensor | None) -> Tensor:
-    """Codes [b, h, M, length] -> how often each occurs in each run of `step` positions: fp32 [b, h, runs, M * E]."""
-    b, h, subspaces, length = codes.shape
-    runs = int(block_count(length, step))
-    bins = runs * subspaces * codewords
-    run = torch.arange(length).div_(step, rounding_mode="floor").mul_(subspaces * codewords)
-    place = codes + (torch.arange(subspaces) * codewords).unsqueeze(1) + run + (torch.arange(b * h) * bins).view(b, h, 1, 1)
-    if visible is not None:
-        place = torch.where(visible.unsqueeze(2), place, b * h * bins)
-    return torch.bincount(place.view(-1), minlength=b * h * bins + 1)[:-1].view(b, h, runs, subspaces * codewords).float()
+def _run_sums(x: Tensor, step: int) -> Tensor:
+    """Sums over runs of `step` along the last axis; the last run may be shorter."""
+    length = x.shape[-1]
+    whole = length // step * step
+    sums = x[..., :whole].unflatten(-1, (-1, step)).sum(-1) if whole else x[..., :0]
+    return sums if whole == length else torch.cat((sums, x[..., whole:].sum(-1, keepdim=True)), -1)
 
 
-def _agreements(q: Tensor, k: Tensor, codebooks: Tensor, visible: Tensor | None, query_block: int, key_block: int) -> Tensor:
-    """Number of (query, key, subspace) agreements of each tile and block: fp32 [b, h_kv, tiles, blocks]."""
-    h_kv, _, codewords, _ = codebooks.shape
-    keys = _histogram(_codes(k, codebooks), codewords, key_block, visible)
-    queries: Tensor | None = None
-    for member in q.unflatten(1, (h_kv, -1)).unbind(2):
-        histogram = _histogram(_codes(member, codebooks), codewords, query_block, None)
-        queries = histogram if queries is None else queries.add_(histogram)
-    assert queries is not None
-    return queries @ keys.mT
-
-
-def _statistics(q: Tensor, k: Tensor, codebooks: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum and count of the sub-vectors nearest to each codeword, over every stride-th row of q and of the visible k."""
-    h_kv, subspaces, codewords, size = codebooks.shape
-    q_step, k_step = statistics_stride(q.shape[2]), statistics_stride(k.shape[2])
-    members = q[:, :, ::q_step].unflatten(1, (h_kv, -1)).unbind(2)
-    parts: list[tuple[Tensor, Tensor | None]] = [(member, None) for member in members]
-    parts.append((k[:, :, ::k_step], None if visible is None else visible[..., ::k_step]))
-    sums, counts = torch.zeros(codebooks.shape), torch.zeros(codebooks.shape[:3])
-    words = torch.arange(codewords).unsqueeze(1)
-    for x, shown in parts:
-        hot = _codes(x, codebooks).unsqueeze(3) == words  # [b, h_kv, M, E, rows]
-        hot = hot.float() if shown is None else (hot & shown[:, :, None, None]).float()
-        sums += torch.einsum("bhmer,bhrmi->hmei", hot, x.float().unflatten(-1, (subspaces, size)))
-        counts += hot.sum((0, 4))
-    return sums, counts
+def _agreements(
+    q: Tensor, k: Tensor, codebooks: Tensor, visible: Tensor | None, query_block: int, key_block: int, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Agreements (query, key, subspace) of each tile and block, fp32 [b, h_kv, tiles, blocks]; sums and counts for codebook updates."""
+    (b, h_kv, m, _), subspaces = k.shape, codebooks.shape[1]
+    shown = b * h_kv * m if visible is None else int(visible.expand(b, h_kv, m).sum())
+    expected = subspaces * (shown + q.shape[0] * q.shape[1] * q.shape[2])
+    for careful in (False, True):
+        books = _Codebooks.of(codebooks, statistics, careful)
+        queries, keys = books.histograms(q, query_block, None), books.histograms(k, key_block, visible)
+        if int(queries.sum(dtype=torch.float64) + keys.sum(dtype=torch.float64)) == expected:
+            break  # one mark for each sub-vector: there were no ties
+    return queries.mT @ keys, books.sums, books.counts
 
 
 def _pooled(q: Tensor, k: Tensor, visible: Tensor | None, allowed: Tensor, scale: float, query_block: int, key_block: int) -> Tensor:
