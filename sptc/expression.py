@@ -4,7 +4,7 @@ An activation is a sympy expression over `u0 u1 ...`, the outputs of the up proj
 arithmetic is a `sympy.Function` here, and its `fdiff` is torch's own derivative (relu'(0) = 0, clamp'(bound) = 1, hardtanh'(bound) = 0).
 Arithmetic is sympy's; nothing is simplified beyond what sympy does on construction.
 
-The text form travels in graphs as an op argument. Its grammar is a subset of Python expressions, parsed by `ast`, never evaluated by Python:
+The text form travels in graphs as an op argument. Its grammar is a subset of Python expressions, parsed by `ast` and never evaluated:
 
     names        u0 u1 ...
     literals     integers and floats (17 significant digits)

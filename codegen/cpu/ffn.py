@@ -53,15 +53,18 @@ class _Dropout:
     p: float
     hidden: int
 
-    def __call__(self, a: Tensor, block: _Block, into: Tensor | None = None) -> Tensor:
-        """a [n, width] with dropped units at 0 and the others scaled; `a` itself where nothing is dropped."""
+    def keep(self, block: _Block) -> Tensor | None:
+        """bool [n, width]: the units of `block` that survive; None where nothing is dropped."""
         if self.p == 0.0:
-            return a
+            return None
         if self.seed is None:
             raise ValueError(f"sptc::routed_ffn needs a seed for dropout with p={self.p}")
         start = block.tokens.to(torch.int64) * self.hidden + block.units.start
-        keep = keep_runs(self.seed, start, a.shape[1], self.p)
-        return torch.where(keep, a * (1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0), 0.0)
+        return keep_runs(self.seed, start, block.units.stop - block.units.start, self.p)
+
+    def apply(self, a: Tensor, keep: Tensor | None) -> Tensor:
+        """`a` [n, width] with dropped units at 0 and the others scaled; `a` itself if `keep` is None."""
+        return a if keep is None else torch.where(keep, a * (1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0), 0.0)
 
 
 def routed_ffn(
@@ -87,8 +90,8 @@ def routed_ffn(
     hidden, act = up[0].shape[0], compile_activation(activation)
     dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
     pre = x.new_empty((len(up), tokens.shape[0], hidden // (offsets.shape[0] - 1)))
-    y = x.new_zeros((x.shape[0], down.shape[1]))
-    low_out = x.new_empty(0) if down_A is None else x.new_zeros((x.shape[0], down_A.shape[0]))
+    y = _sum(x.shape[0], down.shape[1], x.dtype)
+    low_out = x.new_empty(0) if down_A is None else _sum(x.shape[0], down_A.shape[0], x.dtype)
     end = 0
     for block in _blocks(tokens, offsets, hidden):
         end = block.entries.stop
@@ -106,12 +109,13 @@ def routed_ffn(
         a = act.forward([_wide(u) for u in us])
         if scale is not None:
             a.mul_(scale[block.entries].unsqueeze(1))
-        a = dropout(a, block)
-        y.index_add_(0, block.tokens, a.to(x.dtype) @ down[block.units])
+        a = dropout.apply(a, dropout.keep(block))
+        y.index_add_(0, block.tokens, _wide(a.to(x.dtype) @ down[block.units]))
         if down_A is not None:
-            low_out.index_add_(0, block.tokens, lora_dropout(a, block).to(x.dtype) @ down_A[:, block.units].t())
+            a = lora_dropout.apply(a, lora_dropout.keep(block))
+            low_out.index_add_(0, block.tokens, _wide(a.to(x.dtype) @ down_A[:, block.units].t()))
     pre[:, end:].zero_()
-    return y, low_out, pre
+    return y.to(x.dtype), low_out.to(x.dtype), pre
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,10 @@ def routed_ffn_backward(
     def zeros(like: Tensor | None, flag: bool) -> Tensor:
         return torch.zeros(like.shape, dtype=like.dtype) if flag and like is not None else x.new_empty(0)
 
-    grad_x = zeros(x, wanted.x)
+    grad_x = _sum(*x.shape, dtype) if wanted.x else x.new_empty(0)
     grad_up = [zeros(w, flag) for w, flag in zip(up, wanted.up, strict=True)]
     grad_bias = [zeros(b, flag) for b, flag in zip(up_bias, wanted.up_bias, strict=True)]
-    grad_low = [zeros(t, flag) for t, flag in zip(low, wanted.low, strict=True)]
+    grad_low = [_sum(*t.shape, dtype) if flag else x.new_empty(0) for t, flag in zip(low, wanted.low, strict=True)]
     grad_B = [zeros(b, flag) for b, flag in zip(up_B, wanted.up_B, strict=True)]
     grad_down, grad_A, grad_scale = zeros(down, wanted.down), zeros(down_A, wanted.down_A), zeros(scale, wanted.scale)
     through_lora = down_A is not None and grad_low_out is not None
@@ -185,22 +189,23 @@ def routed_ffn_backward(
         us = [_wide(u) for u in pre[:, block.entries].unbind(0)]
         s = None if scale is None else scale[block.entries].unsqueeze(1)
         g_rows = grad_y.index_select(0, block.tokens)
+        keep, lora_keep = dropout.keep(block), lora_dropout.keep(block) if through_lora else None
         if needs_a:
             a = act.forward(us)
-        if wanted.down or (wanted.down_A and through_lora):
-            h = dropout(a if s is None else a * s, block)
         if wanted.down:
+            h = dropout.apply(a if s is None else a * s, keep)
             torch.mm(h.to(dtype).t(), g_rows, out=grad_down[block.units])
         grad = _wide(g_rows @ down[block.units].t())
         if through_lora:
             low_rows = grad_low_out.index_select(0, block.tokens)
             if wanted.down_A:
-                grad_A[:, block.units] = low_rows.t() @ lora_dropout(h, block).to(dtype)
-            if lora_dropout.p == 0.0 and grad.dtype == dtype:
+                scaled = low_rows if s is None else (low_rows * s).to(dtype)  # r columns are cheaper to scale than a block of units
+                grad_A[:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
+            if lora_keep is None and grad.dtype == dtype:
                 grad.addmm_(low_rows, down_A[:, block.units])
             else:
-                grad += lora_dropout(_wide(low_rows @ down_A[:, block.units]), block)
-        grad = dropout(grad, block)
+                grad += lora_dropout.apply(_wide(low_rows @ down_A[:, block.units]), lora_keep)
+        grad = dropout.apply(grad, keep)
         if wanted.scale:
             grad_scale[block.entries] = torch.linalg.vecdot(grad, a).to(grad_scale.dtype)
         if not needs_u:
@@ -212,7 +217,7 @@ def routed_ffn_backward(
             grad_rows = grad_us[0] @ up[0][block.units]
             for g, w in zip(grad_us[1:], up[1:], strict=True):
                 grad_rows.addmm_(g, w[block.units])
-            grad_x.index_add_(0, block.tokens, grad_rows)
+            grad_x.index_add_(0, block.tokens, _wide(grad_rows))
         if any(wanted.up):
             rows = x.index_select(0, block.tokens)
         for i, g in enumerate(grad_us):
@@ -223,10 +228,16 @@ def routed_ffn_backward(
                 grad_bias[j][block.units] = grad_us[i].sum(0)
         for j, i in enumerate(adapted):
             if wanted.low[j]:
-                grad_low[j].index_add_(0, block.tokens, grad_us[i] @ up_B[j][block.units])
+                grad_low[j].index_add_(0, block.tokens, _wide(grad_us[i] @ up_B[j][block.units]))
             if wanted.up_B[j]:
                 torch.mm(grad_us[i].t(), low[j].index_select(0, block.tokens), out=grad_B[j][block.units])
-    return [grad_x, *grad_up, *grad_bias, *grad_low, *grad_B, grad_down, grad_A, grad_scale]
+    sums = [total.to(dtype) for total in (grad_x, *grad_low)]
+    return [sums[0], *grad_up, *grad_bias, *sums[1:], *grad_B, grad_down, grad_A, grad_scale]
+
+
+def _sum(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Where the blocks of a token are added up, one after the other; `index_add_` on a CPU goes through its rows in order."""
+    return torch.zeros((rows, columns), dtype=dtype if dtype == torch.float64 else torch.float32)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""The routed FFN against the dense one, forward and backward: `python -m bench.ffn [--case NAME] [--rounds N] [--threads N] [--clock cpu]`.
+
+Each round times dense eager, dense compiled by Inductor, and the routed FFN (router, choice and sparse product, compiled by Inductor) one
+after the other, in one process, so that a busy machine hurts all of them alike. Ratios are of medians and of minima over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sptc.codegen.ops  # noqa: F401
+from sptc.expression import parse
+
+ops = torch.ops.sptc
+
+
+@dataclass(frozen=True)
+class Case:
+    """One FFN. `lora` is the rank of trainable adapters on all projections, 0 for none; `trained` scales blocks by their score (2p)."""
+
+    tokens: int
+    d: int
+    hidden: int
+    gated: bool = False
+    lora: int = 0
+    trained: bool = False
+    blocks: int = 8
+    active: int = 4
+
+
+CASES = {
+    "frozen-1024": Case(4096, 1024, 4096),
+    "frozen-2048": Case(2048, 2048, 8192),
+    "lora-384": Case(4096, 384, 1536, lora=16),
+    "lora-384-router": Case(4096, 384, 1536, lora=16, trained=True),
+    "lora-768-router": Case(4096, 768, 3072, lora=16, trained=True),
+    "swiglu-1024-router": Case(2048, 1024, 2816, gated=True, lora=16, trained=True),
+}
+
+
+class Adapter(nn.Module):
+    """LoRA on a frozen linear layer."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, inputs) * 0.02)
+        self.b = nn.Parameter(torch.randn(outputs, rank) * 0.02)
+
+
+class Ffn(nn.Module):
+    """x [N, d] to y [N, d], dense or routed, on the same frozen weights and the same adapters."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.activation = parse("u1*silu(u0)" if case.gated else "gelu(u0)").text
+        self.ups = nn.ModuleList(nn.Linear(case.d, case.hidden, bias=not case.gated) for _ in range(1 + case.gated)).requires_grad_(False)
+        self.down = nn.Linear(case.hidden, case.d, bias=not case.gated).requires_grad_(False)
+        rank = case.lora
+        self.up_adapters = nn.ModuleList(Adapter(case.d, case.hidden, rank) for _ in self.ups) if rank else []
+        self.down_adapter = Adapter(case.hidden, case.d, rank) if rank else None
+        self.router = nn.Parameter(torch.randn(case.blocks, case.d) * case.d**-0.5, requires_grad=case.trained)
+
+    def dense(self, x: Tensor) -> Tensor:
+        us = [up(x) for up in self.ups]
+        for i, adapter in enumerate(self.up_adapters):
+            us[i] = us[i] + F.linear(F.linear(x, adapter.a), adapter.b)
+        a = F.silu(us[0]) * us[1] if self.case.gated else F.gelu(us[0])
+        y = self.down(a)
+        return y if self.down_adapter is None else y + F.linear(F.linear(a, self.down_adapter.a), self.down_adapter.b)
+
+    def routed(self, x: Tensor) -> Tensor:
+        scores = torch.sigmoid(F.linear(x, self.router))
+        tokens, offsets, index = ops.route(scores, self.case.active)
+        scale = None
+        if self.case.trained:
+            share = offsets.diff().to(scores.dtype) / tokens.shape[0]
+            mean = (scores / scores.sum(1, keepdim=True)).mean(0)
+            scale = 2 * scores.reshape(-1).index_select(0, index)
+            scale = ops.attach_loss(scale, 1e-2 * self.case.blocks * (share * mean).sum())  # cheaper to copy than y
+        biased = [i for i, up in enumerate(self.ups) if up.bias is not None]
+        adapted = list(range(len(self.up_adapters)))
+        y, low_out, _ = ops.routed_ffn(
+            x,
+            [up.weight for up in self.ups],
+            [self.ups[i].bias for i in biased],
+            biased,
+            [F.linear(x, adapter.a) for adapter in self.up_adapters],
+            [adapter.b for adapter in self.up_adapters],
+            adapted,
+            self.down.weight.t(),
+            None if self.down_adapter is None else self.down_adapter.a,
+            tokens, offsets, scale, None, None, 0.0, 0.0, self.activation,
+        )  # fmt: skip
+        if self.down.bias is not None:
+            y = y + self.down.bias
+        if self.down_adapter is not None:
+            y = y + F.linear(low_out, self.down_adapter.b)
+        return y
+
+
+def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of forward and backward by `clock`, by variant, one entry a round."""
+    torch.manual_seed(0)
+    ffn = Ffn(case)
+    x = torch.randn(case.tokens, case.d, requires_grad=True)
+    grad = torch.randn(case.tokens, case.d)
+    functions = {"eager": ffn.dense, "inductor": torch.compile(ffn.dense), "routed": torch.compile(ffn.routed)}
+
+    def step(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            function(x).backward(grad)
+            x.grad = None
+            ffn.zero_grad(set_to_none=True)
+
+        return run
+
+    steps = {name: step(function) for name, function in functions.items()}
+    for _ in range(3):
+        for run in steps.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, run in steps.items():
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with --threads 1 on a busy machine")
+    arguments = parser.parse_args()
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    print(f"{'case':20}{'eager ms':>10}{'inductor':>10}{'routed':>10}{'x eager':>9}{'x inductor':>12}{'(of minima)':>13}")
+    for name in arguments.case or CASES:
+        times = measure(CASES[name], arguments.rounds, clock)
+        eager, inductor, routed = (statistics.median(times[k]) * 1e3 for k in ("eager", "inductor", "routed"))
+        least = min(times["inductor"]) / min(times["routed"])
+        print(
+            f"{name:20}{eager:10.1f}{inductor:10.1f}{routed:10.1f}{eager / routed:9.2f}{inductor / routed:12.2f}{least:13.2f}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
