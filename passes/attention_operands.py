@@ -12,7 +12,9 @@ from sptc.passes.mask_reader import Reader
 from sptc.passes.pattern import TRANSPARENT, argument, base_name, dtype, op, same_size, shape
 
 _COPIES = frozenset({"aten.contiguous.default", "aten.clone.default", "aten.alias.default"})
-_RESHAPES = frozenset({"aten.reshape.default", "aten.view.default", "aten._unsafe_view.default", "aten.flatten.using_ints"})
+_RESHAPES = frozenset(
+    {"aten.reshape.default", "aten.view.default", "aten._unsafe_view.default", "aten.flatten.using_ints", "aten.unflatten.int"}
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,22 @@ def split_heads(operand: Operand) -> Operand | None:
         return None
     source: Any = operand.node.args[0]
     return operand.before(source) if _merges(shape(source), shape(operand.node)) else None
+
+
+def heads_of(operand: Operand) -> int | None:
+    """h, if the operand is [b * h, n, d] made from [b, h, n, d], or from [n, b, h * d] as nn.MultiheadAttention does it."""
+    four = split_heads(operand)
+    if four is not None:
+        heads = shape(four.node)[1]
+        return heads if isinstance(heads, int) else None
+    node = operand.node
+    if op(node) != "aten.transpose.int" or {int(d) % 3 for d in node.args[1:]} != {0, 1}:  # type: ignore[arg-type]
+        return None
+    view: Any = node.args[0]
+    if op(view) not in _RESHAPES or len(shape(view.args[0])) != 3:
+        return None
+    whole, width = shape(view.args[0])[-1], shape(node)[-1]
+    return whole // width if isinstance(whole, int) and isinstance(width, int) and whole % width == 0 else None
 
 
 def merged_heads(y: Node) -> Node | None:

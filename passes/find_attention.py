@@ -42,7 +42,7 @@ def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None)
     reader = Reader(outer)
     for node in gm.graph.nodes:
         try:
-            draft = _fused(node) if op(node) == FUSED else _spelled(node, reader) if op(node) in SOFTMAX else None
+            draft = _fused(node) if op(node) == FUSED else draft_of(node, reader) if op(node) in SOFTMAX else None
             if draft is not None:
                 regions.append(_region(draft, outer))
         except Refused as refused:
@@ -51,7 +51,7 @@ def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None)
 
 
 @dataclass
-class _Draft:
+class Draft:
     """A candidate on its way to a region."""
 
     q: Operand
@@ -65,7 +65,7 @@ class _Draft:
     nodes: set[Node] = field(default_factory=set)  # what no one else may use
 
 
-def _fused(node: Node) -> _Draft:
+def _fused(node: Node) -> Draft:
     q, k, v = (Operand(arg) for arg in node.args[:3] if isinstance(arg, Node))
     for name, operand in (("q", q), ("k", k), ("v", v)):
         if len(shape(operand.node)) != 4:
@@ -76,14 +76,18 @@ def _fused(node: Node) -> _Draft:
         scale = shape(q.node)[-1] ** -0.5
     if not isinstance(scale, int | float) or not isinstance(p, int | float):
         raise Refused("scale", node, "scale or dropout is computed in the graph")
-    draft = _Draft(q, k, v, node, float(scale), float(p), bool(argument(node, 5, "is_causal", False)), nodes={node})
+    draft = Draft(q, k, v, node, float(scale), float(p), bool(argument(node, 5, "is_causal", False)), nodes={node})
     if isinstance(mask, Node):
         draft.masks.append((MaskInput("keep" if dtype(mask) == torch.bool else "add", mask), 4))
     return draft
 
 
-def _spelled(softmax: Node, reader: Reader) -> _Draft | None:
-    """The region around a softmax; None if no product leads to it or follows it."""
+def draft_of(softmax: Node, reader: Reader) -> Draft | None:
+    """The candidate around a softmax; None if no product leads to it or follows it.
+
+    Raises:
+        Refused: it is attention, but not of the form that a region has.
+    """
     weights = _to_product(softmax)
     if weights is None or not _from_product(softmax.args[0]):
         return None
@@ -93,7 +97,7 @@ def _spelled(softmax: Node, reader: Reader) -> _Draft | None:
     product = weights[-1]
     scores = _Scores(reader)
     q, k = scores.walk(softmax.args[0])
-    draft = _Draft(q, k, Operand(_node(product, 1)), product, scores.scale, masks=scores.masks)
+    draft = Draft(q, k, Operand(_node(product, 1)), product, scores.scale, masks=scores.masks)
     draft.nodes = {softmax, *scores.nodes, *weights}
     for node in weights[:-1]:
         name = base_name(node)
@@ -255,58 +259,36 @@ class _Scores:
             raise Refused("scores", node, f"{node.name} fills scores with {fill}, which does not mask them")
 
 
-def _region(draft: _Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
-    heads = _unmerge(draft)
+def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
+    _unmerge(draft)
     q, k, v = draft.q.node, without_empty(draft.k), without_empty(draft.v)
-    if heads is None:
-        k, v = _ungroup(k, v, shape(q)[1])
-        b, h, n = shape(q)[:3]
-    else:
-        b, h, n = shape(q)[0] // heads, heads, shape(q)[1]
-    m = shape(k.node)[-2]
-    _check(draft, q, k.node, v.node, heads)
-    frame = Frame(b, h, n, m)
-    layouts = {3: Frame(b, h, n, m, merged=True), 4: frame}
+    for name, node in (("q", q), ("k", k.node), ("v", v.node)):
+        if len(shape(node)) != 4:
+            raise Refused("rank", draft.y, f"{name} has the shape {_sizes(node)}, not [batch, heads, length, size]")
+    k, v = _ungroup(k, v, shape(q)[1])
+    _check(draft, q, k.node, v.node)
+    sizes = (*shape(q)[:3], shape(k.node)[2])
+    layouts = {3: Frame(*sizes, merged=True), 4: Frame(*sizes)}
     for given, rank in draft.masks:
         if rank not in layouts:
             raise Refused("rank", given.node, f"{given.node.name} masks scores of {rank} dimensions")
-    mask = read_mask([(given, layouts[rank]) for given, rank in draft.masks], frame, draft.is_causal, outer)
+    mask = read_mask([(given, layouts[rank]) for given, rank in draft.masks], layouts[4], draft.is_causal, outer)
     _refuse_breach(draft.nodes, draft.y)
     nodes = frozenset(_with_exclusive(draft.nodes, (*draft.q.passed, *k.passed, *v.passed)))
-    return AttentionRegion(q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes), heads)
+    return AttentionRegion(q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes))
 
 
-def _unmerge(draft: _Draft) -> int | None:
-    """Go from [b * h, n, d] to the [b, h, n, d] nodes they are views of; the number of heads where the graph has none."""
-    rank = len(shape(draft.y))
-    if rank == 4:
-        return None
-    if rank != 3:
-        raise Refused("rank", draft.y, f"the product with v has the shape {_sizes(draft.y)}, not [batch, heads, length, size]")
-    split = [split_heads(draft.q), split_heads(draft.k), split_heads(draft.v)]
+def _unmerge(draft: Draft) -> None:
+    """Go from [b * h, n, d] to the [b, h, n, d] nodes they are views of."""
+    if len(shape(draft.y)) != 3:
+        return
+    split = [split_heads(operand) for operand in (draft.q, draft.k, draft.v)]
     after = merged_heads(draft.y)
-    if all(split) and after is not None:
-        draft.q, draft.k, draft.v = split  # type: ignore[assignment]
-        draft.nodes.add(after)
-        draft.y = after
-        return None
-    heads = next((h for operand in (draft.q, draft.k, draft.v) if (h := _heads(operand)) is not None), None)
-    if heads is None:
+    if not all(split) or after is None:
         raise Refused("rank", draft.y, f"the heads in {_sizes(draft.y)} can't be told from the batch")
-    return heads
-
-
-def _heads(operand: Operand) -> int | None:
-    """h, if the operand is [b * h, n, d] made from [n, b, h * d]: the layout of nn.MultiheadAttention."""
-    node = operand.node
-    if op(node) == "aten.transpose.int" and set(node.args[1:]) in ({0, 1}, {0, -2}):
-        view: Any = node.args[0]
-        if op(view) in VIEWS and len(shape(view.args[0])) == 3:
-            whole, width = shape(view.args[0])[-1], shape(node)[-1]
-            if isinstance(whole, int) and isinstance(width, int) and whole % width == 0:
-                return whole // width
-    four = split_heads(operand)
-    return None if four is None or not isinstance(shape(four.node)[1], int) else shape(four.node)[1]
+    draft.q, draft.k, draft.v = split  # type: ignore[assignment]
+    draft.nodes.add(after)
+    draft.y = after
 
 
 def _ungroup(k: Operand, v: Operand, heads: Any) -> tuple[Operand, Operand]:
@@ -318,18 +300,13 @@ def _ungroup(k: Operand, v: Operand, heads: Any) -> tuple[Operand, Operand]:
     return without_empty(fewer[0]), without_empty(fewer[1])
 
 
-def _check(draft: _Draft, q: Node, k: Node, v: Node, heads: int | None) -> None:
-    rank = 4 if heads is None else 3
-    for name, node in (("q", q), ("k", k), ("v", v)):
-        if len(shape(node)) != rank:
-            raise Refused("rank", draft.y, f"{name} has the shape {_sizes(node)}, not [batch, heads, length, size]")
-    pairs = [(q, k, 0), (q, v, 0), (q, k, -1), (k, v, -2)] + ([(k, v, 1)] if heads is None else [])
+def _check(draft: Draft, q: Node, k: Node, v: Node) -> None:
+    pairs = ((q, k, 0), (q, v, 0), (q, k, 3), (k, v, 1), (k, v, 2))
     if not all(same_size(shape(a)[dim], shape(b)[dim]) for a, b, dim in pairs):
         raise Refused("shape", draft.y, f"q {_sizes(q)}, k {_sizes(k)} and v {_sizes(v)} broadcast against each other")
-    if heads is None:
-        h, h_kv = shape(q)[1], shape(k)[1]
-        if not (same_size(h, h_kv) or (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0)):
-            raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
+    h, h_kv = shape(q)[1], shape(k)[1]
+    if not (same_size(h, h_kv) or (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0)):
+        raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
 
 
 def _refuse_breach(nodes: Iterable[Node], y: Node) -> None:

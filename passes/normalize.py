@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
+from sptc.passes.unmerge_heads import unmerge_heads
 from sptc.region import Refusal
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -77,6 +78,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
         module.graph.eliminate_dead_code()  # a value that no one uses, such as averaged attention weights, is no second use of its input
+        unmerge_heads(module)
     return graph
 
 

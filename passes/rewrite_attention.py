@@ -16,8 +16,7 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     """Insert the sparse attention before `region.y`; returns the node that replaces it."""
     b = Builder(region.y)
     mask = region.mask
-    merged = region.heads is not None
-    q, k, v = (b.call(aten.unflatten.int, n, 0, [-1, region.heads]) if merged else n for n in (region.q, region.k, region.v))
+    q, k, v = region.q, region.k, region.v
     operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, mask.bias)
     blocks = (settings.query_block, settings.key_block)
     statistics = state is not None and state.training
@@ -52,6 +51,4 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         *blocks,
     )
     y = b.item(out, 0)
-    if merged:
-        y = b.call(aten.flatten.using_ints, y, 0, 1)
     return b.cast(y, dtype(region.y))

@@ -69,7 +69,6 @@ class AttentionRegion:
     mask: Mask
     nodes: frozenset[Node]
     site: Site
-    heads: int | None = None  # set when q, k, v, y are [b * heads, n, d] and no [b, heads, n, d] nodes exist
     kind: Literal["attention"] = "attention"
 
 

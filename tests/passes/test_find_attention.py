@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sptc.passes.boundary import breach
@@ -356,3 +356,33 @@ def test_heads_repeated_in_another_order_are_no_groups():
 def test_other_softmaxes_are_no_candidates(f):
     ((found, _),) = found_in(capture(f, {"x": torch.randn(3, 5, 7), "w": torch.randn(7, 7)}))
     assert found == Found((), ())
+
+
+class Weighted(nn.Module):
+    """nn.MultiheadAttention as it is by default: it computes averaged weights, which the caller may drop."""
+
+    def __init__(self, keep: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=batch_first)
+        self.keep = keep
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y, weights = self.attention(x, x, x, key_padding_mask=padding)
+        return (y, weights) if self.keep else y
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_unused_weights_of_multihead_attention(batch_first):
+    torch.manual_seed(0)
+    x, padding = torch.randn(2, 13, 32), torch.zeros(2, 13, dtype=torch.bool)
+    padding[0, 9:] = True
+    ((found, values),) = found_in(capture(Weighted(False, batch_first), {"x": x if batch_first else x.transpose(0, 1), "padding": padding}))
+    (region,) = found.regions
+    assert tuple(region.q.meta["val"].shape) == tuple(region.k.meta["val"].shape) == (2, 4, 13, 8)
+    assert region.mask.predicate == "~t0[b, k]" and not found.refusals
+    check(region, values)
+
+
+def test_used_weights_of_multihead_attention():
+    ((found, _),) = found_in(capture(Weighted(True, True), {"x": torch.randn(2, 13, 32), "padding": torch.zeros(2, 13, dtype=torch.bool)}))
+    assert not found.regions and [r.rule for r in found.refusals] == ["escapes"]
