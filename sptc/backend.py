@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.compile_fx import compile_fx
+from torch._logging import warning_once
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
@@ -63,6 +64,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
     try:
         unit = run(unit, PIPELINE, observe=dump)
         report = Report.of([unit])
+        for note in report.notes:  # an unprepared region, a frozen router: once in the log, however often a graph is compiled
+            warning_once(log, note)
         compiled = inner(unit.gm, example_inputs, config)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend

@@ -1,0 +1,170 @@
+"""The backend as a user calls it: options, errors, dropout, autocast, and one compile by Inductor."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import sptc
+from sptc.config import ConfigError
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
+from tests.models.zoo import CASES
+
+SPARSE = {"decline": "never", "attention.density": 0.5, "ffn.density": 0.5, "attention.query_block": 4, "attention.key_block": 4}
+
+
+class Block(nn.Module):
+    """Causal attention and an FFN, with dropout in both."""
+
+    def __init__(self, width=32, heads=4, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.dropout(F.gelu(self.up(x)), self.dropout, self.training))
+
+
+def _block(**kwargs):
+    torch.manual_seed(0)
+    return Block(**kwargs), torch.randn(2, 19, 32)
+
+
+def _fails(model, x, **kwargs):
+    with pytest.raises(BackendCompilerFailed) as error:
+        torch.compile(model, backend="spt", **kwargs)(x)
+    return error.value.inner_exception
+
+
+def test_inductor_equals_dense_at_density_one():
+    model, x = _block()
+    want = gradients(model, model(x).square().mean())
+    compiled = torch.compile(model, backend="spt", options=FULL)
+    got = gradients(model, compiled(x).square().mean())
+    assert_gradients_close(got, want)
+    assert [(r.kind, r.status) for r in sptc.report(compiled).regions] == [("attention", "rewritten"), ("ffn", "rewritten")]
+
+
+def test_inductor_options_reach_inductor():
+    model, x = _block()
+    error = _fails(model, x, options={"inductor": {"no_such_setting": 1}})
+    assert "no_such_setting" in str(error)
+
+
+def test_wrong_options_say_what_fits():
+    model, x = _block()
+    error = _fails(model, x, options={"ffn.densty": 0.5})
+    assert isinstance(error, ConfigError) and "did you mean 'ffn.density'" in str(error)
+    error = _fails(model, x, mode="max-autotune")
+    assert isinstance(error, ConfigError) and "mode='max-autotune'" in str(error) and "options={'inductor'" in str(error)
+
+
+def test_a_device_without_kernels():
+    model, x = _block()
+    error = _fails(model.to("meta"), x.to("meta"))
+    assert isinstance(error, ConfigError) and "no kernels for device 'meta'" in str(error)
+
+
+def test_nothing_enabled_is_dense():
+    model, x = _block()
+    compiled = torch.compile(model, backend=without_inductor(**{"attention.enabled": False, "ffn.enabled": False, "decline": "never"}))
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+    assert [(r.status, r.reason) for r in sptc.report(compiled).regions] == [
+        ("declined", "option 'attention.enabled' is False"),
+        ("declined", "option 'ffn.enabled' is False"),
+    ]
+
+
+def test_an_unprepared_model_says_once_what_prepare_adds(caplog):
+    torch._logging.warning_once.cache_clear()
+    model, x = _block()
+    with caplog.at_level(logging.WARNING, "sptc"):
+        for length in (19, 18):
+            torch._dynamo.reset()
+            torch.compile(model, backend=without_inductor(**SPARSE))(x[:, :length])
+    said = [r.getMessage() for r in caplog.records if "sptc.prepare" in r.getMessage()]
+    assert len(said) == 2 and "codebooks" in said[0] and "routers" in said[1]
+
+
+def test_small_regions_are_declined_with_both_figures():
+    model, x = _block()
+    compiled = torch.compile(model, backend=without_inductor())
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+    for region in sptc.report(compiled).regions:
+        assert region.status == "declined" and region.reason.startswith("would not pay: ")
+        assert region.seconds_sparse > region.seconds_dense > 0
+
+
+def test_sparse_is_another_function_with_every_gradient():
+    model, x = _block()
+    compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+    y = compiled(x)
+    got = gradients(model, y.square().mean())
+    assert got.keys() == dict(model.named_parameters()).keys()
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in got.values())
+    assert not torch.allclose(y, model(x), rtol=1e-2)
+
+
+def test_a_failure_raises_unless_dense_was_asked_for(monkeypatch, caplog):
+    def broken(unit):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr("sptc.backend.PIPELINE", ((broken, "fails"),))
+    model, x = _block()
+    with pytest.raises(BackendCompilerFailed, match="a bug of ours"):
+        torch.compile(model, backend=without_inductor())(x)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "sptc"):
+        y = torch.compile(model, backend=without_inductor(on_error="dense"))(x)
+    torch.testing.assert_close(y, model(x), rtol=0, atol=0)
+    assert "leaves it dense" in caplog.text and "a bug of ours" in caplog.text
+
+
+def test_dropout_draws_anew_in_training_and_not_in_evaluation():
+    model, x = _block(dropout=0.3)
+    compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+    torch.manual_seed(1)
+    first, second = compiled(x), compiled(x)
+    torch.manual_seed(1)
+    again = compiled(x)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert (first != second).any()
+    model.eval()
+    torch.testing.assert_close(compiled(x), compiled(x), rtol=0, atol=0)
+
+
+def test_autocast_casts_as_dense_does():
+    model, x = _block()
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = model(x), compiled(x)
+        exact = model.double()(x.double())
+    assert got.dtype == want.dtype
+    model.float()
+    assert (got - exact).abs().max() <= 2 * (want - exact).abs().max()
+
+
+@pytest.mark.parametrize("name", ["gpt2-eager", "bert-sdpa-padded", "mistral-sdpa"])
+def test_models_train_sparse(name):
+    case = CASES[name]
+    model, inputs = case.make(dropout=0.1)
+    compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = case.loss(compiled(**inputs))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
