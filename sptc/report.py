@@ -177,9 +177,13 @@ def _notes(unit: Unit) -> Iterator[str]:
     bare = [r for r in rewritten if r not in unit.states]
     attention, ffn = sum(r.kind == "attention" for r in bare), sum(r.kind == "ffn" for r in bare)
     if attention:
-        yield f"{attention} attention regions choose by pooled keys; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
+        yield f"{_regions(attention, 'attention')} by pooled keys; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
-        yield f"{ffn} FFN regions route by the means of their weights; sptc.prepare(model, ...) would add routers that train"
+        yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
     for region, state in unit.states.items():
         if isinstance(state, RouterState) and state.training and not requires_grad(state.weight):
             yield f"the router of {region.site.module or 'the model'} is frozen: it chooses but does not learn"
+
+
+def _regions(count: int, kind: str) -> str:
+    return f"{count} {kind} region{'s choose' if count != 1 else ' chooses'}"
