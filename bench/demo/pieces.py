@@ -45,15 +45,21 @@ def cut(tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> list[lis
     return [piece for piece in encoded["input_ids"] if len(piece) == length]
 
 
-def read_pieces(tokenizer: PreTrainedTokenizerBase, length: int, packages: Sequence[str] = PACKAGES) -> tuple[Pieces, Pieces]:
-    """Training and held-out pieces, from different files: of each package's files by size, the second of every three is held out."""
+def read_pieces(
+    tokenizer: PreTrainedTokenizerBase, length: int, most_held_out: int, packages: Sequence[str] = PACKAGES
+) -> tuple[Pieces, Pieces]:
+    """Training and held-out pieces, from different files: of each package's files by size, the second of every three is held out.
+
+    Of the held-out pieces `most_held_out` are taken, evenly spaced.
+    """
     train: list[tuple[list[int], int]] = []
     held_out: list[tuple[list[int], int]] = []
     for label, package in enumerate(packages):
         for rank, path in enumerate(source_files(package)):
             part = held_out if rank % 3 == 1 else train
             part.extend((piece, label) for piece in cut(tokenizer, path, length))
-    return _stack(train), _stack(held_out)
+    step = max(1.0, len(held_out) / most_held_out)
+    return _stack(train), _stack([held_out[int(i * step)] for i in range(min(most_held_out, len(held_out)))])
 
 
 def _stack(rows: list[tuple[list[int], int]]) -> Pieces:

@@ -34,6 +34,7 @@ class Plan:
 
     model: str | None
     length: int
+    held_out: int
     steps: int
     batch: int
     learning_rate: float
@@ -84,7 +85,7 @@ def run(plan: Plan) -> None:
     dump = plan.out / "dump"
     shutil.rmtree(dump, ignore_errors=True)
     length = longest_input(model, plan.length)
-    train, held_out = read_pieces(tokenizer(model), length)
+    train, held_out = read_pieces(tokenizer(model), length, plan.held_out)
     console.print(f"{len(train)} training and {len(held_out)} held-out pieces of {length} tokens, from {', '.join(PACKAGES)}")
     with tempfile.TemporaryDirectory(prefix="sptc-demo-") as scratch:
         data = Path(scratch, "pieces.pt")
