@@ -32,6 +32,26 @@ def frames(gm: fx.GraphModule, call: Node | None = None, parent: Frame | None = 
         yield from frames(body, inner_call, frame)
 
 
+def operands(frame: Frame) -> dict[Node, Node]:
+    """What each placeholder of a checkpoint body is in the graph around it; {} for the outermost graph."""
+    if frame.call is None:
+        return {}
+    pairs = zip(_placeholders(frame), frame.call.args[1:], strict=True)
+    return {inner: node for inner, node in pairs if isinstance(node, Node)}
+
+
+def drop_unused_operands(frame: Frame) -> None:
+    """Remove the placeholders of a checkpoint body that nothing in it uses, and what its call passes for them."""
+    if frame.call is None:
+        return
+    body, *passed = frame.call.args
+    pairs = list(zip(_placeholders(frame), passed, strict=True))
+    frame.call.args = (body, *(arg for inner, arg in pairs if inner.users))
+    for inner, _ in pairs:
+        if not inner.users:
+            frame.gm.graph.erase_node(inner)
+
+
 def parameter(node: Node) -> Node:
     """What `node` is before views and casts, such as the parameter behind a transposed weight."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from sptc.passes.normalize import graphs
+from torch import fx
+from torch.fx import Node
+
+from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
 from sptc.passes.unit import Unit
-from sptc.region import AttentionSettings, CodebookState, Decision, FfnSettings, RouterState
+from sptc.region import AttentionRegion, AttentionSettings, CodebookState, Decision, FfnSettings, RouterState
 
 
 def rewrite(unit: Unit) -> Unit:
     """Replace each decided region by its sparse operators and drop what nothing uses any more, such as an n x n mask."""
     chosen = [d for d in unit.decisions if d.rewrite]
+    every = list(frames(unit.gm))
     for decision in chosen:
-        _rewrite(decision, unit)
+        _rewrite(decision, unit, {frame.gm.graph: frame for frame in every})
     for decision in chosen:
         _erase(decision)
-    for gm in graphs(unit.gm):
-        gm.graph.eliminate_dead_code()
+    for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
+        frame.gm.graph.eliminate_dead_code()
+        drop_unused_operands(frame)
     return replace(unit)
 
 
-def _rewrite(decision: Decision, unit: Unit) -> None:
+def _rewrite(decision: Decision, unit: Unit, by_graph: Mapping[fx.Graph, Frame]) -> None:
     region, state = decision.region, unit.states.get(decision.region)
     if region.kind == "ffn":
         assert isinstance(decision.settings, FfnSettings) and (state is None or isinstance(state, RouterState))
         y = rewrite_ffn(region, decision.settings, state)
     else:
         assert isinstance(decision.settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
-        y = rewrite_attention(region, decision.settings, state)
+        y = rewrite_attention(_with_mask_at_hand(region, by_graph), decision.settings, state)
     region.y.replace_all_uses_with(y)
+
+
+def _with_mask_at_hand(region: AttentionRegion, by_graph: Mapping[fx.Graph, Frame]) -> AttentionRegion:
+    """The region with the tensors of its mask, read outside of its checkpoint body, passed into the body."""
+    end = by_graph[region.y.graph]
+
+    def local(node: Any) -> Any:
+        return hand_down(node, by_graph[node.graph], end) if isinstance(node, Node) else node
+
+    mask = region.mask
+    return replace(region, mask=replace(mask, tensors=tuple(map(local, mask.tensors)), sizes=tuple(map(local, mask.sizes))))
 
 
 def _erase(decision: Decision) -> None:

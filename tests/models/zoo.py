@@ -62,7 +62,10 @@ def _token_inputs(padded: bool = False, packed: bool = False, **more: Any) -> In
     inputs: Inputs = {"input_ids": ids, "labels": ids.clone(), **more}
     if padded:
         inputs["attention_mask"] = padding()
-        inputs["labels"] = ids.masked_fill(padding() == 0, -100)
+        # No loss from padding: neither as a token nor as the position that predicts the next token, since what a row without keys
+        # attends to is anyone's choice (zeros, or an average over everything).
+        seen = padding() != 0
+        inputs["labels"] = ids.masked_fill(~(seen & seen.roll(1, 1)), -100)
     if packed:
         inputs["position_ids"] = documents()
     return inputs

@@ -1,0 +1,54 @@
+"""Rewriting leaves nothing of the dense attention behind, inside checkpoints too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sptc.codegen.cpu.attention import default_blocks
+from sptc.config import Config
+from sptc.device import calibrate
+from sptc.passes import PIPELINE
+from sptc.passes.normalize import graphs
+from sptc.passes.runner import run
+from sptc.passes.unit import Unit
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
+from tests.models.zoo import CASES, LENGTH
+
+
+def rewritten(model, inputs) -> list[Unit]:
+    import sptc.codegen.ops  # noqa: F401  registers the operators
+
+    units: list[Unit] = []
+
+    def backend(gm, example_inputs):
+        unit = Unit(gm, tuple(example_inputs), Config.from_options({"decline": "never"}), calibrate(torch.device("cpu"), default_blocks))
+        units.append(run(unit, PIPELINE))
+        return units[-1].gm.forward
+
+    torch.compile(model, backend=backend)(**inputs)
+    return units
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", ["llama-sdpa-padded", "llama-eager-padded"])
+def test_no_square_mask_is_left(name, checkpointed):
+    model, inputs = CASES[name].make()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    (unit,) = rewritten(model, inputs)
+    every = graphs(unit.gm)
+    assert len(every) == (3 if checkpointed else 1)
+    nodes = [node for gm in every for node in gm.graph.nodes]
+    assert sum("sptc.sparse_attention.default" in str(node.target) for node in nodes) == 2
+    square = [n for n in nodes if getattr(n.meta.get("val"), "shape", ())[-2:] == (LENGTH, LENGTH)]
+    assert not square
+
+
+@pytest.mark.parametrize("name", ["llama-eager-padded", "mistral-sdpa-packed"])
+def test_gradients_inside_checkpoints(name):
+    model, inputs = CASES[name].make()
+    want = gradients(model, CASES[name].loss(model(**inputs)))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = gradients(model, CASES[name].loss(torch.compile(model, backend=without_inductor(**FULL))(**inputs)))
+    assert_gradients_close(got, want)
