@@ -50,7 +50,7 @@ class Dump:
         """Called after each pass, and with "captured" before the first."""
         if name in _STAGES:
             code = unit.gm.print_readable(print_output=False, include_stride=True, include_device=True)
-            self._write(_STAGES[name], code.rstrip() + "\n")
+            self._write(_STAGES[name], code.replace("class <lambda>(", "class GraphModule(").strip() + "\n")  # tracing's name is no Python
         if name == "decide":  # the graph still holds the regions' nodes
             self._write("graph.svg", draw(unit))
 

@@ -1,0 +1,135 @@
+"""The command line, called as a function."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from sptc.cli import main, parse_options
+from sptc.config import ConfigError
+
+FACTORY = """
+import torch
+from torch import nn
+
+def ffn():
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)), torch.randn(4, 16)
+
+def only_a_model():
+    return nn.Linear(3, 3)
+
+def three():
+    return 1, 2, 3
+
+number = 3
+"""
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    (tmp_path / "factory_of_tests.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    yield "factory_of_tests"
+    sys.modules.pop("factory_of_tests", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders as save_pretrained writes them: a classifier and a language model."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=64))
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, max_position_embeddings=64))
+    made = {}
+    for name, model in (("llama", llama), ("bert", bert)):
+        made[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(made[name])
+    return made
+
+
+def test_explain_a_factory(factory, capsys):
+    assert main(["explain", f"{factory}:ffn", "--option", "decline=never", "--option", "ffn.blocks=4", "--json"]) == 0
+    (region,) = json.loads(capsys.readouterr().out)["regions"]
+    assert region["settings"] == {"blocks": 4, "active": 2} and region["status"] == "rewritten"
+
+
+@pytest.mark.parametrize("name, kinds", [("llama", ["attention", "ffn"]), ("bert", ["attention", "ffn", "ffn"])])
+def test_explain_a_saved_model(folders, capsys, name, kinds):
+    def flops(*arguments: str) -> list[float]:
+        assert main(["explain", folders[name], "--length", "24", "--json", *arguments]) == 0
+        regions = json.loads(capsys.readouterr().out)["regions"]
+        assert [r["kind"] for r in regions] == kinds
+        return [r["flops_before"] for r in regions]
+
+    inference, training, batch = flops(), flops("--train"), flops("--batch", "3")
+    assert all(t > 2 * i for i, t in zip(inference, training, strict=True))
+    assert [b / i for i, b in zip(inference, batch, strict=True)] == [3.0] * len(kinds)
+
+
+def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sptc.backend.compile_fx", None)
+    assert main(["dump", folders["llama"], "--out", str(tmp_path / "out"), "--length", "8", "--option", "decline=never"]) == 0
+    assert "2 of 2 regions rewritten" in capsys.readouterr().out
+    assert "sptc.routed_ffn" in (tmp_path / "out" / "graph0" / "02.rewritten.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["explain", "no_such_module:f"], "no module 'no_such_module'"),
+        (["explain", "{factory}:nothing"], "has no 'nothing'"),
+        (["explain", "{factory}:number"], "is no function but int"),
+        (["explain", "{factory}:only_a_model"], "must return (model, example_inputs), got Linear"),
+        (["explain", "{factory}:three"], "got a tuple of int, int, int"),
+        (["explain", "./no/such/folder"], "no model './no/such/folder'"),
+        (["explain", "{factory}:ffn", "--option", "ffn.block=3"], "did you mean 'ffn.blocks'"),
+        (["explain", "{factory}:ffn", "--option", "ffn.blocks=many"], "'ffn.blocks' must be int"),
+        (["explain", "{factory}:ffn", "--option", "ffn.blocks"], "must be KEY=VALUE"),
+        (["explain", "{llama}", "--length", "65"], "more than the 64 positions"),
+        (["dump", "{factory}:ffn", "--out", "factory_of_tests.py"], "option 'dump': cannot write"),
+        (["bench", "nothing"], "no benchmark 'nothing'"),
+    ],
+)
+def test_mistakes_end_in_one_line(factory, folders, capsys, monkeypatch, arguments, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([a.format(factory=factory, **folders) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("sptc: ") and error.count("\n") == 1
+
+
+def test_without_transformers_the_message_says_what_to_install(folders, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["explain", folders["llama"]]) == 2
+    assert "pip install 'sptc[hf]'" in capsys.readouterr().err
+
+
+def test_a_model_that_takes_no_tokens_asks_for_a_factory(tmp_path, capsys):
+    import transformers
+
+    transformers.ViTConfig(architectures=["ViTModel"]).save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "does not take tokens" in capsys.readouterr().err
+
+
+def test_options_are_read_by_type():
+    pairs = ["ffn.density=0.5", "ffn.blocks=4", "ffn.enabled=False", "attention.selector=pooled", "dump=a=b", 'inductor={"x": 1}']
+    assert parse_options(pairs) == {
+        "ffn.density": 0.5,
+        "ffn.blocks": 4,
+        "ffn.enabled": False,
+        "attention.selector": "pooled",
+        "dump": "a=b",
+        "inductor": {"x": 1},
+    }
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_options(["ffn.blocks=4", "ffn.blocks=8"])
+
+
+def test_bench_lists_the_benchmarks_of_a_checkout(capsys):
+    assert main(["bench"]) == 0
+    assert {"attention", "ffn"} <= set(capsys.readouterr().out.split())

@@ -1,0 +1,53 @@
+import pytest
+
+from sptc.config import Config, ConfigError
+
+
+def test_options_and_back():
+    options = {
+        "attention.density": 0.25,
+        "attention.query_block": 32,
+        "ffn.enabled": False,
+        "decline": "never",
+        "inductor": {"max_autotune": True},
+    }
+    config = Config.from_options(options)
+    assert (config.attention_density, config.attention_query_block, config.ffn_enabled) == (0.25, 32, False)
+    everything = config.to_options()
+    assert options.items() <= everything.items()
+    assert Config.from_options(everything) == config == Config.from_options(config)
+    assert Config.from_options(None) == Config() == Config.from_options({})
+
+
+def test_an_int_is_a_fine_density():
+    density = Config.from_options({"ffn.density": 1}).ffn_density
+    assert density == 1.0 and isinstance(density, float)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"ffn.block": 4}, "unknown option 'ffn.block'; did you mean 'ffn.blocks'"),
+        ({"attention_density": 0.5}, "did you mean 'attention.density'"),
+        ({3: 4}, "unknown option 3"),
+        ({"ffn.blocks": 4.5}, "'ffn.blocks' must be int, got 4.5 (float)"),
+        ({"ffn.blocks": True}, "'ffn.blocks' must be int, got True (bool)"),
+        ({"ffn.density": "half"}, "'ffn.density' must be float, got 'half' (str)"),
+        ({"ffn.enabled": 1}, "'ffn.enabled' must be bool, got 1 (int)"),
+        ({"attention.query_block": "64"}, "must be int or None"),
+        ({"attention.selector": "topk"}, "must be one of 'pq', 'pooled', got 'topk'"),
+        ({"decline": None}, "must be one of 'auto', 'never', got None"),
+        ({"inductor": []}, "'inductor' must be dict"),
+        ({"dump": 3}, "'dump' must be str or None"),
+        ({"ffn.density": 0.0}, "'ffn.density' must be in (0, 1], got 0.0"),
+        ({"attention.density": 1.01}, "'attention.density' must be in (0, 1]"),
+        ({"ffn.density": float("nan")}, "must be in (0, 1]"),
+        ({"attention.key_block": 0}, "'attention.key_block' must be at least 1"),
+        ({"ffn.blocks": -8}, "'ffn.blocks' must be at least 1"),
+        ([("ffn.blocks", 4)], "options must be a dict"),
+    ],
+)
+def test_mistakes_are_named(options, says):
+    with pytest.raises(ConfigError) as error:
+        Config.from_options(options)
+    assert says in str(error.value)

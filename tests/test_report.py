@@ -1,0 +1,152 @@
+"""Reports as data and as text, and how they are found again on what was compiled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sptc
+from sptc.explain import explain
+from tests.models.compiled import without_inductor
+from tests.models.zoo import CASES
+
+
+class Ffn(nn.Module):
+    def __init__(self, size: int = 16, hidden: int = 64) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, hidden)
+        self.down = nn.Linear(hidden, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Broken(nn.Module):
+    """Two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Ffn(), Ffn(hidden=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+NEVER = {"decline": "never"}
+X = torch.randn(5, 16)
+
+
+def modules(report: sptc.Report) -> list[str]:
+    return [region.module for region in report.regions]
+
+
+def test_a_row_a_region_in_the_order_of_the_model():
+    model, inputs = CASES["bert-sdpa-padded"].make()
+    report = explain(model, inputs, {**NEVER, "ffn.blocks": 8})
+    kinds = [region.kind for region in report.regions]
+    assert kinds[:4] == ["attention", "ffn", "attention", "ffn"]
+    assert all("layer.0" in name for name in modules(report)[:2]) and all("layer.1" in name for name in modules(report)[2:4])
+    text = str(report)
+    for region in report.regions:
+        assert region.module in text and region.source.split(":")[0].endswith(".py")
+    assert "total" in text and f"4 of {len(kinds)} regions rewritten" in text and "passes: lower" in text
+
+
+def test_data_is_plain_and_adds_up():
+    report = explain(Broken(), X, {**NEVER, "ffn.enabled": True})
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["graphs"] == 2 and [r["graph"] for r in data["regions"]] == [0, 1]
+    assert data["totals"]["flops_before"] == sum(r["flops_before"] for r in data["regions"]) > 0
+    assert data["totals"]["flops_after"] == sum(r["flops_after"] for r in data["regions"])
+    assert [r["settings"] for r in data["regions"]] == [{"blocks": 8, "active": 4}] * 2
+    assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide"]
+
+
+def test_statuses():
+    model = nn.Sequential(Ffn(), Ffn(hidden=36))
+    report = explain(model, X)
+    declined, refused = report.regions
+    assert (declined.status, declined.density, declined.flops_after) == ("declined", 1.0, declined.flops_before)
+    assert "sparse" in declined.reason and "dense" in declined.reason and declined.seconds_sparse > declined.seconds_dense
+    assert (refused.status, refused.rule, refused.flops_before) == ("refused", "blocks", None)
+    assert "[blocks]" in str(report)
+    (rewritten,) = explain(Ffn(), X, NEVER).regions
+    assert (rewritten.status, rewritten.density) == ("rewritten", 0.5) and rewritten.flops_after < rewritten.flops_before
+    assert rewritten.computes == "relu(u0)"
+    assert "no attention or FFN region in 1 graph" in str(explain(nn.Linear(16, 3), X))
+
+
+def test_notes_name_what_prepare_would_add_and_frozen_routers():
+    model = nn.Sequential(Ffn(), nn.Tanh())
+    (note,) = explain(model, X, NEVER).notes
+    assert "sptc.prepare" in note and "routers" in note
+    sptc.prepare(model, X, NEVER)
+    assert explain(model, X, NEVER).notes == ()
+    model[0].spt.requires_grad_(False)
+    (note,) = explain(model, X, NEVER).notes
+    assert "the router of 0 is frozen" in note
+
+
+def compiled(model, options=NEVER, backend=None):
+    result = torch.compile(model, backend=backend or without_inductor(**options))
+    result(X)
+    return result
+
+
+def test_the_report_of_torch_compile_and_of_model_compile():
+    wrapped = compiled(Broken())
+    report = sptc.report(wrapped)
+    assert modules(report) == ["first", "second"] and report.graphs == 2
+    assert {region.status for region in report.regions} == {"rewritten"}
+
+    model = Ffn(hidden=48)
+    model.compile(backend=without_inductor(**NEVER))
+    model(X)
+    assert [r.flops_before for r in sptc.report(model).regions] == [r.flops_before for r in explain(model, X).regions]
+
+
+def test_the_report_of_a_function_and_of_a_container():
+    model = Ffn()
+
+    def step(x: Tensor) -> Tensor:
+        return model(x).sum()
+
+    assert len(sptc.report(compiled(step)).regions) == 1
+    assert len(sptc.report(compiled(nn.Sequential(Ffn(), Ffn()))).regions) == 2
+
+
+def test_models_and_compiles_are_told_apart():
+    small, large = compiled(Ffn(hidden=32)), compiled(Ffn(hidden=64))
+    dense = compiled(large._orig_mod, {"ffn.enabled": False})
+    flops = [sptc.report(m).regions[0].flops_before for m in (small, large)]
+    assert flops[1] == 2 * flops[0]
+    assert [sptc.report(m).regions[0].status for m in (large, dense)] == ["rewritten", "declined"]
+    assert all(len(sptc.report(m).regions) == 1 for m in (small, large, dense))
+
+
+def test_code_that_dynamo_shares_between_instances_is_found_from_both():
+    backend = without_inductor(**NEVER)
+    first, second = compiled(Ffn(), backend=backend), compiled(Ffn(), backend=backend)
+    assert sptc.report(first) == sptc.report(second)
+
+
+def test_recompiles_add_graphs():
+    wrapped = compiled(Ffn())
+    wrapped(torch.randn(2, 3, 16))
+    assert sptc.report(wrapped).graphs == 2
+
+
+def test_nothing_compiled_is_an_error():
+    model = Ffn()
+    for target in (model, torch.compile(model, backend=without_inductor())):
+        with pytest.raises(RuntimeError, match=r"no graph of .* was compiled with backend 'spt'"):
+            sptc.report(target)
+    other = torch.compile(model, backend="eager")
+    other(X)
+    with pytest.raises(RuntimeError, match="no graph"):
+        sptc.report(other)
