@@ -41,6 +41,7 @@ class Call:
     seed: Tensor | None
     dropout_p: float
     scale: float
+    empty_rows: bool = True  # False if every row is known to have a key
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,11 +58,6 @@ class Call:
         if bias is None and past:
             bias = torch.zeros((1, 1, self.mask.m), dtype=self.dtype)
         return torch.nn.functional.pad(bias, (0, past), value=-math.inf) if bias is not None and past else bias
-
-    @functools.cached_property
-    def short_lists(self) -> bool:
-        """Whether some list does not fill its capacity."""
-        return bool((self.counts < self.ids.shape[-1]).any())
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class Chunk:
     k: Tensor  # [lists, width, d]
     v: Tensor  # [lists, width, d_v]
     weights: Tensor  # [lists, rows, width]: softmax of the scores before dropout, 0 in rows without keys
-    top: Tensor  # [lists, rows]: the greatest score, -inf in rows without keys
+    scores: Tensor  # [lists, rows, width], -inf where masked
     keep: Tensor | None  # bool [lists, rows, width]: what dropout keeps
 
     @property
@@ -119,16 +115,19 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     for keys in _key_blocks(call, buffers):
         for chunk in _chunks(call, keys, buffers):
             with _stored(mask, *chunk.where, lse.unsqueeze(-1), buffers) as target:
-                # The greatest weight is exp(top - lse), so this is lse; rows without keys have top = -inf and weights 0.
-                torch.sub(chunk.top, chunk.weights.amax(-1).clamp_(min=_TINY).log_(), out=target.squeeze(-1))
+                # The greatest weight is exp(greatest score - lse); rows without keys have weights 0 and scores -inf.
+                torch.sub(chunk.scores.amax(-1), chunk.weights.amax(-1).clamp_(min=_TINY).log_(), out=target.squeeze(-1))
             weights = chunk.weights if chunk.keep is None else chunk.weights.mul_(chunk.keep).mul_(call.keep_scale)
             with _stored(mask, *chunk.where, out, buffers) as target:
                 torch.bmm(weights, chunk.v, out=target)
     return out, lse
 
 
-def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, those without need as empty tensors of shape [0]. The weights are computed anew."""
+def backward(call: Call, grad_out: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, those without need as empty tensors of shape [0].
+
+    The weights are computed anew, by softmax as in forward: on a CPU that is faster than exp(scores - lse).
+    """
     mask = call.mask
     grads = [torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)]
     buffers = Buffers(call.dtype)
@@ -136,7 +135,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Seque
         heads = slice(keys.head, keys.head + keys.heads)
         sums = [_totals(mask, grad, keys, name, buffers) for grad, name in zip(grads[1:], ("grad_k", "grad_v"), strict=True)]
         for chunk in _chunks(call, keys, buffers):
-            _chunk_backward(call, chunk, grad_out, out, need, grads[0], sums, buffers)
+            _chunk_backward(call, chunk, grad_out, need, grads[0], sums, buffers)
         for grad, total, wanted in zip(grads[1:], sums, need[1:], strict=True):
             if wanted and total.data_ptr() != grad[keys.batch, heads].data_ptr():
                 grad[keys.batch, heads] = total.view(keys.heads, -1, grad.shape[-1])[:, : mask.m]
@@ -144,12 +143,10 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Seque
 
 
 def _chunk_backward(
-    call: Call, chunk: Chunk, grad_out: Tensor, out: Tensor, need: Sequence[bool], grad_q: Tensor, sums: Sequence[Tensor], buffers: Buffers
+    call: Call, chunk: Chunk, grad_out: Tensor, need: Sequence[bool], grad_q: Tensor, sums: Sequence[Tensor], buffers: Buffers
 ) -> None:
     mask, weights = call.mask, chunk.weights
     gradient = _load(mask, *chunk.where, grad_out, buffers, "grad_out")
-    forward_out = _load(mask, *chunk.where, out, buffers, "out")
-    delta = torch.mul(gradient, forward_out, out=buffers.take("product", *gradient.shape)).sum(-1, keepdim=True)
     if need[2]:
         dropped = weights if chunk.keep is None else weights * chunk.keep * call.keep_scale
         _scatter(sums[1], chunk, torch.bmm(dropped.mT, gradient, out=buffers.take("gathered", *chunk.v.shape)))
@@ -158,7 +155,8 @@ def _chunk_backward(
     slope = torch.bmm(gradient, chunk.v.mT, out=buffers.take("slope", *weights.shape))
     if chunk.keep is not None:
         slope.mul_(chunk.keep).mul_(call.keep_scale)
-    slope.sub_(delta).mul_(weights)  # the gradient of the scores
+    # In place: each row is summed before it is written.
+    torch.ops.aten._softmax_backward_data.out(slope, weights, -1, slope.dtype, grad_input=slope)
     if need[0]:
         with _stored(mask, *chunk.where, grad_q, buffers) as target:
             _product(slope, chunk.k, call.scale, target)
@@ -207,8 +205,8 @@ def _chunk(call: Call, keys: KeyBlocks, tile: int, tiles: int, buffers: Buffers)
     q = _load(mask, keys, tile, tiles, call.q, buffers, "chunk_q")
 
     bias = None if keys.bias is None else keys.bias.index_select(0, place).view(lists, width, mask.key_block)
-    if call.short_lists:
-        unused = torch.arange(width) >= call.counts[part].reshape(lists, 1)
+    unused = torch.arange(width) >= call.counts[part].reshape(lists, 1)
+    if bool(unused[:, -1].any()):
         bias = torch.zeros((lists, width, mask.key_block), dtype=call.dtype) if bias is None else bias
         bias.masked_fill_(unused.unsqueeze(-1), -math.inf)
     row = None if bias is None else bias.view(lists, 1, columns)
@@ -217,12 +215,11 @@ def _chunk(call: Call, keys: KeyBlocks, tile: int, tiles: int, buffers: Buffers)
     if mask.hides_elements:
         mask.add_elements(scores.view(keys.heads, tiles, mask.group, mask.query_block, width, mask.key_block), whole)
     weights = torch.softmax(scores, -1, out=buffers.take("weights", *scores.shape))
-    top = scores.amax(-1)
-    if bias is not None or mask.hides_elements:
-        empty = top == -math.inf
+    if call.empty_rows and (bias is not None or mask.hides_elements):
+        empty = weights[..., :1].isnan()  # softmax of nothing but -inf
         if bool(empty.any()):
-            weights.masked_fill_(empty.unsqueeze(-1), 0.0)
-    return Chunk(keys, tile, tiles, place, q, k, v, weights, top, _survivors(call, whole))
+            weights.masked_fill_(empty & (scores.amax(-1, keepdim=True) == -math.inf), 0.0)
+    return Chunk(keys, tile, tiles, place, q, k, v, scores, weights, _survivors(call, whole))
 
 
 def _survivors(call: Call, lists: Lists) -> Tensor | None:

@@ -24,7 +24,9 @@ def select_blocks(
     sums, code_counts = None, None
     if selector == "pq":
         assert codebooks is not None
-        scores, sums, code_counts = _agreements(q, k, codebooks, visible, query_block, key_block, statistics)
+        books = _Codebooks.of(codebooks, statistics)
+        scores = books.histograms(q, query_block, None).mT @ books.histograms(k, key_block, visible)
+        sums, code_counts = books.sums, books.counts
     else:
         scores = _pooled(q, k, visible, allowed, scale, query_block, key_block)
     must = owned(n, m, query_block, key_block, q.device) if own and query_block > 1 else None
@@ -35,19 +37,18 @@ def select_blocks(
 
 @dataclass(frozen=True)
 class _Codebooks:
-    """Codebooks [h_kv, M, E, d / M] in fp32, their statistics, and how ties are met."""
+    """Codebooks [h_kv, M, E, d / M] in fp32 and their statistics, which encoding adds to."""
 
     words: Tensor
     offset: Tensor  # [h_kv, M, E]: -|c|^2 / 2, so that the nearest codeword c of x has the greatest x.c + offset
-    sums: Tensor | None  # [h_kv, M, E, d / M], added to; None if no statistics are asked for
+    sums: Tensor | None  # [h_kv, M, E, d / M]; None if no statistics are asked for
     counts: Tensor | None  # [h_kv, M, E]
-    careful: bool  # equally near codewords: mark the first only, at many times the cost
 
     @classmethod
-    def of(cls, codebooks: Tensor, statistics: bool, careful: bool) -> _Codebooks:
+    def of(cls, codebooks: Tensor, statistics: bool) -> _Codebooks:
         words = codebooks.float()
         sums, counts = (torch.zeros(words.shape), torch.zeros(words.shape[:3])) if statistics else (None, None)
-        return cls(words, words.square().sum(-1).mul_(-0.5), sums, counts, careful)
+        return cls(words, words.square().sum(-1).mul_(-0.5), sums, counts)
 
     def histograms(self, x: Tensor, step: int, visible: Tensor | None) -> Tensor:
         """How often each codeword occurs in each run of `step` rows: x [b, h, rows, d] -> fp32 [b, h_kv, M * E, runs].
@@ -64,33 +65,41 @@ class _Codebooks:
                 heads = slice(first, min(first + at_a_time, h_kv))
                 hidden = None if row is None else row[heads].logical_not()
                 for member in x[batch].unflatten(0, (h_kv, -1))[heads].unbind(1):
-                    hot = self._one_hot(member.float(), heads, hidden, buffers)  # [heads * M, E, rows]
-                    found[batch, heads] += _run_sums(hot, step).view(heads.stop - first, subspaces * codewords, -1)
+                    found[batch, heads] += self._encode(member.float(), heads, hidden, step, buffers)
         return found
 
-    def _one_hot(self, x: Tensor, heads: slice, hidden: Tensor | None, buffers: Tensor) -> Tensor:
-        """1 where a codeword is the nearest of a row that is not hidden. x [heads, rows, d], hidden bool [heads, rows]."""
+    def _encode(self, x: Tensor, heads: slice, hidden: Tensor | None, step: int, buffers: Tensor) -> Tensor:
+        """Histograms [heads, M * E, runs] of x [heads, rows, d], without rows that are hidden (bool [heads, rows])."""
         (count, rows, _), (_, subspaces, codewords, size) = x.shape, self.words.shape
         parts = x.transpose(0, 1).reshape(rows, count * subspaces, size)
         shape = (count * subspaces, codewords, rows)
         similarity, hot = (buffer[: shape[0] * codewords * rows].view(shape) for buffer in buffers)
         offset = self.offset[heads].reshape(-1, codewords, 1).expand(shape)
         torch.baddbmm(offset, self.words[heads].reshape(-1, codewords, size), parts.permute(1, 2, 0), out=similarity)
-        best, first = similarity.max(1, keepdim=True) if self.careful else (similarity.amax(1, keepdim=True), None)
-        if first is not None:
-            hot.zero_().scatter_(1, first, 1.0)
+        best = similarity.amax(1, keepdim=True)
+        marks = shape[0] * rows
         if hidden is not None:
             best.view(count, subspaces, rows).masked_fill_(hidden.unsqueeze(1), math.inf)
-        if first is None:
-            torch.eq(similarity, best, out=hot)
-        elif hidden is not None:
-            hot.view(count, -1, rows).masked_fill_(hidden.unsqueeze(1), 0.0)
+            marks -= subspaces * int(hidden.sum())
+        # Marking what equals the maximum is several times faster than argmax, and wrong only where two codewords are equally near.
+        torch.eq(similarity, best, out=hot)
+        found = _run_sums(hot, step)
+        if int(found.sum(dtype=torch.float64)) > marks:
+            _keep_first_mark(hot)
+            found = _run_sums(hot, step)
         if self.sums is not None and self.counts is not None:
             stride = statistics_stride(rows)
-            marks = hot[..., ::stride].contiguous()
-            self.sums[heads] += torch.bmm(marks, parts[::stride].transpose(0, 1)).view_as(self.sums[heads])
-            self.counts[heads] += marks.sum(-1).view_as(self.counts[heads])
-        return hot
+            sample = hot[..., ::stride].contiguous()
+            self.sums[heads] += torch.bmm(sample, parts[::stride].transpose(0, 1)).view_as(self.sums[heads])
+            self.counts[heads] += sample.sum(-1).view_as(self.counts[heads])
+        return found.view(count, subspaces * codewords, -1)
+
+
+def _keep_first_mark(hot: Tensor) -> None:
+    """Of several ones along axis 1, keep the first. hot [sub-spaces, codewords, rows]."""
+    subspace, row = (hot.sum(1) > 1).nonzero(as_tuple=True)
+    marks = hot[subspace, :, row]
+    hot[subspace, :, row] = torch.zeros_like(marks).scatter_(1, marks.argmax(1, keepdim=True), 1.0)
 
 
 def _run_sums(x: Tensor, step: int) -> Tensor:
@@ -99,21 +108,6 @@ def _run_sums(x: Tensor, step: int) -> Tensor:
     whole = length // step * step
     sums = x[..., :whole].unflatten(-1, (-1, step)).sum(-1) if whole else x[..., :0]
     return sums if whole == length else torch.cat((sums, x[..., whole:].sum(-1, keepdim=True)), -1)
-
-
-def _agreements(
-    q: Tensor, k: Tensor, codebooks: Tensor, visible: Tensor | None, query_block: int, key_block: int, statistics: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Agreements (query, key, subspace) of each tile and block, fp32 [b, h_kv, tiles, blocks]; sums and counts for codebook updates."""
-    (b, h_kv, m, _), subspaces = k.shape, codebooks.shape[1]
-    shown = b * h_kv * m if visible is None else int(visible.expand(b, h_kv, m).sum())
-    expected = subspaces * (shown + q.shape[0] * q.shape[1] * q.shape[2])
-    for careful in (False, True):
-        books = _Codebooks.of(codebooks, statistics, careful)
-        queries, keys = books.histograms(q, query_block, None), books.histograms(k, key_block, visible)
-        if int(queries.sum(dtype=torch.float64) + keys.sum(dtype=torch.float64)) == expected:
-            break  # one mark for each sub-vector: there were no ties
-    return queries.mT @ keys, books.sums, books.counts
 
 
 def _pooled(q: Tensor, k: Tensor, visible: Tensor | None, allowed: Tensor, scale: float, query_block: int, key_block: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +113,8 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor
 
 def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *operands, need = rest
-    return cpu.backward(_call(q, k, v, *operands), grad_out, out, lse, need)
+    call = dataclasses.replace(_call(q, k, v, *operands), empty_rows=bool((lse == -math.inf).any()))
+    return cpu.backward(call, grad_out, need)
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

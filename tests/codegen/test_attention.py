@@ -97,8 +97,8 @@ def test_selection_equals_reference(name, sizes):
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_attention_equals_reference(name, sizes, dropout_p):
+def test_attention_equals_reference(name, sizes):
+    dropout_p = 0.4 if (MASKS.index(name) + SIZES.index(sizes)) % 2 else 0.0  # either with every mask and every size
     b, h, h_kv, n, m, d, d_v, query_block, key_block = sizes
     q, k, v, grad = heads(b, h, n, d), heads(b, h_kv, m, d, seed=1), heads(b, h_kv, m, d_v, seed=2), heads(b, h, n, d_v, seed=3)
     spec = operands(name, b, h, n, m)
@@ -129,3 +129,14 @@ def test_full_lists_equal_dense_attention(name, sizes):
     assert_close(got[0] * allowed.any(-1, keepdim=True), want[0].nan_to_num(0.0) * allowed.any(-1, keepdim=True), 1e-12, "out")
     for x, gradient in got[2].items():
         assert_close(gradient, want[2][x].nan_to_num(0.0), 1e-12, x)
+
+
+def test_equally_near_codewords_go_to_the_first():
+    q, k = heads(1, 2, 21, 4, torch.float32), heads(1, 2, 21, 4, torch.float32, 1)
+    books = codebooks(2, 4)
+    books[:, :, 3] = books[:, :, 1]  # words 1 and 3 are one
+    args = (None, None, "pq", 0.3, 0.5, 4, 4, False, True)
+    got = ops.select_blocks(q, k, books, "True", [], [], *args)
+    want = reference.select_blocks(q.double(), k.double(), books, reference.Mask(), *args[2:])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got[3][:, :, 1].sum() > 0 and not got[3][:, :, 3].any()
