@@ -81,6 +81,8 @@ class CompiledActivation:
     def forward(self, us: Sequence[Tensor]) -> Tensor:
         """act(u0, ...), a fresh tensor in the dtype of `us`, which are of one shape and fp32 (or fp64), and unchanged."""
         [value] = self.forward_program.run(*us)
+        if not isinstance(value, Tensor):  # an activation reads its inputs, so it is no number
+            raise AssertionError(f"{self.forward_program} computes no tensor")
         # A program without steps returns its input, and outputs are never aliases.
         return value.clone() if any(value is u for u in us) else value
 
@@ -113,14 +115,14 @@ def compile_activation(text: str) -> CompiledActivation:
 class _Builder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self._known: dict[object, Operand] = {}
+        self._known: dict[tuple[str, tuple[Operand, ...], tuple[tuple[str, object], ...]], str] = {}
 
     def call(self, op: str, *args: Operand, **kwargs: object) -> str:
         """The value of op(*args), computed once."""
         key = (op, args, tuple(kwargs.items()))
         if key not in self._known:
             self._known[key] = f"v{len(self.steps)}"
-            self.steps.append(Step(self._known[key], op, args, tuple(kwargs.items())))
+            self.steps.append(Step(self._known[key], *key))
         return self._known[key]
 
     def emit(self, expr: sympy.Expr) -> Operand:

@@ -304,14 +304,14 @@ def _read(node: ast.expr, text: str) -> sympy.Expr:
             for symbol in SYMBOLS:
                 if symbol.name == name:
                     return symbol
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return number(value)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_read(operand, text)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            value = _BINARY[type(op)](_read(left, text), _read(right, text))
-            if value is not None:
-                return value
+            result = _BINARY[type(op)](_read(left, text), _read(right, text))
+            if result is not None:
+                return result
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
             function = FUNCTIONS[name]
             values = [_read(arg, text) for arg in args]

@@ -175,36 +175,36 @@ def routed_ffn_backward(
     def zeros(like: Tensor | None, flag: bool) -> Tensor:
         return torch.zeros(like.shape, dtype=like.dtype) if flag and like is not None else x.new_empty(0)
 
-    grad_x = _sum(*x.shape, dtype) if wanted.x else x.new_empty(0)
+    grad_x = _sum(x.shape[0], x.shape[1], dtype) if wanted.x else x.new_empty(0)
     grad_up = [zeros(w, flag) for w, flag in zip(up, wanted.up, strict=True)]
     grad_bias = [zeros(b, flag) for b, flag in zip(up_bias, wanted.up_bias, strict=True)]
-    grad_low = [_sum(*t.shape, dtype) if flag else x.new_empty(0) for t, flag in zip(low, wanted.low, strict=True)]
+    grad_low = [_sum(t.shape[0], t.shape[1], dtype) if flag else x.new_empty(0) for t, flag in zip(low, wanted.low, strict=True)]
     grad_B = [zeros(b, flag) for b, flag in zip(up_B, wanted.up_B, strict=True)]
     grad_down, grad_A, grad_scale = zeros(down, wanted.down), zeros(down_A, wanted.down_A), zeros(scale, wanted.scale)
-    through_lora = down_A is not None and grad_low_out is not None
-    needs_a = wanted.down or wanted.scale or (wanted.down_A and through_lora)
+    through = None if down_A is None or grad_low_out is None else (down_A, grad_low_out)
+    needs_a = wanted.down or wanted.scale or (wanted.down_A and through is not None)
     needs_u = wanted.x or any((*wanted.up, *wanted.up_bias, *wanted.low, *wanted.up_B))
 
     for block in _blocks(tokens, offsets, hidden):
         us = [_wide(u) for u in pre[:, block.entries].unbind(0)]
         s = None if scale is None else scale[block.entries].unsqueeze(1)
         g_rows = grad_y.index_select(0, block.tokens)
-        keep, lora_keep = dropout.keep(block), lora_dropout.keep(block) if through_lora else None
+        keep, lora_keep = dropout.keep(block), lora_dropout.keep(block) if through else None
         if needs_a:
             a = act.forward(us)
         if wanted.down:
             h = dropout.apply(a if s is None else a * s, keep)
             torch.mm(h.to(dtype).t(), g_rows, out=grad_down[block.units])
         grad = _wide(g_rows @ down[block.units].t())
-        if through_lora:
-            low_rows = grad_low_out.index_select(0, block.tokens)
+        if through is not None:
+            adapter, low_rows = through[0][:, block.units], through[1].index_select(0, block.tokens)
             if wanted.down_A:
                 scaled = low_rows if s is None else (low_rows * s).to(dtype)  # r columns are cheaper to scale than a block of units
                 grad_A[:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
             if lora_keep is None and grad.dtype == dtype:
-                grad.addmm_(low_rows, down_A[:, block.units])
+                grad.addmm_(low_rows, adapter)
             else:
-                grad += lora_dropout.apply(_wide(low_rows @ down_A[:, block.units]), lora_keep)
+                grad += lora_dropout.apply(_wide(low_rows @ adapter), lora_keep)
         grad = dropout.apply(grad, keep)
         if wanted.scale:
             grad_scale[block.entries] = torch.linalg.vecdot(grad, a).to(grad_scale.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ def activation(text: str, us: Sequence[Tensor]) -> Tensor:
         ExpressionError: `text` is no activation.
     """
     expr = ex.parse(text).expression
-    values: dict[object, Tensor | float] = dict(zip(ex.SYMBOLS, us, strict=False))
+    values = dict(zip(ex.SYMBOLS, us, strict=False))
 
-    def value(e: object) -> Tensor | float:
+    def value(e: Any) -> Any:  # a tensor, or a number
         if e in values:
             return values[e]
         if e.is_Number:
@@ -116,5 +117,7 @@ def routed_ffn(
 def _dropout(a: Tensor, seed: Tensor | None, index: Tensor, p: float) -> Tensor:
     if p == 0.0:
         return a
+    if seed is None:
+        raise ValueError(f"dropout with p={p} needs a seed")
     keep = keep_mask(seed, index, p)
     return torch.where(keep, a / (1.0 - p), 0.0) if p < 1.0 else torch.zeros_like(a)
