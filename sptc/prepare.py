@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch._dynamo
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-import sptc.codegen.ops  # noqa: F401  registers the operators that calibration times
 from sptc import adapter
+from sptc.backend import captured_unit
 from sptc.capture import capture
-from sptc.codegen.cpu.attention import default_blocks
 from sptc.config import Config
-from sptc.device import calibrate
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
@@ -67,10 +64,9 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
         model = model._orig_mod
     _check(model)
 
-    device = calibrate(_device(model), default_blocks)
 
     def judge(gm: fx.GraphModule, inputs: list[Any]) -> Unit:
-        return run(Unit(gm, tuple(inputs), config, device), ANALYSIS)
+        return run(captured_unit(gm, inputs, config), ANALYSIS)
 
     trial, check = Trial(model, judge), Check(judge)
     capture(model, example_inputs, trial.on_graph)
@@ -102,11 +98,6 @@ def _check(model: nn.Module) -> None:
     for name, _ in owners(model):
         raise PrepareError(f"the model is prepared already ({name or 'the root'} has `spt`); to change options, prepare a fresh model")
     adapter.check(model)
-
-
-def _device(model: nn.Module) -> torch.device:
-    devices = [p.device for p in model.parameters()]
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def _states(trial: Trial, notice: DenseNotice) -> dict[str, TrainableState]:
