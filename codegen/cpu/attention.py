@@ -97,8 +97,8 @@ class Chunk:
     q: Tensor  # [lists, rows, d], zero past the end
     k: Tensor  # [lists, width, d]
     v: Tensor  # [lists, width, d_v]
-    weights: Tensor  # [lists, rows, width]: softmax of the scores before dropout, 0 in rows without keys
     scores: Tensor  # [lists, rows, width], -inf where masked
+    weights: Tensor  # [lists, rows, width]: softmax of the scores before dropout, 0 in rows without keys
     keep: Tensor | None  # bool [lists, rows, width]: what dropout keeps
 
     @property
