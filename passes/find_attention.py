@@ -129,7 +129,8 @@ def _to_product(softmax: Node) -> list[Node] | None:
 
 def _from_product(node: Any) -> bool:
     """Whether a product of two tensors leads to `node` through elementwise operators and views."""
-    seen, todo = set(), [node]
+    seen: set[Node] = set()
+    todo = [node]
     while todo and len(seen) < _MAX_STEPS:
         here = todo.pop()
         if not isinstance(here, Node) or here in seen:
@@ -267,8 +268,8 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
             raise Refused("rank", draft.y, f"{name} has the shape {_sizes(node)}, not [batch, heads, length, size]")
     k, v = _ungroup(k, v, shape(q)[1])
     _check(draft, q, k.node, v.node)
-    sizes = (*shape(q)[:3], shape(k.node)[2])
-    layouts = {3: Frame(*sizes, merged=True), 4: Frame(*sizes)}
+    (b, h, n, _), m = shape(q), shape(k.node)[2]
+    layouts = {3: Frame(b, h, n, m, merged=True), 4: Frame(b, h, n, m)}
     for given, rank in draft.masks:
         if rank not in layouts:
             raise Refused("rank", given.node, f"{given.node.name} masks scores of {rank} dimensions")

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from sptc import predicate
 from sptc.passes import mask_terms as terms
-from sptc.passes.mask_reader import At, Reader
+from sptc.passes.mask_reader import Reader
+from sptc.passes.mask_rules import At
 from sptc.passes.mask_terms import ZERO, All, AnyOf, Choice, Comparison, Element, Index, Linear, Not, Number, Truth, Unreadable
 from sptc.passes.pattern import requires_grad, same_size, shape
 from sptc.region import Mask
