@@ -14,8 +14,8 @@ from torch.fx import Node
 from sptc.region import Site
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_ROOT = re.compile(r"^\w+\['[^']*'\]\.?")
-_ITEM = re.compile(r"\.?_modules\['([^']*)'\]")
+_ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
+_ITEM = re.compile(r"\.?(?:__dict__\['_modules'\]|_modules)\['([^']*)'\]")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
