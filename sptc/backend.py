@@ -43,7 +43,8 @@ def spt(
 
 
 def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Callable[..., Any]:
-    return compile_fx(gm, example_inputs, config_patches=config.inductor or None)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=config.inductor or None)
+    return compiled
 
 
 def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Unit:
