@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sptc.codegen.block_lists import block_count
 from sptc.codegen.cpu.mask import CpuMask, Lists
+from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.random import keep_runs
 
 _CHUNK = 1 << 20  # elements of scores and gathered blocks at a time
@@ -75,6 +76,14 @@ class Buffers:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of work for one thread: some key heads of one batch row."""
+
+    batch: int
+    heads: slice
+
+
+@dataclass(frozen=True)
 class KeyBlocks:
     """The blocks of key heads [head, head + heads) of one batch row, contiguous in the dtype of arithmetic."""
 
@@ -111,15 +120,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     mask = call.mask
     out = call.q.new_empty((mask.b, mask.h, mask.n, call.v.shape[-1]))
     lse = torch.empty((mask.b, mask.h, mask.n), dtype=call.dtype)
-    buffers = Buffers(call.dtype)
-    for keys in _key_blocks(call, buffers):
-        for chunk in _chunks(call, keys, buffers):
-            with _stored(mask, *chunk.where, lse.unsqueeze(-1), buffers) as target:
-                # The greatest weight is exp(greatest score - lse); rows without keys have weights 0 and scores -inf.
-                torch.sub(chunk.scores.amax(-1), chunk.weights.amax(-1).clamp_(min=_TINY).log_(), out=target.squeeze(-1))
-            weights = chunk.weights if chunk.keep is None else chunk.weights.mul_(chunk.keep).mul_(call.keep_scale)
-            with _stored(mask, *chunk.where, out, buffers) as target:
-                torch.bmm(weights, chunk.v, out=target)
+
+    def work(parts: Iterator[Part]) -> None:
+        buffers = Buffers(call.dtype)
+        for part in parts:
+            for chunk in _chunks(call, _key_blocks(call, part, buffers), buffers):
+                _chunk_forward(call, chunk, out, lse, buffers)
+
+    share(_parts(call), work)
     return out, lse
 
 
@@ -128,18 +136,32 @@ def backward(call: Call, grad_out: Tensor, need: Sequence[bool]) -> tuple[Tensor
 
     The weights are computed anew, by softmax as in forward: on a CPU that is faster than exp(scores - lse).
     """
-    mask = call.mask
-    grads = [torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)]
-    buffers = Buffers(call.dtype)
-    for keys in _key_blocks(call, buffers):
-        heads = slice(keys.head, keys.head + keys.heads)
-        sums = [_totals(mask, grad, keys, name, buffers) for grad, name in zip(grads[1:], ("grad_k", "grad_v"), strict=True)]
-        for chunk in _chunks(call, keys, buffers):
-            _chunk_backward(call, chunk, grad_out, need, grads[0], sums, buffers)
-        for grad, total, wanted in zip(grads[1:], sums, need[1:], strict=True):
-            if wanted and total.data_ptr() != grad[keys.batch, heads].data_ptr():
-                grad[keys.batch, heads] = total.view(keys.heads, -1, grad.shape[-1])[:, : mask.m]
-    return grads[0], grads[1], grads[2]
+    grad_q, grad_k, grad_v = (
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)
+    )
+
+    def work(parts: Iterator[Part]) -> None:
+        buffers = Buffers(call.dtype)
+        for part in parts:
+            keys = _key_blocks(call, part, buffers)
+            sums = _totals(call.mask, grad_k, keys, "grad_k", buffers), _totals(call.mask, grad_v, keys, "grad_v", buffers)
+            for chunk in _chunks(call, keys, buffers):
+                _chunk_backward(call, chunk, grad_out, need, grad_q, sums, buffers)
+            for grad, total, wanted in zip((grad_k, grad_v), sums, need[1:], strict=True):
+                if wanted and (target := grad[part.batch, part.heads]).data_ptr() != total.data_ptr():
+                    target.copy_(total.view(keys.heads, -1, grad.shape[-1])[:, : call.mask.m])
+
+    share(_parts(call), work)
+    return grad_q, grad_k, grad_v
+
+
+def _chunk_forward(call: Call, chunk: Chunk, out: Tensor, lse: Tensor, buffers: Buffers) -> None:
+    with _stored(call.mask, *chunk.where, lse.unsqueeze(-1), buffers) as target:
+        # The greatest weight is exp(greatest score - lse); rows without keys have weights 0 and scores -inf.
+        torch.sub(chunk.scores.amax(-1), chunk.weights.amax(-1).clamp_(min=_TINY).log_(), out=target.squeeze(-1))
+    weights = chunk.weights if chunk.keep is None else chunk.weights.mul_(chunk.keep).mul_(call.keep_scale)
+    with _stored(call.mask, *chunk.where, out, buffers) as target:
+        torch.bmm(weights, chunk.v, out=target)
 
 
 def _chunk_backward(
@@ -164,19 +186,23 @@ def _chunk_backward(
         _scatter(sums[0], chunk, _product(slope.mT, chunk.q, call.scale, buffers.take("gathered", *chunk.k.shape)))
 
 
-def _key_blocks(call: Call, buffers: Buffers) -> Iterator[KeyBlocks]:
-    """All key heads, as many of one batch row at a time as make a chunk."""
-    mask, bias = call.mask, call.key_bias
-    step = max(1, min(mask.h_kv, _CHUNK // (call.ids.shape[2] * _list_elements(call))))
+def _parts(call: Call) -> Iterator[Part]:
+    """All key heads, as many of one batch row at a time as make a chunk and leave work for every thread."""
+    mask = call.mask
+    step = max(1, min(mask.h_kv, mask.b * mask.h_kv // worker_count(), _CHUNK // (call.ids.shape[2] * _list_elements(call))))
     for batch in range(mask.b):
         for head in range(0, mask.h_kv, step):
-            heads = min(step, mask.h_kv - head)
-            k, v = (_packed(mask, x[batch, head : head + heads], name, buffers) for name, x in (("keys", call.k), ("values", call.v)))
-            rows = None
-            if bias is not None:
-                rows = bias[batch if bias.shape[0] > 1 else 0]
-                rows = (rows[head : head + heads] if rows.shape[0] > 1 else rows.expand(heads, -1)).reshape(-1, mask.key_block)
-            yield KeyBlocks(batch, head, heads, k, v, rows)
+            yield Part(batch, slice(head, min(head + step, mask.h_kv)))
+
+
+def _key_blocks(call: Call, part: Part, buffers: Buffers) -> KeyBlocks:
+    mask, bias = call.mask, call.key_bias
+    heads = part.heads.stop - part.heads.start
+    k, v = (_packed(mask, x[part.batch, part.heads], name, buffers) for name, x in (("keys", call.k), ("values", call.v)))
+    if bias is not None:
+        bias = bias[part.batch if bias.shape[0] > 1 else 0]
+        bias = (bias[part.heads] if bias.shape[0] > 1 else bias.expand(heads, -1)).reshape(-1, mask.key_block)
+    return KeyBlocks(part.batch, part.heads.start, heads, k, v, bias)
 
 
 def _chunks(call: Call, keys: KeyBlocks, buffers: Buffers) -> Iterator[Chunk]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn.functional import pad
 
 from sptc.codegen.block_lists import block_count, list_width, lists_from_scores, nearest_first, owned, statistics_stride
 from sptc.codegen.cpu.mask import CpuMask
+from sptc.codegen.cpu.parallel import share, worker_count
 
 _CHUNK = 1 << 19  # elements of similarities at a time, which stay in the cache
 
@@ -25,7 +28,7 @@ def select_blocks(
     if selector == "pq":
         assert codebooks is not None
         books = _Codebooks.of(codebooks, statistics)
-        scores = books.histograms(q, query_block, None).mT @ books.histograms(k, key_block, visible)
+        scores = books.agreements(q, k, visible, query_block, key_block)
         sums, code_counts = books.sums, books.counts
     else:
         scores = _pooled(q, k, visible, allowed, scale, query_block, key_block)
@@ -50,28 +53,34 @@ class _Codebooks:
         sums, counts = (torch.zeros(words.shape), torch.zeros(words.shape[:3])) if statistics else (None, None)
         return cls(words, words.square().sum(-1).mul_(-0.5), sums, counts)
 
-    def histograms(self, x: Tensor, step: int, visible: Tensor | None) -> Tensor:
-        """How often each codeword occurs in each run of `step` rows: x [b, h, rows, d] -> fp32 [b, h_kv, M * E, runs].
+    def agreements(self, q: Tensor, k: Tensor, visible: Tensor | None, query_block: int, key_block: int) -> Tensor:
+        """Number of (query, key, subspace) agreements of each tile and block: fp32 [b, h_kv, tiles, blocks].
 
-        visible: bool [1 or b, 1 or h_kv, rows], rows that count; None for all.
+        visible: bool [1 or b, 1 or h_kv, m], keys that count; None for all.
         """
-        (b, _, rows, _), (h_kv, subspaces, codewords, _) = x.shape, self.words.shape
-        found = torch.zeros((b, h_kv, subspaces * codewords, int(block_count(rows, step))))
-        at_a_time = max(1, min(h_kv, _CHUNK // (subspaces * codewords * rows)))
-        buffers = torch.empty((2, at_a_time * subspaces * codewords * rows))
-        for batch in range(b):
-            row = None if visible is None else visible[min(batch, visible.shape[0] - 1)].expand(h_kv, rows)
-            for first in range(0, h_kv, at_a_time):
-                heads = slice(first, min(first + at_a_time, h_kv))
-                hidden = None if row is None else row[heads].logical_not()
-                for member in x[batch].unflatten(0, (h_kv, -1))[heads].unbind(1):
-                    found[batch, heads] += self._encode(member.float(), heads, hidden, step, buffers)
-        return found
+        (b, h_kv, m, _), n = k.shape, q.shape[2]
+        scores = torch.empty((b, h_kv, int(block_count(n, query_block)), int(block_count(m, key_block))))
+        similarities = self.offset[0].numel() * max(n, m)  # of one head
+        step = max(1, min(-(-h_kv // worker_count()), _CHUNK // similarities))
+
+        def work(parts: Iterator[slice]) -> None:
+            buffers = torch.empty((2, step * similarities))
+            for heads in parts:
+                for batch in range(b):
+                    hidden = None if visible is None else _of(visible, batch).expand(h_kv, m)[heads].logical_not()
+                    keys = self._encode(k[batch, heads], heads, hidden, key_block, buffers)
+                    members = q[batch].unflatten(0, (h_kv, -1))[heads].unbind(1)
+                    queries = functools.reduce(torch.add, [self._encode(x, heads, None, query_block, buffers) for x in members])
+                    scores[batch, heads] = queries.mT @ keys
+
+        # One worker takes all rows of a head, so that statistics add up in one order.
+        share([slice(head, min(head + step, h_kv)) for head in range(0, h_kv, step)], work)
+        return scores
 
     def _encode(self, x: Tensor, heads: slice, hidden: Tensor | None, step: int, buffers: Tensor) -> Tensor:
         """Histograms [heads, M * E, runs] of x [heads, rows, d], without rows that are hidden (bool [heads, rows])."""
         (count, rows, _), (_, subspaces, codewords, size) = x.shape, self.words.shape
-        parts = x.transpose(0, 1).reshape(rows, count * subspaces, size)
+        parts = x.float().transpose(0, 1).reshape(rows, count * subspaces, size)
         shape = (count * subspaces, codewords, rows)
         similarity, hot = (buffer[: shape[0] * codewords * rows].view(shape) for buffer in buffers)
         offset = self.offset[heads].reshape(-1, codewords, 1).expand(shape)
@@ -113,27 +122,29 @@ def _run_sums(x: Tensor, step: int) -> Tensor:
 def _pooled(q: Tensor, k: Tensor, visible: Tensor | None, allowed: Tensor, scale: float, query_block: int, key_block: int) -> Tensor:
     """Softmax of queries against block means of visible keys, summed over each tile: fp32 [b, h_kv, tiles, blocks]."""
     (b, h_kv, m, _), n = k.shape, q.shape[2]
-    tiles, blocks = int(block_count(n, query_block)), int(block_count(m, key_block))
-    scores = torch.zeros((b, h_kv, tiles, blocks))
-    for row in range(b):
-        keys = k[row].float()
-        if visible is None:
-            sizes = (m - torch.arange(blocks) * key_block).clamp(max=key_block).unsqueeze(-1)
-        else:
-            shown = visible[min(row, visible.shape[0] - 1)].unsqueeze(-1)  # [1 or h_kv, m, 1]
-            keys = keys * shown
-            sizes = _by_run(shown.float(), key_block).sum(2).clamp(min=1)
-        means = _by_run(keys, key_block).sum(2) / sizes
-        hidden = ~allowed[min(row, allowed.shape[0] - 1)].unsqueeze(-2)  # [1 or h_kv, tiles, 1, blocks]
-        for member in q[row].unflatten(0, (h_kv, -1)).unbind(1):
-            logits = _by_run(torch.bmm(member.float(), means.mT).mul_(scale), query_block)
-            weights = logits.masked_fill(hidden, -math.inf).softmax(-1)
-            if n % query_block:
-                weights[:, -1, n % query_block :] = 0.0
-            scores[row] += weights.sum(2)
+    scores = torch.zeros((b, h_kv, int(block_count(n, query_block)), int(block_count(m, key_block))))
+
+    def work(parts: Iterator[tuple[int, int]]) -> None:
+        for batch, head in parts:
+            shown = torch.ones((m, 1)) if visible is None else _of(_of(visible, batch), head).float().unsqueeze(-1)
+            means = _by_run(k[batch, head].float() * shown, key_block).sum(1) / _by_run(shown, key_block).sum(1).clamp(min=1)
+            hidden = ~_of(_of(allowed, batch), head).unsqueeze(1)  # [tiles, 1, blocks]
+            for member in q[batch].unflatten(0, (h_kv, -1))[head]:
+                logits = _by_run(torch.mm(member.float(), means.T).mul_(scale), query_block)
+                weights = logits.masked_fill(hidden, -math.inf).softmax(-1)
+                if n % query_block:
+                    weights[-1, n % query_block :] = 0.0
+                scores[batch, head] += weights.sum(1)
+
+    share([(batch, head) for batch in range(b) for head in range(h_kv)], work)
     return scores.nan_to_num_(0.0)
 
 
+def _of(x: Tensor, index: int) -> Tensor:
+    """x[index], where an axis of size 1 stands for all."""
+    return x[index if x.shape[0] > 1 else 0]
+
+
 def _by_run(x: Tensor, step: int) -> Tensor:
-    """[a, length, c] -> [a, runs, step, c], zeros at the end."""
-    return pad(x, (0, 0, 0, -x.shape[1] % step)).unflatten(1, (-1, step))
+    """[length, c] -> [runs, step, c], zeros at the end."""
+    return pad(x, (0, 0, 0, -x.shape[0] % step)).unflatten(0, (-1, step))
