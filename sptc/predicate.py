@@ -172,7 +172,7 @@ class Predicate:
         return _tight(self.tree)
 
     def bounds(self, ranges: Ranges, tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(possible, certain), bool, broadcast from `ranges`: where not possible it holds for none of their elements, where certain for all."""
+        """(possible, certain), bool, broadcast from `ranges`: where not possible it holds for none of them, where certain for all."""
         self.check(tensors, sizes)
         return _bool_bounds(self.tree, ranges, tensors, sizes)
 

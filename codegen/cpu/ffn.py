@@ -1,6 +1,7 @@
 """The routed FFN on a CPU: one block of hidden units at a time, from gathered tokens to their sum, so that a block stays in the cache.
 
 Products are BLAS calls on views of the weights; the activation is computed in fp32 (fp64 for fp64 inputs). There is no loop over tokens.
+Threads share the work by tokens: each takes a range of them through all blocks, so that no two add to the same row.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.expr import compile_activation
 from sptc.codegen.random import keep_runs
 
@@ -36,13 +38,35 @@ class _Block:
     tokens: Tensor  # int32 [n]
 
 
-def _blocks(tokens: Tensor, offsets: Tensor, hidden: int) -> Iterator[_Block]:
-    """Blocks with at least one token."""
-    bounds = offsets.tolist()
-    width = hidden // (len(bounds) - 1)
-    for g, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if end > start:
-            yield _Block(slice(start, end), slice(g * width, (g + 1) * width), tokens[start:end])
+@dataclass(frozen=True)
+class _Range:
+    """The list entries of a range of tokens: `bounds[g]` are the first of block g and the one after its last."""
+
+    index: int
+    bounds: list[tuple[int, int]]
+
+    def blocks(self, tokens: Tensor, hidden: int) -> Iterator[_Block]:
+        """Blocks with at least one token."""
+        width = hidden // len(self.bounds)
+        for g, (start, end) in enumerate(self.bounds):
+            if end > start:
+                yield _Block(slice(start, end), slice(g * width, (g + 1) * width), tokens[start:end])
+
+
+def _ranges(tokens: Tensor, offsets: Tensor, count: int) -> list[_Range]:
+    """As many ranges of the `count` tokens as there are threads; one if the tokens of a block are not in ascending order."""
+    starts, ends = offsets[:-1].long(), offsets[1:].long()
+    used = tokens[: int(offsets[-1])]
+    falls = used[1:] < used[:-1]
+    falls[(starts[(starts > 0) & (starts < len(used))]) - 1] = False
+    parts = 1 if len(used) < 2 or bool(falls.any()) else min(worker_count(), max(1, count))
+    cuts = [starts]
+    for i in range(1, parts):
+        below = torch.zeros(len(used) + 1, dtype=torch.int64)
+        torch.cumsum(used < i * count // parts, 0, out=below[1:])
+        cuts.append(starts + below[ends] - below[starts])
+    cuts.append(ends)
+    return [_Range(i, list(zip(a.tolist(), b.tolist(), strict=True))) for i, (a, b) in enumerate(itertools.pairwise(cuts))]
 
 
 @dataclass(frozen=True)
@@ -92,9 +116,8 @@ def routed_ffn(
     pre = x.new_empty((len(up), tokens.shape[0], hidden // (offsets.shape[0] - 1)))
     y = _sum(x.shape[0], down.shape[1], x.dtype)
     low_out = x.new_empty(0) if down_A is None else _sum(x.shape[0], down_A.shape[0], x.dtype)
-    end = 0
-    for block in _blocks(tokens, offsets, hidden):
-        end = block.entries.stop
+
+    def compute(block: _Block) -> None:
         us = pre[:, block.entries].unbind(0)
         rows = x.index_select(0, block.tokens)
         for i, u in enumerate(us):
@@ -114,7 +137,14 @@ def routed_ffn(
         if down_A is not None:
             a = lora_dropout.apply(a, lora_dropout.keep(block))
             low_out.index_add_(0, block.tokens, _wide(a.to(x.dtype) @ down_A[:, block.units].t()))
-    pre[:, end:].zero_()
+
+    def work(ranges: Iterator[_Range]) -> None:
+        for part in ranges:
+            for block in part.blocks(tokens, hidden):
+                compute(block)
+
+    share(_ranges(tokens, offsets, x.shape[0]), work)
+    pre[:, int(offsets[-1]) :].zero_()
     return y.to(x.dtype), low_out.to(x.dtype), pre
 
 
@@ -172,20 +202,24 @@ def routed_ffn_backward(
     dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
     wanted = Need.read(need, len(up), len(up_bias), len(low))
 
+    parts = _ranges(tokens, offsets, x.shape[0])
+
     def zeros(like: Tensor | None, flag: bool) -> Tensor:
-        return torch.zeros(like.shape, dtype=like.dtype) if flag and like is not None else x.new_empty(0)
+        """For a gradient that all tokens add to: one for each range, to be summed."""
+        return torch.zeros((len(parts), *like.shape), dtype=like.dtype) if flag and like is not None else x.new_empty((len(parts), 0))
 
     grad_x = _sum(x.shape[0], x.shape[1], dtype) if wanted.x else x.new_empty(0)
     grad_up = [zeros(w, flag) for w, flag in zip(up, wanted.up, strict=True)]
     grad_bias = [zeros(b, flag) for b, flag in zip(up_bias, wanted.up_bias, strict=True)]
     grad_low = [_sum(t.shape[0], t.shape[1], dtype) if flag else x.new_empty(0) for t, flag in zip(low, wanted.low, strict=True)]
     grad_B = [zeros(b, flag) for b, flag in zip(up_B, wanted.up_B, strict=True)]
-    grad_down, grad_A, grad_scale = zeros(down, wanted.down), zeros(down_A, wanted.down_A), zeros(scale, wanted.scale)
+    grad_down, grad_A = zeros(down, wanted.down), zeros(down_A, wanted.down_A)
+    grad_scale = torch.zeros(scale.shape, dtype=scale.dtype) if wanted.scale and scale is not None else x.new_empty(0)
     through = None if down_A is None or grad_low_out is None else (down_A, grad_low_out)
     needs_a = wanted.down or wanted.scale or (wanted.down_A and through is not None)
     needs_u = wanted.x or any((*wanted.up, *wanted.up_bias, *wanted.low, *wanted.up_B))
 
-    for block in _blocks(tokens, offsets, hidden):
+    def compute(block: _Block, part: int) -> None:
         us = [_wide(u) for u in pre[:, block.entries].unbind(0)]
         s = None if scale is None else scale[block.entries].unsqueeze(1)
         g_rows = grad_y.index_select(0, block.tokens)
@@ -194,13 +228,13 @@ def routed_ffn_backward(
             a = act.forward(us)
         if wanted.down:
             h = dropout.apply(a if s is None else a * s, keep)
-            torch.mm(h.to(dtype).t(), g_rows, out=grad_down[block.units])
+            torch.mm(h.to(dtype).t(), g_rows, out=grad_down[part][block.units])
         grad = _wide(g_rows @ down[block.units].t())
         if through is not None:
             adapter, low_rows = through[0][:, block.units], through[1].index_select(0, block.tokens)
             if wanted.down_A:
                 scaled = low_rows if s is None else (low_rows * s).to(dtype)  # r columns are cheaper to scale than a block of units
-                grad_A[:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
+                grad_A[part][:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
             if lora_keep is None and grad.dtype == dtype:
                 grad.addmm_(low_rows, adapter)
             else:
@@ -209,7 +243,7 @@ def routed_ffn_backward(
         if wanted.scale:
             grad_scale[block.entries] = torch.linalg.vecdot(grad, a).to(grad_scale.dtype)
         if not needs_u:
-            continue
+            return
         if s is not None:
             grad.mul_(s)
         grad_us = [g.to(dtype) for g in act.backward(us, grad)]
@@ -222,17 +256,27 @@ def routed_ffn_backward(
             rows = x.index_select(0, block.tokens)
         for i, g in enumerate(grad_us):
             if wanted.up[i]:
-                torch.mm(g.t(), rows, out=grad_up[i][block.units])
+                torch.mm(g.t(), rows, out=grad_up[i][part][block.units])
         for j, i in enumerate(biased):
             if wanted.up_bias[j]:
-                grad_bias[j][block.units] = grad_us[i].sum(0)
+                grad_bias[j][part][block.units] = grad_us[i].sum(0)
         for j, i in enumerate(adapted):
             if wanted.low[j]:
                 grad_low[j].index_add_(0, block.tokens, _wide(grad_us[i] @ up_B[j][block.units]))
             if wanted.up_B[j]:
-                torch.mm(grad_us[i].t(), low[j].index_select(0, block.tokens), out=grad_B[j][block.units])
+                torch.mm(grad_us[i].t(), low[j].index_select(0, block.tokens), out=grad_B[j][part][block.units])
+
+    def work(ranges: Iterator[_Range]) -> None:
+        for part in ranges:
+            for block in part.blocks(tokens, hidden):
+                compute(block, part.index)
+
+    share(parts, work)
+    shared = [
+        [total[0] if len(parts) == 1 else total.sum(0) for total in totals] for totals in (grad_up, grad_bias, grad_B, [grad_down, grad_A])
+    ]
     sums = [total.to(dtype) for total in (grad_x, *grad_low)]
-    return [sums[0], *grad_up, *grad_bias, *sums[1:], *grad_B, grad_down, grad_A, grad_scale]
+    return [sums[0], *shared[0], *shared[1], *sums[1:], *shared[2], *shared[3], grad_scale]
 
 
 def _sum(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -206,6 +206,15 @@ def test_route_is_the_definition():
     assert torch.equal(index // 8, tokens.long())
 
 
+@pytest.fixture
+def one_thread():
+    """No work in other threads, where a dispatch mode would not see it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_a_unit_is_dropped_whatever_the_list():
     args, _ = make(replace(CASES["gelu"], dropout=0.5, scale=False, active=4, out=24, activation="u0"))
     args = list(args)
@@ -215,10 +224,11 @@ def test_a_unit_is_dropped_whatever_the_list():
     few = ops.routed_ffn(*args)[0]
     assert 0 < (full == 0).sum() < full.numel()
     kept = few != 0
-    assert kept.any() and torch.equal(few[kept], full[kept])
+    assert kept.any()
+    torch.testing.assert_close(few[kept], full[kept], rtol=1e-12, atol=0)
 
 
-def test_frozen_weights_cost_nothing():
+def test_frozen_weights_cost_nothing(one_thread):
     args, _ = make(CASES["lora everywhere"])
     args = detached(args)
     y, low_out, pre = ops.routed_ffn(*args)
