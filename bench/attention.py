@@ -75,7 +75,7 @@ def run(case: Case, selector: str, blocks: tuple[int, int] | None, rounds: int) 
     codebooks = torch.randn(h, d // 8, 16, 8)
     padding = torch.arange(n) < torch.linspace(n // 2, n, b).long().unsqueeze(1)
     allowed = padding[:, None, None].expand(b, 1, n, n)
-    query_block, key_block = blocks or default_blocks(n, n, case.density)
+    query_block, key_block = blocks or default_blocks(n, n, case.density, own=case.mask == "causal")
     predicate = {"causal": "k <= q", "none": "True", "padding": "t0[b, k]"}[case.mask]
     spec = (predicate, [padding] if case.mask == "padding" else [], [], None, None)
 

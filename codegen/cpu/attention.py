@@ -24,9 +24,17 @@ _CHUNK = 1 << 20  # elements of scores and gathered blocks at a time
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def default_blocks(n: int, m: int, density: float) -> tuple[int, int]:
-    """(query_block, key_block) that are fast on a CPU; small tiles choose better, large ones fill BLAS and the cache better."""
-    return 64, 32
+def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
+    """(query_block, key_block) for n queries and m keys on a CPU.
+
+    Small tiles choose better, large ones gather less and suit BLAS, so tiles grow with the number of kept keys L. A tile that owns blocks
+    (`own`) gets at most half of L for them, so that it has a choice left; others are not smaller than BLAS likes.
+    """
+    kept = max(1, math.ceil(density * m))
+    half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2
+    query_block = min(max(half, 16 if own else 64), 512)
+    key_block = min(max(half // 2 if own else half, 8), 32)
+    return min(query_block, max(n, 1)), min(key_block, max(m, 1))
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,17 @@ class Buffers:
 
     dtype: torch.dtype
     held: dict[str, Tensor] = field(default_factory=dict)
+    views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if name not in self.held or self.held[name].numel() < size:
-            self.held[name] = torch.empty(size, dtype=self.dtype)
-        return self.held[name][:size].view(shape)
+        """The memory called `name` as a contiguous tensor of this shape, with whatever was in it."""
+        view = self.views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            if name not in self.held or self.held[name].numel() < size:
+                self.held[name] = torch.empty(size, dtype=self.dtype)
+            view = self.views[name, shape] = self.held[name][:size].view(shape)
+        return view
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,17 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _pools:
             workers = min(threads, _MOST_WORKERS)
-            pool = ThreadPoolExecutor(workers, "sptc", torch.set_num_threads, (threads // workers,))
+            pool = ThreadPoolExecutor(workers, "sptc", _start, (threads // workers,))
             started = Barrier(workers)
             wait([pool.submit(started.wait) for _ in range(workers)])  # every thread has run its initializer
             torch.set_num_threads(threads)  # threads that start later take over the number that was set last
             _pools[threads] = pool
         return _pools[threads]
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # a thread settles its own number at the first look; until then it would follow the number set last
 
 
 def _forget_pools() -> None:
