@@ -139,7 +139,7 @@ def _region(down: Projection) -> FfnRegion | Refusal | None:
         return None
     walk = _Walk(hidden)
     activation = _lift(_after_dropout(down.x, walk), walk)
-    ups = tuple(walk.ups.values())
+    activation, ups = _gate_first(activation, tuple(walk.ups.values()))
     if walk.problem is None and _is_linear(activation, len(ups)):
         return None  # a LoRA pair, a plain stack of projections
     nodes = frozenset(walk.nodes.union(down.nodes, _adapter_nodes(down, walk.nodes), *(up.nodes for up in ups)))
@@ -236,6 +236,15 @@ def _stranger(node: Node, walk: _Walk) -> sympy.Expr:
     else:
         walk.refuse("operand", node, f"{node.name} enters the activation and is computed by no projection of the input")
     return sympy.Integer(1)
+
+
+def _gate_first(activation: sympy.Expr, ups: tuple[Projection, ...]) -> tuple[sympy.Expr, tuple[Projection, ...]]:
+    """The same, with the projections that a function is applied to in front: a gated activation reads alike however it is spelled."""
+    symbols = expression.SYMBOLS[: len(ups)]
+    bent = set().union(*(f.free_symbols for f in activation.atoms(sympy.Function)))
+    order = sorted(range(len(ups)), key=lambda i: symbols[i] not in bent)
+    renamed = {symbols[old]: symbols[new] for new, old in enumerate(order)}
+    return activation.xreplace(renamed), tuple(ups[i] for i in order)
 
 
 def _is_linear(activation: sympy.Expr, arity: int) -> bool:

@@ -67,6 +67,9 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         report = Report.of([unit])
         for note in report.notes:  # an unprepared region, a frozen router: once in the log, however often a graph is compiled
             warning_once(log, note)
+        for refusal in unit.refusals:
+            if refusal.rule == "state":  # parameters that the user trains and that this graph does not use
+                warning_once(log, f"{refusal.site.module or 'the model'}: {refusal.reason}")
         compiled = inner(unit.gm, example_inputs, config)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend

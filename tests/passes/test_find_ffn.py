@@ -55,6 +55,7 @@ ACTS = {
     "in-place": (lambda u: F.relu(u, inplace=True), 1, "relu(u0)"),
     "quick-gelu": (lambda u: u * torch.sigmoid(1.702 * u), 1, "u0*sigmoid(1.702*u0)"),
     "swiglu": (lambda u, v: F.silu(u) * v, 2, "u1*silu(u0)"),
+    "swiglu-gate-last": (lambda u, v: u * F.silu(v), 2, "u1*silu(u0)"),
     "geglu": (lambda u, v: F.gelu(u) * v, 2, "u1*gelu(u0)"),
     "bilinear": (lambda u, v: u * v, 2, "u0*u1"),
     "three": (lambda u, v, w: torch.tanh(u) * v + w, 3, "u2 + u1*tanh(u0)"),
