@@ -137,6 +137,10 @@ def _take_turns(workers: list[Worker], plan: Plan, held_out: int, progress: Prog
             for loss, seconds in worker.ask(last - first, "train", first, last):
                 outcomes[worker.name].trained(loss, seconds)
                 progress.update(bars[worker.name], advance=1, last=f"{seconds:.2f} s  loss {loss:.3f}")
+            if not progress.console.is_terminal:  # a log shows no bars while they move
+                progress.console.print(
+                    f"{worker.name}: step {last} of {plan.steps}, {seconds:.2f} s a step, loss {loss:.3f}", highlight=False
+                )
     batches = -(-held_out // plan.batch)
     for worker in workers:
         bar = progress.add_task(f"{worker.name} held-out", total=batches, last="compiling")
