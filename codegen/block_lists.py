@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import SymInt, Tensor
 
-STATISTICS_ROWS = 128  # of each sequence and head: enough for 16 codewords, and cheap beside attention
+STATISTICS_ROWS = 256  # of a head over the whole batch: enough for 16 codewords a step, and cheap beside attention
 
 
 def block_count(length: int | SymInt, block: int) -> int | SymInt:
@@ -20,9 +20,9 @@ def block_count(length: int | SymInt, block: int) -> int | SymInt:
     return -(-length // block)
 
 
-def statistics_stride(length: int) -> int:
-    """Codebook statistics look at rows 0, stride, 2 * stride, ... of a sequence."""
-    return max(1, length // STATISTICS_ROWS)
+def statistics_stride(batch: int, length: int) -> int:
+    """Codebook statistics look at rows 0, stride, 2 * stride, ... of each sequence."""
+    return max(1, min(batch * length // STATISTICS_ROWS, length))
 
 
 def owned_blocks(n: int | SymInt, m: int | SymInt, query_block: int, key_block: int) -> int | SymInt:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.block_lists import block_count
-from sptc.codegen.cpu.mask import CpuMask, Lists
+from sptc.codegen.cpu.mask import CpuMask, Lists, rows_of
 from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.random import keep_runs
 
@@ -84,38 +84,37 @@ class Buffers:
             size = math.prod(shape)
             if name not in self.held or self.held[name].numel() < size:
                 self.held[name] = torch.empty(size, dtype=self.dtype)
+                for key in [key for key in self.views if key[0] == name]:
+                    del self.views[key]
             view = self.views[name, shape] = self.held[name][:size].view(shape)
         return view
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of work for one thread: some key heads of one batch row."""
+    """A piece of work for one thread: some key heads of one batch row, or all of several rows. count = batch rows * key heads."""
 
-    batch: int
+    batches: slice
     heads: slice
+    k: Tensor  # [count * blocks, key_block * d], contiguous in the dtype of arithmetic
+    v: Tensor  # [count * blocks, key_block * d_v]
+    ids: Tensor  # int64 [count, tiles, list width]
+    unused: Tensor  # bool [count, tiles, list width]: slots after the end of a list
+    bias: Tensor | None  # [count * blocks, key_block]
 
-
-@dataclass(frozen=True)
-class KeyBlocks:
-    """The blocks of key heads [head, head + heads) of one batch row, contiguous in the dtype of arithmetic."""
-
-    batch: int
-    head: int
-    heads: int
-    k: Tensor  # [heads * blocks, key_block * d]
-    v: Tensor  # [heads * blocks, key_block * d_v]
-    bias: Tensor | None  # [heads * blocks, key_block]
+    @property
+    def count(self) -> int:
+        return self.ids.shape[0]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Lists with their queries and gathered keys: lists = heads * tiles, rows = group * query_block, width = list width * key_block."""
+    """Lists with their queries and gathered keys: lists = count * tiles, rows = group * query_block, width = list width * key_block."""
 
-    keys: KeyBlocks
+    part: Part
     tile: int
     tiles: int
-    place: Tensor  # int64 [lists * list width]: rows of KeyBlocks
+    place: Tensor  # int64 [lists * list width]: rows of part.k and part.v
     q: Tensor  # [lists, rows, d], zero past the end
     k: Tensor  # [lists, width, d]
     v: Tensor  # [lists, width, d_v]
@@ -124,8 +123,8 @@ class Chunk:
     keep: Tensor | None  # bool [lists, rows, width]: what dropout keeps
 
     @property
-    def where(self) -> tuple[KeyBlocks, int, int]:
-        return self.keys, self.tile, self.tiles
+    def where(self) -> tuple[Part, int, int]:
+        return self.part, self.tile, self.tiles
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -134,13 +133,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out = call.q.new_empty((mask.b, mask.h, mask.n, call.v.shape[-1]))
     lse = torch.empty((mask.b, mask.h, mask.n), dtype=call.dtype)
 
-    def work(parts: Iterator[Part]) -> None:
+    def work(spans: Iterator[tuple[slice, slice]]) -> None:
         buffers = Buffers(call.dtype)
-        for part in parts:
-            for chunk in _chunks(call, _key_blocks(call, part, buffers), buffers):
+        for batches, heads in spans:
+            for chunk in _chunks(call, _part(call, batches, heads, buffers), buffers):
                 _chunk_forward(call, chunk, out, lse, buffers)
 
-    share(_parts(call), work)
+    share(_spans(call), work)
     return out, lse
 
 
@@ -153,18 +152,18 @@ def backward(call: Call, grad_out: Tensor, need: Sequence[bool]) -> tuple[Tensor
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)
     )
 
-    def work(parts: Iterator[Part]) -> None:
+    def work(spans: Iterator[tuple[slice, slice]]) -> None:
         buffers = Buffers(call.dtype)
-        for part in parts:
-            keys = _key_blocks(call, part, buffers)
-            sums = _totals(call.mask, grad_k, keys, "grad_k", buffers), _totals(call.mask, grad_v, keys, "grad_v", buffers)
-            for chunk in _chunks(call, keys, buffers):
+        for batches, heads in spans:
+            part = _part(call, batches, heads, buffers)
+            sums = _totals(call.mask, grad_k, part, "grad_k", buffers), _totals(call.mask, grad_v, part, "grad_v", buffers)
+            for chunk in _chunks(call, part, buffers):
                 _chunk_backward(call, chunk, grad_out, need, grad_q, sums, buffers)
             for grad, total, wanted in zip((grad_k, grad_v), sums, need[1:], strict=True):
-                if wanted and (target := grad[part.batch, part.heads]).data_ptr() != total.data_ptr():
-                    target.copy_(total.view(keys.heads, -1, grad.shape[-1])[:, : call.mask.m])
+                if wanted and (target := grad[batches, heads]).data_ptr() != total.data_ptr():
+                    target.copy_(total.view(*target.shape[:2], -1, grad.shape[-1])[:, :, : call.mask.m])
 
-    share(_parts(call), work)
+    share(_spans(call), work)
     return grad_q, grad_k, grad_v
 
 
@@ -199,31 +198,14 @@ def _chunk_backward(
         _scatter(sums[0], chunk, _product(slope.mT, chunk.q, call.scale, buffers.take("gathered", *chunk.k.shape)))
 
 
-def _parts(call: Call) -> Iterator[Part]:
-    """All key heads, as many of one batch row at a time as make a chunk and leave work for every thread."""
+def _spans(call: Call) -> Iterator[tuple[slice, slice]]:
+    """Batch rows and key heads, as many at a time as make a chunk and leave work for every thread."""
     mask = call.mask
-    step = max(1, min(mask.h_kv, mask.b * mask.h_kv // worker_count(), _CHUNK // (call.ids.shape[2] * _list_elements(call))))
-    for batch in range(mask.b):
-        for head in range(0, mask.h_kv, step):
-            yield Part(batch, slice(head, min(head + step, mask.h_kv)))
-
-
-def _key_blocks(call: Call, part: Part, buffers: Buffers) -> KeyBlocks:
-    mask, bias = call.mask, call.key_bias
-    heads = part.heads.stop - part.heads.start
-    k, v = (_packed(mask, x[part.batch, part.heads], name, buffers) for name, x in (("keys", call.k), ("values", call.v)))
-    if bias is not None:
-        bias = bias[part.batch if bias.shape[0] > 1 else 0]
-        bias = (bias[part.heads] if bias.shape[0] > 1 else bias.expand(heads, -1)).reshape(-1, mask.key_block)
-    return KeyBlocks(part.batch, part.heads.start, heads, k, v, bias)
-
-
-def _chunks(call: Call, keys: KeyBlocks, buffers: Buffers) -> Iterator[Chunk]:
-    """The lists of some heads, as many tiles at a time as make a chunk."""
-    tiles = call.ids.shape[2]
-    step = max(1, min(tiles, _CHUNK // (keys.heads * _list_elements(call))))
-    for tile in range(0, tiles, step):
-        yield _chunk(call, keys, tile, min(step, tiles - tile), buffers)
+    count = max(1, min(mask.b * mask.h_kv // worker_count(), _CHUNK // (call.ids.shape[2] * _list_elements(call))))
+    batches, heads = max(1, count // mask.h_kv), min(count, mask.h_kv)
+    for batch in range(0, mask.b, batches):
+        for head in range(0, mask.h_kv, heads):
+            yield slice(batch, min(batch + batches, mask.b)), slice(head, min(head + heads, mask.h_kv))
 
 
 def _list_elements(call: Call) -> int:
@@ -232,33 +214,49 @@ def _list_elements(call: Call) -> int:
     return max(1, width * (call.mask.group * call.mask.query_block + call.q.shape[-1] + call.v.shape[-1]))
 
 
-def _chunk(call: Call, keys: KeyBlocks, tile: int, tiles: int, buffers: Buffers) -> Chunk:
-    mask, width = call.mask, call.ids.shape[-1]
-    part = keys.batch, slice(keys.head, keys.head + keys.heads), slice(tile, tile + tiles)
-    ids = call.ids[part].long()
-    lists, rows, columns = keys.heads * tiles, mask.group * mask.query_block, width * mask.key_block
-    blocks = int(block_count(mask.m, mask.key_block))
-    place = (ids + torch.arange(0, keys.heads * blocks, blocks).view(-1, 1, 1)).view(-1)
-    k = torch.index_select(keys.k, 0, place, out=buffers.take("chunk_k", len(place), keys.k.shape[1])).view(lists, columns, -1)
-    v = torch.index_select(keys.v, 0, place, out=buffers.take("chunk_v", len(place), keys.v.shape[1])).view(lists, columns, -1)
-    q = _load(mask, keys, tile, tiles, call.q, buffers, "chunk_q")
+def _part(call: Call, batches: slice, heads: slice, buffers: Buffers) -> Part:
+    mask, bias = call.mask, call.key_bias
+    k, v = _packed(mask, call.k[batches, heads], "keys", buffers), _packed(mask, call.v[batches, heads], "values", buffers)
+    if bias is not None:
+        bias = rows_of(bias, batches, heads).reshape(-1, mask.key_block)
+    ids = call.ids[batches, heads].flatten(0, 1).long()
+    unused = torch.arange(ids.shape[-1]) >= call.counts[batches, heads].flatten(0, 1).unsqueeze(-1)
+    return Part(batches, heads, k, v, ids, unused, bias)
 
-    bias = None if keys.bias is None else keys.bias.index_select(0, place).view(lists, width, mask.key_block)
-    unused = torch.arange(width) >= call.counts[part].reshape(lists, 1)
-    if bool(unused[:, -1].any()):
-        bias = torch.zeros((lists, width, mask.key_block), dtype=call.dtype) if bias is None else bias
-        bias.masked_fill_(unused.unsqueeze(-1), -math.inf)
+
+def _chunks(call: Call, part: Part, buffers: Buffers) -> Iterator[Chunk]:
+    """The lists of a part, as many tiles at a time as make a chunk."""
+    tiles = call.ids.shape[2]
+    step = max(1, min(tiles, _CHUNK // (part.count * _list_elements(call))))
+    for tile in range(0, tiles, step):
+        yield _chunk(call, part, tile, min(step, tiles - tile), buffers)
+
+
+def _chunk(call: Call, part: Part, tile: int, tiles: int, buffers: Buffers) -> Chunk:
+    mask, width = call.mask, call.ids.shape[-1]
+    lists, rows, columns = part.count * tiles, mask.group * mask.query_block, width * mask.key_block
+    ids, unused = part.ids[:, tile : tile + tiles], part.unused[:, tile : tile + tiles]
+    blocks = int(block_count(mask.m, mask.key_block))
+    place = (ids + torch.arange(0, part.count * blocks, blocks).view(-1, 1, 1)).view(-1)
+    k = torch.index_select(part.k, 0, place, out=buffers.take("chunk_k", len(place), part.k.shape[1])).view(lists, columns, -1)
+    v = torch.index_select(part.v, 0, place, out=buffers.take("chunk_v", len(place), part.v.shape[1])).view(lists, columns, -1)
+    q = _load(mask, part, tile, tiles, call.q, buffers, "chunk_q")
+
+    bias = None if part.bias is None else part.bias.index_select(0, place)
+    if bool(unused.any()):
+        bias = torch.zeros((len(place), mask.key_block), dtype=call.dtype) if bias is None else bias
+        bias.masked_fill_(unused.reshape(-1, 1), -math.inf)
     row = None if bias is None else bias.view(lists, 1, columns)
     scores = _product(q, k.mT, call.scale, buffers.take("scores", lists, rows, columns), row)
-    whole = Lists(keys.batch, keys.head, tile, ids)
+    lists_of_chunk = Lists(part.batches, part.heads, tile, ids)
     if mask.hides_elements:
-        mask.add_elements(scores.view(keys.heads, tiles, mask.group, mask.query_block, width, mask.key_block), whole)
+        mask.add_elements(scores.view(part.count, tiles, mask.group, mask.query_block, width, mask.key_block), lists_of_chunk)
     weights = torch.softmax(scores, -1, out=buffers.take("weights", *scores.shape))
     if call.empty_rows and (bias is not None or mask.hides_elements):
         empty = weights[..., :1].isnan()  # softmax of nothing but -inf
         if bool(empty.any()):
             weights.masked_fill_(empty & (scores.amax(-1, keepdim=True) == -math.inf), 0.0)
-    return Chunk(keys, tile, tiles, place, q, k, v, scores, weights, _survivors(call, whole))
+    return Chunk(part, tile, tiles, place, q, k, v, scores, weights, _survivors(call, lists_of_chunk))
 
 
 def _survivors(call: Call, lists: Lists) -> Tensor | None:
@@ -266,79 +264,89 @@ def _survivors(call: Call, lists: Lists) -> Tensor | None:
     if call.seed is None or call.dropout_p == 0.0:
         return None
     mask = call.mask
-    heads, tiles, width = lists.ids.shape
-    h = torch.arange(lists.head * mask.group, (lists.head + heads) * mask.group).view(heads, 1, mask.group, 1, 1)
+    count, tiles, width = lists.ids.shape
+    b = torch.arange(lists.batches.start, lists.batches.stop).view(-1, 1)
+    h = torch.arange(lists.heads.start * mask.group, lists.heads.stop * mask.group)
     q = torch.arange(lists.tile * mask.query_block, (lists.tile + tiles) * mask.query_block).view(1, tiles, 1, -1, 1)
-    k = (lists.ids * mask.key_block).view(heads, tiles, 1, 1, width)
-    start = ((lists.batch * mask.h + h) * mask.n + q) * mask.m + k
-    return keep_runs(call.seed, start, mask.key_block, call.dropout_p).view(heads * tiles, -1, width * mask.key_block)
+    k = (lists.ids * mask.key_block).view(count, tiles, 1, 1, width)
+    start = ((b * mask.h + h).view(count, 1, mask.group, 1, 1) * mask.n + q) * mask.m + k
+    return keep_runs(call.seed, start, mask.key_block, call.dropout_p).view(count * tiles, -1, width * mask.key_block)
 
 
 def _packed(mask: CpuMask, x: Tensor, name: str, buffers: Buffers) -> Tensor:
-    """[heads, m, d] -> [heads * blocks, key_block * d], zeros past the end; a view where the memory fits already."""
-    heads, m, d = x.shape
+    """[batch rows, key heads, m, d] -> [count * blocks, key_block * d], zeros past the end; a view where the memory fits already."""
+    batches, heads, m, d = x.shape
     length = int(block_count(m, mask.key_block)) * mask.key_block
     if length == m and x.dtype == buffers.dtype and x.is_contiguous():
         return x.view(-1, mask.key_block * d)
-    packed = buffers.take(name, heads, length, d)
-    packed[:, :m] = x
-    packed[:, m:] = 0.0
+    packed = buffers.take(name, batches, heads, length, d)
+    if length == m:
+        packed.copy_(x)
+    else:
+        packed[:, :, :m] = x
+        packed[:, :, m:] = 0.0
     return packed.view(-1, mask.key_block * d)
 
 
-def _totals(mask: CpuMask, grad: Tensor, keys: KeyBlocks, name: str, buffers: Buffers) -> Tensor:
-    """Zeros [heads * blocks, key_block * d] to add up a gradient in: its own memory where that fits. Empty if it is not wanted."""
+def _totals(mask: CpuMask, grad: Tensor, part: Part, name: str, buffers: Buffers) -> Tensor:
+    """Zeros [count * blocks, key_block * d] to add up a gradient in: its own memory where that fits. Empty if it is not wanted."""
     if grad.dim() == 1:
         return grad
+    columns = mask.key_block * grad.shape[-1]
     if mask.m % mask.key_block == 0 and grad.dtype == buffers.dtype:
-        return grad[keys.batch, keys.head : keys.head + keys.heads].view(-1, mask.key_block * grad.shape[-1]).zero_()
-    blocks = int(block_count(mask.m, mask.key_block))
-    return buffers.take(name, keys.heads * blocks, mask.key_block * grad.shape[-1]).zero_()
+        return grad[part.batches, part.heads].view(-1, columns).zero_()
+    return buffers.take(name, part.count * int(block_count(mask.m, mask.key_block)), columns).zero_()
 
 
-def _load(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buffers: Buffers, name: str) -> Tensor:
-    """Rows of x [b, h, n, d] that belong to a chunk: [heads * tiles, group * query_block, d], zeros past the end; a view if memory fits."""
-    rows = _rows(mask, keys, tile, tiles, x)
-    shape = (keys.heads * tiles, mask.group * mask.query_block, x.shape[-1])
+def _load(mask: CpuMask, part: Part, tile: int, tiles: int, x: Tensor, buffers: Buffers, name: str) -> Tensor:
+    """Rows of x [b, h, n, d] that belong to a chunk: [count * tiles, group * query_block, d], zeros past the end; a view if memory fits."""
+    rows = _rows(mask, part, tile, tiles, x)
     if _fits(rows, mask, tiles, buffers.dtype):
-        return rows.view(shape)
-    buffer = buffers.take(name, *shape)
-    tiled = buffer.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
-    whole = rows.shape[2] // mask.query_block
-    tiled[:, :, :whole] = rows[:, :, : whole * mask.query_block].unflatten(2, (whole, mask.query_block))
-    if whole < tiles:
-        rest = rows.shape[2] - whole * mask.query_block
-        tiled[:, :, whole, :rest] = rows[:, :, whole * mask.query_block :]
-        tiled[:, :, whole, rest:] = 0.0
-    return buffer
+        return rows.reshape(part.count * tiles, mask.query_block, -1)
+    tiled = _tiled(mask, rows, tiles, buffers, name)
+    whole = rows.shape[3] // mask.query_block
+    if whole == tiles:
+        tiled.copy_(rows.unflatten(3, (whole, mask.query_block)))
+    else:
+        full, rest = whole * mask.query_block, rows.shape[3] - whole * mask.query_block
+        tiled[:, :, :, :whole] = rows[:, :, :, :full].unflatten(3, (whole, mask.query_block))
+        tiled[:, :, :, whole, :rest] = rows[:, :, :, full:]
+        tiled[:, :, :, whole, rest:] = 0.0
+    return buffers.take(name, part.count * tiles, mask.group * mask.query_block, x.shape[-1])
 
 
 @contextlib.contextmanager
-def _stored(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor, buffers: Buffers) -> Iterator[Tensor]:
-    """Memory [heads * tiles, group * query_block, d] to fill; afterwards it is in the rows of x [b, h, n, d] that belong to a chunk."""
-    rows = _rows(mask, keys, tile, tiles, x)
-    shape = (keys.heads * tiles, mask.group * mask.query_block, x.shape[-1])
+def _stored(mask: CpuMask, part: Part, tile: int, tiles: int, x: Tensor, buffers: Buffers) -> Iterator[Tensor]:
+    """Memory [count * tiles, group * query_block, d] to fill; afterwards it is in the rows of x [b, h, n, d] that belong to a chunk."""
+    rows = _rows(mask, part, tile, tiles, x)
     if _fits(rows, mask, tiles, buffers.dtype):
-        yield rows.view(shape)
+        yield rows.reshape(part.count * tiles, mask.query_block, -1)
         return
-    buffer = buffers.take("stored", *shape)
-    yield buffer
-    tiled = buffer.view(keys.heads, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(1, 2)
-    whole = rows.shape[2] // mask.query_block
-    rows[:, :, : whole * mask.query_block].unflatten(2, (whole, mask.query_block)).copy_(tiled[:, :, :whole])
+    yield buffers.take("stored", part.count * tiles, mask.group * mask.query_block, x.shape[-1])
+    tiled = _tiled(mask, rows, tiles, buffers, "stored")
+    whole = rows.shape[3] // mask.query_block
+    full = whole * mask.query_block
+    rows[:, :, :, :full].unflatten(3, (whole, mask.query_block)).copy_(tiled[:, :, :, :whole])
     if whole < tiles:
-        rows[:, :, whole * mask.query_block :] = tiled[:, :, whole, : rows.shape[2] - whole * mask.query_block]
+        rows[:, :, :, full:] = tiled[:, :, :, whole, : rows.shape[3] - full]
+
+
+def _rows(mask: CpuMask, part: Part, tile: int, tiles: int, x: Tensor) -> Tensor:
+    """The view [batch rows, key heads, group, rows, d] of x [b, h, n, d] that a chunk covers."""
+    heads = slice(part.heads.start * mask.group, part.heads.stop * mask.group)
+    rows = x[part.batches, heads, tile * mask.query_block : (tile + tiles) * mask.query_block]
+    return rows.unflatten(1, (-1, mask.group))
 
 
 def _fits(rows: Tensor, mask: CpuMask, tiles: int, dtype: torch.dtype) -> bool:
-    """Whether the memory of rows [heads, group, rows, d] is that of the lists of a chunk."""
-    return mask.group == 1 and rows.shape[2] == tiles * mask.query_block and rows.dtype == dtype and rows.is_contiguous()
+    """Whether the memory of `_rows` is that of the lists of a chunk."""
+    return mask.group == 1 and rows.shape[3] == tiles * mask.query_block and rows.dtype == dtype and rows.is_contiguous()
 
 
-def _rows(mask: CpuMask, keys: KeyBlocks, tile: int, tiles: int, x: Tensor) -> Tensor:
-    """The view [heads, group, rows, d] of x [b, h, n, d] that a chunk covers."""
-    heads = x[keys.batch].unflatten(0, (mask.h_kv, mask.group))[keys.head : keys.head + keys.heads]
-    return heads[:, :, tile * mask.query_block : (tile + tiles) * mask.query_block]
+def _tiled(mask: CpuMask, rows: Tensor, tiles: int, buffers: Buffers, name: str) -> Tensor:
+    """The memory `name` of lists, seen as [batch rows, key heads, group, tiles, query_block, d]."""
+    batches, heads, group, _, d = rows.shape
+    return buffers.take(name, batches, heads, tiles, group, mask.query_block, d).transpose(2, 3)
 
 
 def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor, row: Tensor | None = None) -> Tensor:

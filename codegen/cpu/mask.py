@@ -6,6 +6,7 @@ An operand that looks at keys only (padding) becomes a row added to the scores. 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -25,12 +26,12 @@ _ELEMENTS_AT_A_TIME = 1 << 22
 
 @dataclass(frozen=True)
 class Lists:
-    """Some block lists: those of key heads from `head` on and tiles from `tile` on, in one batch row."""
+    """The block lists of some batch rows, key heads and tiles. ids is int64 [batch rows * key heads, tiles, width]."""
 
-    batch: int
-    head: int
-    tile: int
-    ids: Tensor  # int64 [heads, tiles, width]
+    batches: slice
+    heads: slice
+    tile: int  # the first
+    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,31 @@ class CpuMask:
     def _add_conjuncts(self, scores: Tensor, lists: Lists) -> None:
         by_head = any(c.uses("h") for c in self._element_conjuncts)
         by_batch = any(c.uses("b") for c in self._element_conjuncts)
+        batch, head = lists.batches.start, lists.heads.start
         for tiles, slots in self._uncertain(lists):
-            ids = lists.ids[:, tiles, slots]
-            if not by_head and bool((ids == ids[:1]).all()):
-                ids = ids[:1]  # blocks that all heads keep, such as a tile's own, are looked at once
-            key = (tiles.start + lists.tile, tiles.stop + lists.tile, lists.batch if by_batch else 0)
+            part, ids = scores[:, tiles, :, :, slots], lists.ids[:, tiles, slots]
+            tile = lists.tile + tiles.start
+            alike = not by_head and (not by_batch or lists.batches.stop - batch == 1)
+            if not alike or not bool((ids == ids[:1]).all()):
+                torch.minimum(part, self._limit(dataclasses.replace(lists, tile=tile, ids=ids), scores.dtype), out=part)
+                continue
+            # Blocks that all heads keep, such as a tile's own, are looked at once.
+            key = (tile, lists.tile + tiles.stop, batch if by_batch else 0)
             known = self._limits.get(key)
-            if by_head or known is None or known[0].shape != ids.shape or not torch.equal(known[0], ids):
-                b, h, q, k = self._list_positions(Lists(lists.batch, lists.head, lists.tile + tiles.start, ids))
-                keep = functools.reduce(operator.and_, (c.evaluate(b, h, q, k, self.tensors, self.sizes) for c in self._element_conjuncts))
-                known = ids, torch.where(keep, math.inf, -math.inf).to(scores.dtype)
-                self._limits[key] = known
-            part = scores[:, tiles, :, :, slots]
+            if known is None or not torch.equal(known[0], ids[0]):
+                one = Lists(slice(batch, batch + 1), slice(head, head + 1), tile, ids[:1])
+                known = self._limits[key] = ids[0].clone(), self._limit(one, scores.dtype)
             torch.minimum(part, known[1], out=part)
+
+    def _limit(self, lists: Lists, dtype: torch.dtype) -> Tensor:
+        """inf where the element conjuncts hold, else -inf; broadcastable to scores."""
+        b, h, q, k = self._list_positions(lists)
+        keep = functools.reduce(operator.and_, (c.evaluate(b, h, q, k, self.tensors, self.sizes) for c in self._element_conjuncts))
+        return torch.where(keep, math.inf, -math.inf).to(dtype)
 
     @functools.cached_property
     def _limits(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
-        """By tiles and batch row, for the blocks looked at last: inf where the element conjuncts hold, else -inf."""
+        """By tiles and batch row: the blocks looked at last, and their `_limit`."""
         return {}
 
     @functools.cached_property
@@ -207,22 +216,22 @@ class CpuMask:
         return keep.flatten(1).any(1)
 
     def _list_positions(self, lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """b, h, q, k for scores [heads, tiles, group, query_block, width, key_block]; those past the end repeat the last."""
-        heads, tiles, width = lists.ids.shape
-        h = torch.arange(lists.head * self.group, (lists.head + heads) * self.group).view(heads, 1, self.group, 1, 1, 1)
+        """b, h, q, k for scores [rows and heads, tiles, group, query_block, width, key_block]; those past the end repeat the last."""
+        count, tiles, width = lists.ids.shape
+        b = torch.arange(lists.batches.start, lists.batches.stop).repeat_interleave(lists.heads.stop - lists.heads.start)
+        h = torch.arange(lists.heads.start * self.group, lists.heads.stop * self.group).repeat(lists.batches.stop - lists.batches.start)
         q = torch.arange(lists.tile * self.query_block, (lists.tile + tiles) * self.query_block).clamp_(max=self.n - 1)
         k = (lists.ids.unsqueeze(-1) * self.key_block + torch.arange(self.key_block)).clamp_(max=self.m - 1)
-        return torch.tensor(lists.batch), h, q.view(1, tiles, 1, -1, 1, 1), k.view(heads, tiles, 1, 1, width, -1)
+        b, h = b.view(count, 1, 1, 1, 1, 1), h.view(count, 1, self.group, 1, 1, 1)
+        return b, h, q.view(1, tiles, 1, -1, 1, 1), k.view(count, tiles, 1, 1, width, -1)
 
     def _uncertain(self, lists: Lists) -> Iterator[tuple[slice, slice]]:
         """Runs of tiles, each with the range of list slots outside which the element conjuncts hold everywhere."""
-        heads, tiles, width = lists.ids.shape
-        pairs = self._certain_pairs
-        if pairs is None:
+        _, tiles, width = lists.ids.shape
+        if self._certain_pairs is None:
             yield slice(0, tiles), slice(0, width)
             return
-        pairs = pairs[lists.batch if pairs.shape[0] > 1 else 0, :, lists.tile : lists.tile + tiles]
-        pairs = pairs[lists.head : lists.head + heads] if pairs.shape[0] > 1 else pairs.expand(heads, -1, -1)
+        pairs = rows_of(self._certain_pairs[:, :, lists.tile : lists.tile + tiles], lists.batches, lists.heads)
         open_slots = pairs.gather(-1, lists.ids).all(0).logical_not().to(torch.int8)  # [tiles, width]
         first, last = open_slots.argmax(-1).tolist(), (width - open_slots.flip(-1).argmax(-1)).tolist()
         spans = [(low, high) if some else None for low, high, some in zip(first, last, open_slots.any(-1).tolist(), strict=True)]
@@ -232,6 +241,12 @@ class CpuMask:
             if span is not None:
                 yield slice(start, stop), slice(*span)
             start = stop
+
+
+def rows_of(x: Tensor, batches: slice, heads: slice) -> Tensor:
+    """[1 or b, 1 or h_kv, ...] -> [batch rows * key heads, ...]; an axis of size 1 stands for all."""
+    x = x[batches if x.shape[0] > 1 else slice(None), heads if x.shape[1] > 1 else slice(None)]
+    return x.expand(batches.stop - batches.start, heads.stop - heads.start, *x.shape[2:]).flatten(0, 1)
 
 
 def _four(x: Tensor) -> Tensor:

@@ -63,22 +63,24 @@ class _Codebooks:
         similarities = self.offset[0].numel() * max(n, m)  # of one head
         step = max(1, min(-(-h_kv // worker_count()), _CHUNK // similarities))
 
+        q_stride, k_stride = statistics_stride(b, n), statistics_stride(b, m)
+
         def work(parts: Iterator[slice]) -> None:
             buffers = torch.empty((2, step * similarities))
             for heads in parts:
                 for batch in range(b):
                     hidden = None if visible is None else _of(visible, batch).expand(h_kv, m)[heads].logical_not()
-                    keys = self._encode(k[batch, heads], heads, hidden, key_block, buffers)
+                    keys = self._encode(k[batch, heads], heads, hidden, key_block, k_stride, buffers)
                     members = q[batch].unflatten(0, (h_kv, -1))[heads].unbind(1)
-                    queries = functools.reduce(torch.add, [self._encode(x, heads, None, query_block, buffers) for x in members])
+                    queries = functools.reduce(torch.add, [self._encode(x, heads, None, query_block, q_stride, buffers) for x in members])
                     scores[batch, heads] = queries.mT @ keys
 
         # One worker takes all rows of a head, so that statistics add up in one order.
         share([slice(head, min(head + step, h_kv)) for head in range(0, h_kv, step)], work)
         return scores
 
-    def _encode(self, x: Tensor, heads: slice, hidden: Tensor | None, step: int, buffers: Tensor) -> Tensor:
-        """Histograms [heads, M * E, runs] of x [heads, rows, d], without rows that are hidden (bool [heads, rows])."""
+    def _encode(self, x: Tensor, heads: slice, hidden: Tensor | None, step: int, stride: int, buffers: Tensor) -> Tensor:
+        """Histograms [heads, M * E, runs] of x [heads, rows, d], without hidden rows (bool [heads, rows]); statistics of each stride-th row."""
         (count, rows, _), (_, subspaces, codewords, size) = x.shape, self.words.shape
         parts = x.float().transpose(0, 1).reshape(rows, count * subspaces, size)
         shape = (count * subspaces, codewords, rows)
@@ -97,7 +99,6 @@ class _Codebooks:
             _keep_first_mark(hot)
             found = _run_sums(hot, step)
         if self.sums is not None and self.counts is not None:
-            stride = statistics_stride(rows)
             sample = hot[..., ::stride].contiguous()
             self.sums[heads] += torch.bmm(sample, parts[::stride].transpose(0, 1)).view_as(self.sums[heads])
             self.counts[heads] += sample.sum(-1).view_as(self.counts[heads])

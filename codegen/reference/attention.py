@@ -103,7 +103,7 @@ def select_blocks(
     ids, counts = lists_from_scores(scores, allowed, must, nearest_first(n, m, query_block, key_block, q.device), width)
     if not statistics:
         return ids, counts, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
-    q_rows, k_rows = torch.arange(0, n, statistics_stride(n), device=q.device), torch.arange(0, m, statistics_stride(m), device=q.device)
+    q_rows, k_rows = (torch.arange(0, length, statistics_stride(b, length), device=q.device) for length in (n, m))
     hot = torch.cat((q_hot.unflatten(2, (group, n))[:, :, :, q_rows].flatten(2, 3), k_hot[:, :, k_rows]), 2)
     rows = torch.cat((queries.unflatten(2, (group, n))[:, :, :, q_rows].flatten(2, 3), k[:, :, k_rows]), 2)
     parts = rows.unflatten(-1, (codebooks.shape[1], -1)).double()
