@@ -7,6 +7,7 @@ There is no loop over tokens. All arithmetic is fp32, or fp64 for fp64 inputs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -143,11 +144,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: Call, grad_out: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Call, grad_out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, those without need as empty tensors of shape [0].
 
     The weights are computed anew, by softmax as in forward: on a CPU that is faster than exp(scores - lse).
     """
+    call = dataclasses.replace(call, empty_rows=bool((lse == -math.inf).any()))
     grad_q, grad_k, grad_v = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)
     )

@@ -80,7 +80,7 @@ class _Codebooks:
         return scores
 
     def _encode(self, x: Tensor, heads: slice, hidden: Tensor | None, step: int, stride: int, buffers: Tensor) -> Tensor:
-        """Histograms [heads, M * E, runs] of x [heads, rows, d], without hidden rows (bool [heads, rows]); statistics of each stride-th row."""
+        """Histograms [heads, M * E, runs] of x [heads, rows, d], without hidden rows (bool [heads, rows]); statistics of each stride-th."""
         (count, rows, _), (_, subspaces, codewords, size) = x.shape, self.words.shape
         parts = x.float().transpose(0, 1).reshape(rows, count * subspaces, size)
         shape = (count * subspaces, codewords, rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from sptc.codegen.block_lists import block_count, list_width
 from sptc.codegen.cpu import attention as cpu
 from sptc.codegen.cpu import selection as cpu_selection
 from sptc.codegen.cpu.mask import CpuMask
+from sptc.codegen.cpu.parallel import apart
 from sptc.codegen.ops import autocast
 from sptc.predicate import parse
 
@@ -73,7 +72,7 @@ def _select_cpu(
     _check_heads(q, k, mask, bias)
     _check_selector(q, k, codebooks, selector, statistics)
     operands = _cpu_mask(q, k, predicate, mask_tensors, mask_sizes, mask, bias, query_block, key_block)
-    return cpu_selection.select_blocks(q, k, codebooks, operands, selector, density, scale, own, statistics)
+    return apart(cpu_selection.select_blocks, q, k, codebooks, operands, selector, density, scale, own, statistics)
 
 
 def _select_fake(
@@ -100,7 +99,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operand
 
 
 def _attention_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return cpu.forward(_call(*args))
+    return apart(cpu.forward, _call(*args))
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -113,8 +112,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor
 
 def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *operands, need = rest
-    call = dataclasses.replace(_call(q, k, v, *operands), empty_rows=bool((lse == -math.inf).any()))
-    return cpu.backward(call, grad_out, need)
+    return apart(cpu.backward, _call(q, k, v, *operands), grad_out, lse, need)
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
