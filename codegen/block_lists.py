@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import overload
 
 import torch
 from torch import SymInt, Tensor
@@ -15,6 +16,10 @@ from torch import SymInt, Tensor
 STATISTICS_ROWS = 256  # of a head over the whole batch: enough for 16 codewords a step, and cheap beside attention
 
 
+@overload
+def block_count(length: int, block: int) -> int: ...
+@overload
+def block_count(length: SymInt, block: int) -> SymInt: ...
 def block_count(length: int | SymInt, block: int) -> int | SymInt:
     """ceil(length / block), also for symbolic lengths."""
     return -(-length // block)

@@ -145,7 +145,7 @@ class Predicate:
         """Whether the index `name` ("b", "h", "q" or "k") occurs."""
         return name in self.names
 
-    def check(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    def check(self, tensors: Sequence[Tensor], sizes: Sequence[int | torch.SymInt]) -> None:
         """Raise PredicateError unless `tensors` and `sizes` cover what the predicate names, with the right number of indices."""
         for node in _walk(self.tree):
             if isinstance(node, Size) and node.position >= len(sizes):
@@ -205,7 +205,7 @@ class _Builder:
     source: str
 
     def build(self, node: ast.expr) -> Expression:
-        if isinstance(node, ast.Constant) and type(node.value) in (bool, int):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):  # bools are ints
             return Literal(node.value)
         if isinstance(node, ast.Name):
             return self._name(node)

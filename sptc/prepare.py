@@ -64,7 +64,6 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
         model = model._orig_mod
     _check(model)
 
-
     def judge(gm: fx.GraphModule, inputs: list[Any]) -> Unit:
         return run(captured_unit(gm, inputs, config), ANALYSIS)
 

@@ -35,7 +35,7 @@ def select_blocks(
     must = owned(n, m, query_block, key_block, q.device) if own and query_block > 1 else None
     width = int(list_width(n, m, density, query_block, key_block, own))
     ids, counts = lists_from_scores(scores, allowed, must, nearest_first(n, m, query_block, key_block, q.device), width)
-    return ids, counts, *(torch.empty(0) if x is None else x for x in (sums, code_counts))
+    return ids, counts, torch.empty(0) if sums is None else sums, torch.empty(0) if code_counts is None else code_counts
 
 
 @dataclass(frozen=True)

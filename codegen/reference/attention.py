@@ -46,9 +46,9 @@ class Mask:
         return result
 
     def _operands(self, shape: tuple[int, int, int, int], device: torch.device) -> list[tuple[Tensor, bool]]:
-        at = [torch.arange(size, device=device).view([-1 if i == axis else 1 for i in range(4)]) for axis, size in enumerate(shape)]
+        b, h, q, k = (torch.arange(size, device=device).view([-1 if i == axis else 1 for i in range(4)]) for axis, size in enumerate(shape))
         conjuncts = parse(self.predicate).conjuncts
-        found = [(c.evaluate(*at, self.tensors, self.sizes), c.uses("q")) for c in conjuncts]
+        found = [(c.evaluate(b, h, q, k, self.tensors, self.sizes), c.uses("q")) for c in conjuncts]
         if self.boolean is not None:
             found.append((self.boolean, False))
         if self.bias is not None:
@@ -85,6 +85,7 @@ def select_blocks(
     queries = q.unflatten(1, (h_kv, group)).flatten(2, 3)  # [b, h_kv, group * n, d]
 
     if selector == "pq":
+        assert codebooks is not None
         q_hot = one_hot(encode(queries, codebooks), codebooks.shape[2]).double()  # [b, h_kv, group * n, M, E]
         k_hot = one_hot(encode(k, codebooks), codebooks.shape[2]).double() * visible[..., None, None]
         q_histogram = _runs(q_hot.unflatten(2, (group, n)).sum(2).flatten(3), query_block).sum(3)
@@ -98,10 +99,10 @@ def select_blocks(
         within = torch.arange(tiles * query_block, device=q.device).view(tiles, query_block, 1, 1) < n
         scores = (logits.softmax(-1).nan_to_num(0.0) * within).sum((3, 4))
 
-    width = list_width(n, m, density, query_block, key_block, own)
+    width = int(list_width(n, m, density, query_block, key_block, own))
     must = owned(n, m, query_block, key_block, q.device) if own and query_block > 1 else None
     ids, counts = lists_from_scores(scores, allowed, must, nearest_first(n, m, query_block, key_block, q.device), width)
-    if not statistics:
+    if codebooks is None or not statistics:
         return ids, counts, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
     q_rows, k_rows = (torch.arange(0, length, statistics_stride(b, length), device=q.device) for length in (n, m))
     hot = torch.cat((q_hot.unflatten(2, (group, n))[:, :, :, q_rows].flatten(2, 3), k_hot[:, :, k_rows]), 2)
