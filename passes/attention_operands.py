@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from sptc.passes.mask import Refused
 from sptc.passes.mask_reader import Reader
-from sptc.passes.pattern import TRANSPARENT, argument, base_name, dtype, op, same_size, shape
+from sptc.passes.pattern import argument, dtype, op, same_size, shape, transparent
 
 _COPIES = frozenset({"aten.contiguous.default", "aten.clone.default", "aten.alias.default"})
 _RESHAPES = frozenset(
@@ -52,8 +52,9 @@ def key_of(factor: Node, reader: Reader) -> tuple[Operand, float]:
 
 
 def _unscaled(operand: Operand, reader: Reader) -> tuple[Operand, float]:
+    """The operand before it was multiplied by constants, and their product. One scaled in place has no tensor from before any more."""
     scale = 1.0
-    while base_name(operand.node) in ("aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"):
+    while op(operand.node) in ("aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"):
         a, b = operand.node.args[:2]
         number = reader.constant(b)
         if number is None or number <= 0 or not isinstance(a, Node) or dtype(a) != dtype(operand.node):
@@ -124,7 +125,7 @@ def _same_but(a: tuple[Any, ...], b: tuple[Any, ...], dim: int) -> bool:
 
 def split_heads(operand: Operand) -> Operand | None:
     """The [b, h, n, d] node of which the operand [b * h, n, d] is a reshaped form; None if there is none."""
-    while op(operand.node) in TRANSPARENT:
+    while transparent(operand.node):
         operand = operand.before(operand.node.args[0])
     if op(operand.node) not in _RESHAPES:
         return None

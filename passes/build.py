@@ -47,6 +47,10 @@ class Builder:
     def cast(self, node: Node, to: torch.dtype | None) -> Node:
         return node if to is None or dtype(node) == to else self.call(aten.to.dtype, node, to)
 
+    def single(self, node: Node) -> Node:
+        """In fp32 whatever autocast makes of `node`: inside an autocast block of the model its fake dtype says nothing."""
+        return self.call(aten.to.dtype, node, torch.float32)
+
     def rows(self, node: Node) -> Node:
         """[..., d] as [N, d]."""
         return node if len(shape(node)) == 2 else self.call(aten.reshape.default, node, [-1, shape(node)[-1]])
@@ -59,8 +63,17 @@ class Builder:
         if len(shape(x)) == len(shape(y)):
             sizes: list[Any] = [self.size(x, i) for i in range(len(lead))]
         else:
-            sizes = [s if isinstance(s, int) else -1 for s in lead]
+            sizes = [s if isinstance(s, int) else self._known(s) for s in lead]
         return self.call(aten.reshape.default, node, [*sizes, shape(node)[-1]])
+
+    def _known(self, size: torch.SymInt) -> Node | int:
+        """A node before the anchor that computes a symbolic size; -1, once, for a size that only the anchor has."""
+        for node in self._anchor.graph.nodes:
+            if node is self._anchor:
+                return -1
+            if isinstance(value(node), torch.SymInt) and value(node).node.expr == size.node.expr:
+                return node
+        return -1
 
     def seed(self) -> Node:
         """A fresh seed for dropout, drawn in this graph so that recomputation in a checkpoint draws the same one."""

@@ -18,7 +18,7 @@ from sptc.passes.attention_operands import Operand, grouped, key_of, merged_head
 from sptc.passes.boundary import breach
 from sptc.passes.mask import MASKED, Frame, MaskInput, Refused, read_mask
 from sptc.passes.mask_reader import Reader
-from sptc.passes.pattern import TRANSPARENT, VIEWS, argument, base_name, dtype, op, same_size, shape
+from sptc.passes.pattern import COPIES, VIEWS, argument, base_name, dtype, op, same_size, shape, transparent
 from sptc.passes.site import site_of
 from sptc.region import AttentionRegion, Found, Refusal
 
@@ -26,6 +26,17 @@ FUSED = "aten.scaled_dot_product_attention.default"
 SOFTMAX = frozenset({"aten.softmax.int", "aten._softmax.default"})
 PRODUCTS = frozenset({"aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default"})
 DROPOUT = "aten.dropout.default"
+_MOVES = VIEWS | {  # looked through to find candidates; those that a region does not have are refusals then
+    "aten.cat.default",
+    "aten.slice.Tensor",
+    "aten.narrow.default",
+    "aten.constant_pad_nd.default",
+    "aten.pad.default",
+    "aten.expand.default",
+    "aten.permute.default",
+    "aten.transpose.int",
+    "aten.mT.default",
+}
 _MAX_STEPS = 24
 
 
@@ -106,7 +117,7 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
                 raise Refused("dropout", node, "attention weights are dropped twice")
             _, p, train = node.args
             draft.dropout_p = float(p) if train else 0.0  # type: ignore[arg-type]
-        elif name not in TRANSPARENT and name not in VIEWS:
+        elif not transparent(node) and name not in VIEWS:
             raise Refused("weights", node, f"{node.name} ({op(node)}) changes the attention weights after softmax")
     return draft
 
@@ -119,9 +130,9 @@ def _to_product(softmax: Node) -> list[Node] | None:
         for path in paths:
             here = path[-1] if path else softmax
             for user in here.users:
-                if op(user) in PRODUCTS and _node(user, 0) is here:
+                if is_product(user) and (_node(user, 0) is here or op(user) == EINSUM):
                     return [*path, user]
-                if base_name(user) == DROPOUT or _pointwise(user) or op(user) in VIEWS:
+                if base_name(user) == DROPOUT or _pointwise(user) or op(user) in _MOVES:
                     longer.append([*path, user])
         paths = longer
     return None
@@ -136,9 +147,9 @@ def _from_product(node: Any) -> bool:
         if not isinstance(here, Node) or here in seen:
             continue
         seen.add(here)
-        if op(here) in PRODUCTS:
+        if is_product(here):
             return True
-        if _pointwise(here) or op(here) in VIEWS or base_name(here) == DROPOUT:
+        if _pointwise(here) or op(here) in _MOVES or base_name(here) == DROPOUT:
             todo += here.all_input_nodes
     return False
 
@@ -160,7 +171,7 @@ _UNTAGGED = frozenset(  # elementwise, but torch does not tag these overloads as
 
 def _pointwise(node: Node) -> bool:
     name = base_name(node)
-    return bool(name) and (name in TRANSPARENT or name in _UNTAGGED or torch.Tag.pointwise in node.target.tags)  # type: ignore[union-attr]
+    return bool(name) and (name in COPIES or name in _UNTAGGED or torch.Tag.pointwise in node.target.tags)  # type: ignore[union-attr]
 
 
 def _node(product: Node, position: int) -> Node:
@@ -202,7 +213,7 @@ class _Scores:
         """Takes in what `node` does to the scores and returns the scores before it."""
         name = base_name(node)
         first: Any = node.args[0]
-        if name in TRANSPARENT:
+        if transparent(node):
             return first
         if name in VIEWS:
             if not all(same_size(a, b) for a, b in zip(shape(first)[-2:], shape(node)[-2:], strict=True)):

@@ -7,7 +7,6 @@ expression; it is never matched against a list of known activations.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +26,8 @@ from sptc.passes.pattern import (
     origin_of_units,
     same_size,
     shape,
+    transparent,
+    units,
 )
 from sptc.passes.site import site_of
 from sptc.region import FfnRegion, Found, Projection, Refusal
@@ -59,8 +60,9 @@ def find_ffn(gm: fx.GraphModule) -> Found:
     regions: list[FfnRegion] = []
     refusals: list[Refusal] = []
     covered: set[Node] = set()
+    refused: set[Node] = set()  # hidden values; one refusal is enough for all that reads one
     for node in reversed(gm.graph.nodes):
-        if node in covered or op(node) in TRANSPARENT or op(node) in VIEWS:
+        if node in covered or transparent(node) or op(node) in VIEWS:
             continue
         down = match_projection(node)
         if down is None:
@@ -72,7 +74,8 @@ def find_ffn(gm: fx.GraphModule) -> Found:
         if isinstance(result, FfnRegion):
             regions.append(result)
             covered |= result.nodes
-        elif result is not None:
+        elif result is not None and origin_of_units(down.x) not in refused:
+            refused.add(origin_of_units(down.x))
             refusals.append(result)
     return Found(tuple(reversed(regions)), tuple(reversed(refusals)))
 
@@ -92,8 +95,10 @@ def _may_be_ffn(start: Node, hidden: Any) -> bool:
         following: list[Node] = []
         if up is not None and same_size(shape(node)[-1], hidden):
             inputs.add(origin_of_units(up.x))
-        elif name in TRANSPARENT or name == "aten.dropout.default" or (name in VIEWS and keeps_last_axis(node)):
+        elif transparent(node) or name == "aten.dropout.default" or (name in VIEWS and keeps_last_axis(node)):
             following = node.all_input_nodes[:1]
+        elif name in TRANSPARENT:
+            nonlinear, following = True, node.all_input_nodes[:1]
         elif name in MIXING:
             mixing, following = True, node.all_input_nodes[:1]
         elif shape(node) and expression.liftable(name):
@@ -167,7 +172,7 @@ def _region(down: Projection) -> FfnRegion | Refusal | None:
 
 def _after_dropout(node: Node, walk: _Walk) -> Node:
     """The activation's value below the dropout that stands directly before the down projection."""
-    chain = list(_same_units(node))
+    chain = list(units(node))
     dropout = chain[-1]
     if op(dropout) != "aten.dropout.default":
         return node
@@ -176,14 +181,6 @@ def _after_dropout(node: Node, walk: _Walk) -> Node:
     if train:
         walk.dropout_p = float(p)  # type: ignore[arg-type]
     return below  # type: ignore[return-value]
-
-
-def _same_units(node: Node) -> Iterator[Node]:
-    while True:
-        yield node
-        if not (op(node) in TRANSPARENT or (op(node) in VIEWS and keeps_last_axis(node))):
-            return
-        node = node.args[0]  # type: ignore[assignment]
 
 
 def _lift(node: Node, walk: _Walk) -> sympy.Expr:
@@ -201,11 +198,14 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
     name = op(node)
     if not name or not shape(node):
         return _stranger(node, walk)
-    if name in TRANSPARENT or (name in VIEWS and keeps_last_axis(node)):
+    if transparent(node) or (name in VIEWS and keeps_last_axis(node)):
         return _descend(node, walk)
     if name == "aten.dropout.default":
         if node.args[2] and node.args[1]:
             walk.refuse("dropout", node, f"dropout {node.name} is inside the activation, not between it and the down projection")
+        return _descend(node, walk)
+    if name in TRANSPARENT:
+        walk.refuse("activation", node, f"{node.name} rounds to {dtype(node)} or from {dtype(node.args[0])}")
         return _descend(node, walk)
     if name in MIXING:
         walk.refuse("activation", node, f"{node.name} ({name}) mixes hidden units")
@@ -214,6 +214,11 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
         return _stranger(node, walk)
     walk.nodes.add(node)
     arguments = [_lift_argument(a, walk) for a in node.args]
+    for arg in node.all_input_nodes:
+        if len(shape(arg)) != len(shape(node)) or not all(map(same_size, shape(arg), shape(node))):
+            walk.refuse(
+                "shape", node, f"{node.name} ({name}) combines {arg.name} {list(shape(arg))} into {list(shape(node))}: it broadcasts"
+            )
     lifted = expression.lift(name, arguments, dict(node.kwargs))
     if lifted is None:
         walk.refuse("activation", node, f"{node.name} ({name}) has arguments that no elementwise expression covers")

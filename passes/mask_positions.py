@@ -67,11 +67,11 @@ def _smaller(a: Any, b: Any) -> bool:
 
 def _regrouped(before: Sequence[Any], after: Sequence[Any], at: At) -> list[Linear]:
     axes = [i for i, size in enumerate(before) if not same_size(size, 1)]
-    used = [index for index, size in zip(at, after, strict=True) if not same_size(size, 1)]
+    used = [i for i, size in enumerate(after) if not same_size(size, 1)]
     result = [ZERO] * len(before)
-    if len(axes) == len(used):
-        for axis, index in zip(axes, used, strict=True):
-            result[axis] = index
+    if len(axes) == len(used) and all(same_size(before[i], after[j]) for i, j in zip(axes, used, strict=True)):
+        for i, j in zip(axes, used, strict=True):
+            result[i] = at[j]
         return result
     flat: Number = ZERO
     for index, size in zip(at, after, strict=True):

@@ -39,7 +39,7 @@ def lower(unit: Unit) -> Unit:
         Refusal("graph", "higher-order", n, f"{_name(n)} is kept as it is; nothing inside it is rewritten", site_of([n])) for n in opaque
     )
     if any(_name(n) in _UNTRACEABLE for n in opaque):
-        return replace(unit, refusals=refusals)
+        return replace(unit, refusals=refusals, closed=True)
     return replace(unit, gm=normalize(unit.gm, unit.example_inputs), refusals=refusals)
 
 

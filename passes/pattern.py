@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx import Node
 
 from sptc.region import Lora, Projection
@@ -45,6 +44,7 @@ COPIES = frozenset(
 )
 # `detach` stops gradients, so it is a copy for reading values and a border for regions.
 TRANSPARENT = COPIES - {"aten.detach.default"}
+_REALS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def op(node: Any) -> str:
@@ -113,6 +113,14 @@ def origin(node: Node, ops: Iterable[str] = TRANSPARENT) -> Node:
     return last
 
 
+def transparent(node: Any) -> bool:
+    """Whether a node is its first argument again, up to the rounding of a cast between floating dtypes (to integers or fp8 it is not)."""
+    if op(node) not in TRANSPARENT:
+        return False
+    before, after = dtype(node.args[0]), dtype(node)
+    return before == after or (before in _REALS and after in _REALS)
+
+
 def is_mode_change(node: Node) -> bool:
     """Whether a node switches autocast, grad mode or the like: no region may span one."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in {
@@ -130,10 +138,10 @@ def keeps_last_axis(node: Node) -> bool:
     return bool(before) and bool(after) and same_size(before[-1], after[-1])
 
 
-def _units(node: Node) -> Iterator[Node]:
+def units(node: Node) -> Iterator[Node]:
     """`node`, then what it was before copies and views that keep the last axis."""
     yield node
-    while isinstance(node, Node) and (op(node) in TRANSPARENT or (op(node) in VIEWS and keeps_last_axis(node))):
+    while transparent(node) or (op(node) in VIEWS and keeps_last_axis(node)):
         node = node.args[0]  # type: ignore[assignment]
         yield node
 
@@ -144,7 +152,7 @@ def match_projection(node: Node) -> Projection | None:
 
 
 def _match_dense(node: Node) -> Projection | None:
-    chain = list(_units(node))
+    chain = list(units(node))
     last = chain[-1]
     name = op(last)
     if name == "aten.add.Tensor" and not last.kwargs:
@@ -167,11 +175,33 @@ def _match_dense(node: Node) -> Projection | None:
         transposed = not transposed
         nodes.add(weight)
         weight = weight.args[0]  # type: ignore[assignment]
-    flat = list(_units(x))
+    if not _is_weight(weight):  # type: ignore[arg-type]
+        return None
+    flat = list(units(x))
     if len(flat) > 1 and name != "aten.linear.default":
         nodes.update(flat[:-1])
         x = flat[-1]
     return Projection(x, node, weight, transposed, bias, None, None, frozenset(nodes))
+
+
+def _is_weight(node: Node) -> bool:
+    """Whether a matrix is an input of the graph, or computed from parameters and buffers alone: not from activations."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    pending, seen = [node], {node}
+    while pending:
+        inner = pending.pop()
+        if inner.op == "placeholder" and "_dynamo_static_input_type" not in inner.meta.get("tensor_dict", {}):
+            return False
+        fresh = [n for n in inner.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        pending += fresh
+        if len(seen) > _LONGEST_WEIGHT:
+            return False
+    return True
+
+
+_LONGEST_WEIGHT = 64  # nodes that compute a weight from parameters, such as a weight norm
 
 
 def _match_bias_sum(chain: list[Node]) -> Projection | None:
@@ -188,7 +218,7 @@ def _match_bias_sum(chain: list[Node]) -> Projection | None:
 
 def _match_lora(node: Node) -> Projection | None:
     """base + scaling * B(A(dropout(x))), as PEFT writes it."""
-    chain = list(_units(node))
+    chain = list(units(node))
     last = chain[-1]
     if op(last) != "aten.add.Tensor" or last.kwargs:
         return None
@@ -207,28 +237,33 @@ def _match_lora(node: Node) -> Projection | None:
 
 
 def _match_adapter(term: Node, x: Node) -> tuple[Lora, frozenset[Node]] | None:
-    chain = list(_units(term))
-    scaling = 1.0
+    chain = list(units(term))
+    scaling: float | Node = 1.0
     if op(chain[-1]) == "aten.mul.Tensor":
         product, factor = chain[-1].args
-        if not isinstance(product, Node) or not isinstance(factor, (int, float)):
+        if isinstance(factor, (int, float)):
+            scaling = float(factor)
+        elif isinstance(factor, Node) and isinstance(value(factor), torch.SymFloat):  # dynamic=True makes numbers symbolic
+            scaling = factor
+        else:
             return None
-        scaling = float(factor)
-        chain += _units(product)
+        if not isinstance(product, Node):
+            return None
+        chain += units(product)
     up = _match_dense(chain[-1])
     if up is None or up.bias is not None or up.transposed:
         return None
     low = _match_dense(up.x)
     if low is None or low.bias is not None or low.transposed:
         return None
-    inner = list(_units(low.x))
+    inner = list(units(low.x))
     dropout_p = 0.0
     if inner[-1] is not origin_of_units(x) and op(inner[-1]) == "aten.dropout.default":
         dropout, p, train = inner[-1].args
         if train and p:
             dropout_p = float(p)  # type: ignore[arg-type]
         if isinstance(dropout, Node):
-            inner += _units(dropout)
+            inner += units(dropout)
     if origin_of_units(x) is not inner[-1]:
         return None
     return Lora(up.x, low.weight, up.weight, scaling, dropout_p), frozenset(chain) | up.nodes
@@ -236,13 +271,13 @@ def _match_adapter(term: Node, x: Node) -> tuple[Lora, frozenset[Node]] | None:
 
 def origin_of_units(node: Node) -> Node:
     """What `node` was before copies and views that keep the last axis."""
-    *_, last = _units(node)
+    *_, last = units(node)
     return last
 
 
 def _match_slice(node: Node) -> Projection | None:
     """A range of a projection's features: one part of chunk, split, or a slice of the last axis."""
-    chain = list(_units(node))
+    chain = list(units(node))
     last = chain[-1]
     if op(last) == "aten.slice.Tensor":
         whole, nodes = last.args[0], [last]
@@ -271,10 +306,3 @@ def _match_slice(node: Node) -> Projection | None:
         start += int(shape(whole)[-1])
     rows = (start, start + int(shape(node)[-1]))
     return Projection(base.x, node, base.weight, base.transposed, base.bias, rows, base.lora, base.nodes | set(nodes) | set(chain))
-
-
-def sub_graph_module(node: Node) -> fx.GraphModule:
-    """The module whose graph holds `node`."""
-    module = node.graph.owning_module
-    assert module is not None
-    return module

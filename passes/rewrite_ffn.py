@@ -72,7 +72,7 @@ def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterStat
 
 def _scores(b: Builder, x: Node, state: RouterState) -> Node:
     logits = b.call(aten.linear.default, x, b.cast(state.weight, dtype(x)), b.cast(state.bias, dtype(x)))
-    return b.call(aten.sigmoid.default, b.cast(logits, torch.float32))
+    return b.call(aten.sigmoid.default, b.single(logits))
 
 
 def _balance_loss(b: Builder, x: Node, offsets: Node, settings: FfnSettings, state: RouterState) -> Node:
@@ -95,7 +95,7 @@ def _route_by_weights(b: Builder, x: Node, settings: FfnSettings, up: Node) -> t
     blocks = b.call(aten.unflatten.int, b.call(aten.detach.default, up), 0, [settings.blocks, rows // settings.blocks])
     router = b.call(aten.mean.dim, blocks, [1])
     scores = b.call(aten.linear.default, b.call(aten.detach.default, x), router)
-    lists = b.call(torch.ops.sptc.route.default, b.cast(scores, torch.float32), settings.active)
+    lists = b.call(torch.ops.sptc.route.default, b.single(scores), settings.active)
     return b.item(lists, 0), b.item(lists, 1), None
 
 

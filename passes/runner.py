@@ -22,12 +22,15 @@ def run(unit: Unit, pipeline: Sequence[tuple[Pass, str]], observe: Observer | No
         observe: called with the pass's name and its result after every pass (a dump, a test).
     """
     for apply, _ in pipeline:
+        if unit.closed:
+            break
         before = _size(unit)
         start = time.perf_counter()
         unit = apply(unit)
-        for gm in graphs(unit.gm):
-            gm.graph.lint()
-            gm.recompile()
+        if not unit.closed:
+            for gm in graphs(unit.gm):
+                gm.graph.lint()
+                gm.recompile()
         record = PassRecord(apply.__name__, time.perf_counter() - start, before, _size(unit))
         unit = replace(unit, records=(*unit.records, record))
         if observe is not None:

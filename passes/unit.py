@@ -34,4 +34,5 @@ class Unit:
     refusals: tuple[Refusal, ...] = ()
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
     decisions: tuple[Decision, ...] = ()
+    closed: bool = False  # a graph that can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

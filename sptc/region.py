@@ -17,7 +17,7 @@ class Lora:
     low: Node  # [..., r]: the output of A, before B and scaling
     a: Node  # [r, in] weight of A
     b: Node  # [out, r] weight of B
-    scaling: float
+    scaling: float | Node  # a node when dynamic shapes made it symbolic
     dropout_p: float  # of the input of A; 0.0 when absent or not training
 
 

@@ -75,6 +75,85 @@ def test_a_device_without_kernels():
     assert isinstance(error, ConfigError) and "no kernels for device 'meta'" in str(error)
 
 
+class Counting(nn.Module):
+    """flex_attention, whose block mask can't be traced again, and a buffer changed by methods, which no pass may take for dead code."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2))
+        self.mask = mask
+
+    def forward(self, q):
+        self.count.add_(1)
+        self.count.mul_(2)
+        return torch.nn.attention.flex_attention.flex_attention(q, q, q, block_mask=self.mask)
+
+
+def test_a_graph_that_cannot_be_traced_again_runs_as_captured():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    model = Counting(create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu"))
+    compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+    q = torch.randn(1, 2, 128, 16)
+    torch.testing.assert_close(compiled(q), F.scaled_dot_product_attention(q, q, q, is_causal=True), rtol=1e-4, atol=1e-5)
+    assert model.count.tolist() == [2, 2]
+    assert {(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions} == {("graph", "refused", "higher-order")}
+
+
+class Flat(nn.Module):
+    """The up projection over flat tokens, the down projection over [b, n]."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        b, n, d = x.shape
+        return self.down(F.gelu(self.up(x.view(-1, d))).view(b, n, 64))
+
+
+def test_symbolic_batch_and_length():
+    model, x = Flat(), torch.randn(3, 7, 32)
+    compiled = torch.compile(model, backend=without_inductor(**FULL), dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+
+
+def test_symbolic_lora_scaling():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], init_lora_weights=False), Flat())
+    x = torch.randn(3, 7, 32)
+    compiled = torch.compile(model, backend=without_inductor(**FULL), dynamic=True)
+    want = gradients(model, model(x).square().mean())
+    assert_gradients_close(gradients(model, compiled(x).square().mean()), want)
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+
+
+def test_the_router_is_single_precision_however_autocast_is_spelled():
+    inner = Flat()
+
+    def within(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return inner(x)
+
+    seen = []
+
+    def backend(gm, example_inputs):
+        from sptc.backend import compile_graph
+        from sptc.config import Config
+
+        def keep(g, inputs, _):
+            seen.append(g)
+            return g.forward
+
+        return compile_graph(gm, example_inputs, Config.from_options({**SPARSE, "attention.enabled": False}), inner=keep)
+
+    torch.compile(within, backend=backend)(torch.randn(2, 8, 32))
+    (route,) = seen[0].graph.find_nodes(op="call_function", target=torch.ops.sptc.route.default)
+    assert route.args[0].target is torch.ops.aten.to.dtype and route.args[0].args[1] is torch.float32
+
+
 def test_nothing_enabled_is_dense():
     model, x = _block()
     compiled = torch.compile(model, backend=without_inductor(**{"attention.enabled": False, "ffn.enabled": False, "decline": "never"}))

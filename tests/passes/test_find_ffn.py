@@ -147,6 +147,25 @@ def test_inside_a_checkpoint():
     assert any(n.op == "placeholder" and n is region.x for n in region.y.graph.nodes)
 
 
+def test_products_of_activations_are_no_projections():
+    """relu(q k^T) v over one sequence looks like an FFN whose weights are k and v."""
+    q, k, v = (nn.Linear(D, D) for _ in range(3))
+    assert found(lambda x: F.relu(q(x) @ k(x).T) @ v(x), torch.randn(5, D)) == ([], [])
+
+
+def test_a_computed_weight_is_a_projection():
+    model = Ffn(F.gelu)
+    torch.nn.utils.parametrizations.weight_norm(model.ups[0])
+    (region,), refusals = found(model)
+    assert not refusals and region.ups[0].weight.op == "call_function"
+
+
+def test_one_refusal_for_all_that_reads_a_hidden_value():
+    model, other = Escapes(F.gelu), nn.Linear(H, D)
+    regions, refusals = found(lambda x: [y + other(h) for y, h in [model(x)]])
+    assert not regions and len(refusals) == 1
+
+
 def test_two_in_one_block():
     first, second = Ffn(F.gelu), Ffn(F.relu)
     regions, refusals = found(lambda x: x + first(x) + second(x))
@@ -207,7 +226,16 @@ class Residual(Ffn):
         return self.down(F.gelu(self.ups[0](x)) + torch.cat([x, x], -1))
 
 
+class Outer(Ffn):
+    """Additive attention: every pair of positions, not every position."""
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.ups[0](x).unsqueeze(2) + self.ups[1](x).unsqueeze(1)))
+
+
 TWINS = {
+    "integers": (Ffn(lambda u: F.relu(u).to(torch.int32).to(torch.float32)), "activation", "rounds"),
+    "broadcast": (Outer(F.gelu, 2), "shape", "broadcasts"),
     "softmax": (Ffn(lambda u: u.softmax(-1)), "activation", "softmax"),
     "layer-norm": (Ffn(lambda u: F.layer_norm(F.gelu(u), (H,))), "activation", "layer_norm"),
     "mean-norm": (Ffn(lambda u: F.relu(u) * torch.rsqrt(u.square().mean(-1, keepdim=True))), "activation", "mean"),
