@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 RANK = 16
@@ -30,18 +31,33 @@ def longest_input(model: str, wanted: int) -> int:
     return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
 
 
-def classifier(model: str, classes: int, dropout: float) -> PeftModel:
-    """Encoder or decoder with a new head for `classes`, in fp32, every dropout of the model set to `dropout`."""
-    logging.set_verbosity_error()  # that the head is new is no news here
+class Classifier(nn.Module):
+    """A transformer, the mean of its last hidden states over the tokens of a piece, and a linear head.
+
+    The mean, because that is how the default model was trained to represent a text, and it reads encoders and decoders alike.
+    """
+
+    def __init__(self, transformer: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [b, classes] of input_ids and attention_mask, int64 [b, n]."""
+        states = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        return self.head((states * weights).sum(1) / weights.sum(1))
+
+
+def classifier(model: str, classes: int, dropout: float) -> Classifier:
+    """A pretrained encoder or decoder with LoRA on every linear layer and a new head, in fp32; every dropout of the model is `dropout`."""
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(model, num_labels=classes)
+    config = AutoConfig.from_pretrained(model)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, dropout)
     config.use_cache = False
-    if config.pad_token_id is None:  # a decoder's head reads the last token that is no padding; the pieces have none
-        eos = config.eos_token_id
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    base = AutoModelForSequenceClassification.from_pretrained(model, config=config, dtype="float32")
-    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0)
-    return get_peft_model(base, lora)
+    base = AutoModel.from_pretrained(model, config=config, dtype="float32")
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0)
+    return Classifier(get_peft_model(base, lora), config.hidden_size, classes)
