@@ -6,7 +6,6 @@ An operand that looks at keys only (padding) becomes a row added to the scores. 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -25,13 +24,29 @@ _ELEMENTS_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
-class Lists:
-    """The block lists of some batch rows, key heads and tiles. ids is int64 [batch rows * key heads, tiles, width]."""
+class Rows:
+    """Some (batch row, key head) pairs, each with the query heads of its group."""
 
-    batches: slice
-    heads: slice
-    tile: int  # the first
-    ids: Tensor
+    b: Tensor  # int64 [rows]
+    h: Tensor  # int64 [rows, group]
+
+    @classmethod
+    def of(cls, batches: slice, heads: slice, group: int) -> Rows:
+        h = torch.arange(heads.start * group, heads.stop * group).view(-1, group)
+        b = torch.arange(batches.start, batches.stop).repeat_interleave(len(h))
+        return cls(b, h.repeat(batches.stop - batches.start, 1))
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.b[part], self.h[part])
+
+
+@dataclass(frozen=True)
+class Open:
+    """A run of tiles, with the range of list slots outside which the element conjuncts hold everywhere."""
+
+    tiles: slice
+    slots: slice
+    limit: Tensor | None  # [1, tiles, 1, query_block, slots, key_block]: inf where they hold, else -inf; None if it differs between rows
 
 
 @dataclass(frozen=True)
@@ -100,40 +115,53 @@ class CpuMask:
         """Whether `add_elements` may change scores."""
         return bool(self._element_conjuncts) or self._element_boolean is not None or self._element_bias is not None
 
-    def add_elements(self, scores: Tensor, lists: Lists) -> None:
-        """Add to `scores` [heads, tiles, group, query_block, width, key_block], in place, every operand that `key_bias` leaves out."""
-        if self._element_conjuncts:
-            self._add_conjuncts(scores, lists)
-        if self._element_boolean is not None:
-            scores.masked_fill_(_picked(self._element_boolean, self._list_positions(lists)).logical_not(), -math.inf)
-        if self._element_bias is not None:
-            bias = _picked(self._element_bias, self._list_positions(lists))
-            scores.add_(bias).masked_fill_(~_shown(bias), -math.inf)
-
-    def _add_conjuncts(self, scores: Tensor, lists: Lists) -> None:
-        by_head = any(c.uses("h") for c in self._element_conjuncts)
+    def open_runs(self, rows: Rows, ids: Tensor) -> list[Open]:
+        """Where the element conjuncts have to be looked at in the lists of `rows`, int64 [rows, tiles, width]."""
+        if not self._element_conjuncts:
+            return []
         by_batch = any(c.uses("b") for c in self._element_conjuncts)
-        batch, head = lists.batches.start, lists.heads.start
-        for tiles, slots in self._uncertain(lists):
-            part, ids = scores[:, tiles, :, :, slots], lists.ids[:, tiles, slots]
-            tile = lists.tile + tiles.start
-            alike = not by_head and (not by_batch or lists.batches.stop - batch == 1)
-            if not alike or not bool((ids == ids[:1]).all()):
-                torch.minimum(part, self._limit(dataclasses.replace(lists, tile=tile, ids=ids), scores.dtype), out=part)
+        alike = not any(c.uses("h") for c in self._element_conjuncts) and (not by_batch or bool((rows.b == rows.b[0]).all()))
+        found = []
+        for tiles, slots in self._uncertain(rows, ids):
+            part = ids[:, tiles, slots]
+            if not alike or not bool((part == part[:1]).all()):
+                found.append(Open(tiles, slots, None))
                 continue
             # Blocks that all heads keep, such as a tile's own, are looked at once.
-            key = (tile, lists.tile + tiles.stop, batch if by_batch else 0)
+            key = (tiles.start, tiles.stop, int(rows.b[0]) if by_batch else 0)
             known = self._limits.get(key)
-            if known is None or not torch.equal(known[0], ids[0]):
-                one = Lists(slice(batch, batch + 1), slice(head, head + 1), tile, ids[:1])
-                known = self._limits[key] = ids[0].clone(), self._limit(one, scores.dtype)
-            torch.minimum(part, known[1], out=part)
+            if known is None or not torch.equal(known[0], part[0]):
+                known = self._limits[key] = part[0].clone(), self._limit(rows[:1], tiles.start, part[:1])
+            found.append(Open(tiles, slots, known[1]))
+        return found
 
-    def _limit(self, lists: Lists, dtype: torch.dtype) -> Tensor:
-        """inf where the element conjuncts hold, else -inf; broadcastable to scores."""
-        b, h, q, k = self._list_positions(lists)
-        keep = functools.reduce(operator.and_, (c.evaluate(b, h, q, k, self.tensors, self.sizes) for c in self._element_conjuncts))
-        return torch.where(keep, math.inf, -math.inf).to(dtype)
+    def add_elements(self, scores: Tensor, rows: Rows, tile: int, ids: Tensor, runs: Sequence[Open]) -> None:
+        """Add to scores [rows, tiles, group, query_block, width, key_block], in place, every operand that `key_bias` leaves out.
+
+        ids int64 [rows, tiles, width] are the lists from `tile` on; `runs` are those of `open_runs` for all tiles.
+        """
+        for run in runs:
+            start, stop = max(run.tiles.start, tile), min(run.tiles.stop, tile + scores.shape[1])
+            if start >= stop:
+                continue
+            here = slice(start - tile, stop - tile)
+            part = scores[:, here, :, :, run.slots]
+            if run.limit is None:
+                limit = self._limit(rows, start, ids[:, here, run.slots])
+            else:
+                limit = run.limit[:, start - run.tiles.start : stop - run.tiles.start]
+            torch.minimum(part, limit.to(scores.dtype), out=part)
+        if self._element_boolean is not None:
+            scores.masked_fill_(_picked(self._element_boolean, self._positions(rows, tile, ids)).logical_not(), -math.inf)
+        if self._element_bias is not None:
+            bias = _picked(self._element_bias, self._positions(rows, tile, ids))
+            scores.add_(bias).masked_fill_(~_shown(bias), -math.inf)
+
+    def _limit(self, rows: Rows, tile: int, ids: Tensor) -> Tensor:
+        """fp32 inf where the element conjuncts hold, else -inf; broadcastable to scores."""
+        positions = self._positions(rows, tile, ids)
+        keep = functools.reduce(operator.and_, (c.evaluate(*positions, self.tensors, self.sizes) for c in self._element_conjuncts))
+        return torch.where(keep, math.inf, -math.inf)
 
     @functools.cached_property
     def _limits(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
@@ -215,24 +243,22 @@ class CpuMask:
             keep = keep & _picked(operand, (b, h, q, k))
         return keep.flatten(1).any(1)
 
-    def _list_positions(self, lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """b, h, q, k for scores [rows and heads, tiles, group, query_block, width, key_block]; those past the end repeat the last."""
-        count, tiles, width = lists.ids.shape
-        b = torch.arange(lists.batches.start, lists.batches.stop).repeat_interleave(lists.heads.stop - lists.heads.start)
-        h = torch.arange(lists.heads.start * self.group, lists.heads.stop * self.group).repeat(lists.batches.stop - lists.batches.start)
-        q = torch.arange(lists.tile * self.query_block, (lists.tile + tiles) * self.query_block).clamp_(max=self.n - 1)
-        k = (lists.ids.unsqueeze(-1) * self.key_block + torch.arange(self.key_block)).clamp_(max=self.m - 1)
-        b, h = b.view(count, 1, 1, 1, 1, 1), h.view(count, 1, self.group, 1, 1, 1)
+    def _positions(self, rows: Rows, tile: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """b, h, q, k for scores [rows, tiles, group, query_block, width, key_block]; those past the end repeat the last."""
+        count, tiles, width = ids.shape
+        q = torch.arange(tile * self.query_block, (tile + tiles) * self.query_block).clamp_(max=self.n - 1)
+        k = (ids.unsqueeze(-1) * self.key_block + torch.arange(self.key_block)).clamp_(max=self.m - 1)
+        b, h = rows.b.view(count, 1, 1, 1, 1, 1), rows.h.view(count, 1, self.group, 1, 1, 1)
         return b, h, q.view(1, tiles, 1, -1, 1, 1), k.view(count, tiles, 1, 1, width, -1)
 
-    def _uncertain(self, lists: Lists) -> Iterator[tuple[slice, slice]]:
+    def _uncertain(self, rows: Rows, ids: Tensor) -> Iterator[tuple[slice, slice]]:
         """Runs of tiles, each with the range of list slots outside which the element conjuncts hold everywhere."""
-        _, tiles, width = lists.ids.shape
+        _, tiles, width = ids.shape
         if self._certain_pairs is None:
             yield slice(0, tiles), slice(0, width)
             return
-        pairs = rows_of(self._certain_pairs[:, :, lists.tile : lists.tile + tiles], lists.batches, lists.heads)
-        open_slots = pairs.gather(-1, lists.ids).all(0).logical_not().to(torch.int8)  # [tiles, width]
+        pairs = rows_of(self._certain_pairs, rows, self.group)
+        open_slots = pairs.gather(-1, ids).all(0).logical_not().to(torch.int8)  # [tiles, width]
         first, last = open_slots.argmax(-1).tolist(), (width - open_slots.flip(-1).argmax(-1)).tolist()
         spans = [(low, high) if some else None for low, high, some in zip(first, last, open_slots.any(-1).tolist(), strict=True)]
         start = 0
@@ -243,10 +269,10 @@ class CpuMask:
             start = stop
 
 
-def rows_of(x: Tensor, batches: slice, heads: slice) -> Tensor:
-    """[1 or b, 1 or h_kv, ...] -> [batch rows * key heads, ...]; an axis of size 1 stands for all."""
-    x = x[batches if x.shape[0] > 1 else slice(None), heads if x.shape[1] > 1 else slice(None)]
-    return x.expand(batches.stop - batches.start, heads.stop - heads.start, *x.shape[2:]).flatten(0, 1)
+def rows_of(x: Tensor, rows: Rows, group: int) -> Tensor:
+    """[1 or b, 1 or h_kv, ...] -> [rows, ...]; an axis of size 1 stands for all."""
+    b = rows.b if x.shape[0] > 1 else torch.zeros_like(rows.b)
+    return x[b, rows.h[:, 0] // group if x.shape[1] > 1 else torch.zeros_like(b)]
 
 
 def _four(x: Tensor) -> Tensor:
