@@ -69,6 +69,32 @@ def _mutation(inside: frozenset[Node], y: Node) -> Breach | None:
     return None
 
 
+def disturbance(seen_through: Collection[Node], y: Node) -> Breach | None:
+    """Why an operator that stands where `y` stands can't read what `seen_through` were computed from; None when it can.
+
+    Each of them read its arguments where it stood: from there to `y`, nothing may be written to these arguments or to what it computed,
+    and gradients may not be switched on or off.
+    """
+    steps = list(_between(frozenset(seen_through), y))
+    if not seen_through or not any(_written(node) or _switches_gradients(node) for node in steps):
+        return None
+    aliases = alias_sets(y.graph)
+    read: set[Node] = set()
+    for node in steps:
+        if node in seen_through:
+            read |= {aliases[n] for n in (node, *node.all_input_nodes)}
+        elif _switches_gradients(node):
+            return Breach("mode-boundary", node, f"{node.name} switches gradients between an operand's scale or layout and its use")
+        for target in _written(node):
+            if aliases[target] in read:
+                return Breach("mutated", node, f"{node.name} ({op(node)}) changes {target.name} in place before the region would read it")
+    return None
+
+
+def _switches_gradients(node: Node) -> bool:
+    return is_mode_change(node) and "autocast" not in str(getattr(node.target, "__name__", ""))
+
+
 def _written(node: Node) -> list[Node]:
     """The tensors that a node changes in place."""
     if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)):

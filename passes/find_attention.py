@@ -15,7 +15,8 @@ from torch import fx
 from torch.fx import Node
 
 from sptc.passes.attention_operands import Operand, grouped, key_of, merged_heads, query_of, split_heads, without_empty
-from sptc.passes.boundary import breach
+from sptc.passes.boundary import Breach, breach, disturbance
+from sptc.passes.lower_einsum import EINSUM
 from sptc.passes.mask import MASKED, Frame, MaskInput, Refused, read_mask
 from sptc.passes.mask_reader import Reader
 from sptc.passes.pattern import COPIES, VIEWS, argument, base_name, dtype, op, same_size, shape, transparent
@@ -72,7 +73,7 @@ class Draft:
     scale: float
     dropout_p: float = 0.0
     is_causal: bool = False
-    masks: list[tuple[MaskInput, int]] = field(default_factory=list)  # with the rank of the scores where they apply
+    masks: list[tuple[MaskInput, tuple[Any, ...]]] = field(default_factory=list)  # with the shape of the scores where they apply
     nodes: set[Node] = field(default_factory=set)  # what no one else may use
 
 
@@ -89,7 +90,7 @@ def _fused(node: Node) -> Draft:
         raise Refused("scale", node, "scale or dropout is computed in the graph")
     draft = Draft(q, k, v, node, float(scale), float(p), bool(argument(node, 5, "is_causal", False)), nodes={node})
     if isinstance(mask, Node):
-        draft.masks.append((MaskInput("keep" if dtype(mask) == torch.bool else "add", mask), 4))
+        draft.masks.append((MaskInput("keep" if dtype(mask) == torch.bool else "add", mask), (*shape(q.node)[:3], shape(k.node)[2])))
     return draft
 
 
@@ -106,6 +107,7 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
     if argument(softmax, 1, "dim") not in (-1, rank - 1):
         raise Refused("softmax-dim", softmax, f"softmax runs over dimension {argument(softmax, 1, 'dim')}, not over the keys")
     product = weights[-1]
+    _refuse_einsum(product)
     scores = _Scores(reader)
     q, k = scores.walk(softmax.args[0])
     draft = Draft(q, k, Operand(_node(product, 1)), product, scores.scale, masks=scores.masks)
@@ -130,7 +132,7 @@ def _to_product(softmax: Node) -> list[Node] | None:
         for path in paths:
             here = path[-1] if path else softmax
             for user in here.users:
-                if is_product(user) and (_node(user, 0) is here or op(user) == EINSUM):
+                if _is_product(user) and (op(user) == EINSUM or _node(user, 0) is here):
                     return [*path, user]
                 if base_name(user) == DROPOUT or _pointwise(user) or op(user) in _MOVES:
                     longer.append([*path, user])
@@ -147,7 +149,7 @@ def _from_product(node: Any) -> bool:
         if not isinstance(here, Node) or here in seen:
             continue
         seen.add(here)
-        if is_product(here):
+        if _is_product(here):
             return True
         if _pointwise(here) or op(here) in _MOVES or base_name(here) == DROPOUT:
             todo += here.all_input_nodes
@@ -174,6 +176,16 @@ def _pointwise(node: Node) -> bool:
     return bool(name) and (name in COPIES or name in _UNTAGGED or torch.Tag.pointwise in node.target.tags)  # type: ignore[union-attr]
 
 
+def _is_product(node: Any) -> bool:
+    return op(node) in PRODUCTS or (op(node) == EINSUM and len(node.args[1]) == 2)
+
+
+def _refuse_einsum(node: Node) -> None:
+    """Einsums of the usual layouts are matrix products by now."""
+    if op(node) == EINSUM:
+        raise Refused("layout", node, f'the einsum "{node.args[0]}" is not one batched product of two matrices')
+
+
 def _node(product: Node, position: int) -> Node:
     """The first (0) or second (1) factor of a product."""
     factor = product.args[position + (op(product) == "aten.baddbmm.default")]
@@ -187,7 +199,7 @@ class _Scores:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self.scale = 1.0  # of what was walked past: between here and the softmax
-        self.masks: list[tuple[MaskInput, int]] = []
+        self.masks: list[tuple[MaskInput, tuple[Any, ...]]] = []
         self.nodes: set[Node] = set()
 
     def walk(self, node: Any) -> tuple[Operand, Operand]:
@@ -207,10 +219,11 @@ class _Scores:
         return q, k
 
     def _mask(self, how: Any, mask: Any, node: Node, factor: float = 1.0) -> None:
-        self.masks.append((MaskInput(how, mask, factor), len(shape(node))))
+        self.masks.append((MaskInput(how, mask, factor), shape(node)))
 
     def _step(self, node: Node) -> Node:
         """Takes in what `node` does to the scores and returns the scores before it."""
+        _refuse_einsum(node)
         name = base_name(node)
         first: Any = node.args[0]
         if transparent(node):
@@ -281,12 +294,13 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
     _check(draft, q, k.node, v.node)
     (b, h, n, _), m = shape(q), shape(k.node)[2]
     layouts = {3: Frame(b, h, n, m, merged=True), 4: Frame(b, h, n, m)}
-    for given, rank in draft.masks:
-        if rank not in layouts:
-            raise Refused("rank", given.node, f"{given.node.name} masks scores of {rank} dimensions")
-    mask = read_mask([(given, layouts[rank]) for given, rank in draft.masks], layouts[4], draft.is_causal, outer)
-    _refuse_breach(draft.nodes, draft.y)
-    nodes = frozenset(_with_exclusive(draft.nodes, (*draft.q.passed, *k.passed, *v.passed)))
+    for given, sizes in draft.masks:
+        if len(sizes) not in layouts or (len(sizes) == 4 and not same_size(sizes[1], h)):
+            raise Refused("rank", given.node, f"{given.node.name} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
+    mask = read_mask([(given, layouts[len(sizes)]) for given, sizes in draft.masks], layouts[4], draft.is_causal, outer)
+    passed = (*draft.q.passed, *k.passed, *v.passed)
+    _refuse(breach(draft.nodes, draft.y) or disturbance(passed, draft.y))
+    nodes = frozenset(_with_exclusive(draft.nodes, passed))
     return AttentionRegion(q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes))
 
 
@@ -321,8 +335,7 @@ def _check(draft: Draft, q: Node, k: Node, v: Node) -> None:
         raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
 
 
-def _refuse_breach(nodes: Iterable[Node], y: Node) -> None:
-    found = breach(frozenset(nodes), y)
+def _refuse(found: Breach | None) -> None:
     if found is not None:
         raise Refused(found.rule, found.node, found.reason)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sptc.passes.boundary import breach
 from sptc.passes.find_attention import find_attention
+from sptc.passes.lower_einsum import lower_einsum
 from sptc.passes.normalize import checkpoint_bodies
 from sptc.region import AttentionRegion, Found
 from tests.capture import Captured, capture, node_values
@@ -208,6 +209,97 @@ SPELLINGS = {
 }
 
 
+# What is written to in place is found as it is where the scores read it.
+
+
+def query_scaled_in_place(q, k, v):
+    q = q.clone()
+    q *= 0.3
+    return (q @ k.mT).softmax(-1) @ v + q.clone()
+
+
+def source_zeroed_after_a_copy(q, k, v):
+    cache = k.clone()
+    kept = cache.clone()
+    cache.zero_()
+    return (q @ kept.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("model", [query_scaled_in_place, source_zeroed_after_a_copy], ids=lambda f: f.__name__)
+def test_operands_written_in_place(model):
+    ((found, values),) = found_in(capture(model, qkv()))
+    (region,) = found.regions
+    assert region.scale == 1.0
+    check(region, values)
+
+
+# Attention by einsum, in layouts [b, h, n, d] and [b, n, h, d].
+
+
+def einsum_heads_first(q, k, v):
+    return torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v)
+
+
+def einsum_heads_last(q, k, v):
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    future = torch.ones(13, 13, dtype=torch.bool).triu(1)
+    scores = torch.einsum("blhe,bshe->bhls", q, k).masked_fill(future, -torch.inf)
+    return torch.einsum("bhls,bshd->blhd", (0.3 * scores).softmax(-1), v)
+
+
+def einsum_ellipsis(q, k, v):
+    return torch.einsum("... i j, ... j d -> ... i d", torch.einsum("...id,...jd->...ij", q * 0.5, k).softmax(-1), v)
+
+
+def einsum_keys_first(q, k, v):
+    return torch.einsum("zyjx,zyij->zyix", v, torch.einsum("zyjx,zyix->zyij", k, q).softmax(-1))
+
+
+def einsum_keys_transposed(q, k, v):
+    return torch.einsum("bhqd,bhdk->bhqk", q, k.transpose(2, 3)).softmax(-1) @ v
+
+
+EINSUMS = [einsum_heads_first, einsum_heads_last, einsum_ellipsis, einsum_keys_first, einsum_keys_transposed]
+
+
+@pytest.mark.parametrize("spelling", EINSUMS, ids=lambda f: f.__name__)
+def test_einsum_attention(spelling):
+    given = qkv()
+    (captured,) = capture(spelling, given)
+    lower_einsum(captured.gm)
+    captured.gm.recompile()
+    torch.testing.assert_close(captured.gm(*captured.inputs)[0], spelling(**given))
+    ((found, values),) = found_in([captured])
+    (region,) = found.regions
+    assert not found.refusals and region.mask.predicate == ("k <= q" if spelling is einsum_heads_last else "True")
+    assert {tuple(node.meta["val"].shape) for node in (region.q, region.k, region.v)} == {(2, 4, 13, 8)}
+    check(region, values)
+
+
+def test_what_is_no_matrix_product_stays_an_einsum():
+    def model(x, w):
+        diagonal = torch.einsum("bii,bij->bj", x @ x.mT, x)
+        projected = torch.einsum("bnd,de->bne", x, w)  # no batch: a linear layer
+        outer = torch.einsum("bn,bm->bnm", diagonal, diagonal)
+        broadcast = torch.einsum("bnd,bmd->bnm", x[:, :, :1], x)
+        return projected, outer, broadcast
+
+    (captured,) = capture(model, {"x": torch.randn(2, 5, 7), "w": torch.randn(7, 3)})
+    lower_einsum(captured.gm)
+    assert sum("einsum" in str(node.target) for node in captured.gm.graph.nodes) == 4
+
+
+def test_a_lowered_einsum_still_has_a_gradient():
+    def model(q, k, v):
+        bias = torch.einsum("bhqd,bhkd->bhqk", k, q)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    (captured,) = capture(model, qkv())
+    lower_einsum(captured.gm)
+    found = find_attention(captured.gm)
+    assert not found.regions and [r.rule for r in found.refusals] == ["bias-gradient"]
+
+
 def qkv(seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     return {name: torch.randn(2, 4, 13, 8, requires_grad=True) for name in "qkv"}
@@ -314,7 +406,57 @@ def repeated_in_another_order(q, k, v):
     return F.scaled_dot_product_attention(q, k[:, :2].repeat(1, 2, 1, 1), v)
 
 
+def source_of_scaled_query_zeroed(q, k, v):
+    source = q.clone()
+    scaled = source * 0.5
+    source.zero_()
+    return (scaled @ k.mT).softmax(-1) @ v
+
+
+def scaled_key_changed_after(q, k, v):
+    scaled = k * 0.5
+    scaled[:, :, 0] = 0
+    return (q @ scaled.mT).softmax(-1) @ v
+
+
+def query_scaled_without_gradient(q, k, v):
+    with torch.no_grad():
+        scaled = q * 0.5
+    return (scaled @ k.mT).softmax(-1) @ v
+
+
+def rounded_scores(q, k, v):
+    return (q @ k.mT * 4).to(torch.int32).float().softmax(-1) @ v
+
+
+def rounded_weights(q, k, v):
+    return (q @ k.mT).softmax(-1).to(torch.int32).float() @ v
+
+
+def sink(q, k, v):
+    return torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v
+
+
+def grouped_by_einsum(q, k, v):
+    scores = torch.einsum("bhgqd,bhkd->bhgqk", q.view(2, 2, 2, 13, 8), k[:, :2])
+    return torch.einsum("bhgqk,bhkd->bhgqd", scores.softmax(-1), v[:, :2])
+
+
+def masked_under_other_heads(q, k, v):
+    scores = (q @ k.mT).view(4, 2, 13, 13)
+    keep = torch.arange(13)[None, :] <= torch.arange(13)[:, None] + torch.arange(2)[:, None, None]
+    return scores.masked_fill(~keep, -torch.inf).view(2, 4, 13, 13).softmax(-1) @ v
+
+
 TWINS = {
+    source_of_scaled_query_zeroed: "mutated",
+    scaled_key_changed_after: "mutated",
+    query_scaled_without_gradient: "mode-boundary",
+    rounded_scores: "scores",
+    rounded_weights: "weights",
+    sink: "scores",
+    grouped_by_einsum: "layout",
+    masked_under_other_heads: "rank",
     weights_returned: "escapes",
     scores_used_again: "escapes",
     soft_capped: "scores",

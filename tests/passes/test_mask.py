@@ -279,6 +279,33 @@ def test_a_bias_under_a_mask_is_split():
     agrees(region.mask, values, built)
 
 
+def folded():
+    return torch.ones(N + 9, N, dtype=torch.bool).tril().reshape(N, N + 9)[:, :N]
+
+
+def folded_to_as_many_axes():
+    return (torch.arange(3 * N).view(3, N) % 7 < 5).view(N, 3)[:, :1].expand(N, N)
+
+
+@pytest.mark.parametrize("build", [folded, folded_to_as_many_axes], ids=lambda f: f.__name__)
+def test_a_view_of_other_sizes_moves_positions(build):
+    region, values, built = read(build, inputs())
+    agrees(region.mask, values, built)
+
+
+def test_a_padding_mask_folded_into_windows():
+    keep = padding(torch.bool)[:, : N - 1].reshape(3, 8)
+    keep[:, ::4] = True
+
+    def attend(x, keep):
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=keep.view(6, 4)[:, None, None, :])
+
+    (captured,) = capture(attend, {"x": torch.randn(6, H, 4, 8), "keep": keep})
+    (region,) = find_attention(captured.gm).regions
+    truth = keep.view(6, 1, 1, 4).expand(6, H, 4, 4)
+    torch.testing.assert_close(allowed(region.mask, node_values(captured), (6, H, 4, 4)), truth)
+
+
 def written_through_a_slice():
     mask = torch.zeros(N, N, dtype=torch.bool)
     mask[:, :4] = True
