@@ -24,6 +24,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from sptc.passes.lower_einsum import lower_einsum
 from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
 from sptc.passes.unmerge_heads import unmerge_heads
@@ -78,6 +79,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
         module.graph.eliminate_dead_code()  # a value that no one uses, such as averaged attention weights, is no second use of its input
+        lower_einsum(module)
         unmerge_heads(module)
     return graph
 
