@@ -180,7 +180,7 @@ def _check_options(marked: _Marked, region: Region, config: Config) -> None:
     where = region.site.module or "the model"
     if isinstance(region, FfnRegion):
         blocks = shape(marked.tensors[0])[0]
-        if config.ffn_blocks not in (blocks, Config().ffn_blocks):
+        if "ffn.blocks" in config.given and config.ffn_blocks != blocks:
             raise ConfigError(
                 f"option 'ffn.blocks' is {config.ffn_blocks}, but the router of {where} was prepared for {blocks} blocks; "
                 "leave the option out, or prepare a fresh model with it"

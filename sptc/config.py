@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -37,6 +37,7 @@ class Config:
     on_error: Literal["raise", "dense"] = _option("on_error", "raise", "on an unexpected failure: raise, or warn and compile dense")
     dump: str | None = _option("dump", None, "a folder for graphs, kernels and the report")
     inductor: dict[str, Any] = _option("inductor", {}, "config patches for Inductor")
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # keys that from_options was given; no option itself
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -51,7 +52,7 @@ class Config:
             return options
         if not isinstance(options, Mapping):
             raise ConfigError(f"options must be a dict of dotted keys, got {type(options).__name__}")
-        known = {f.metadata["key"]: f for f in fields(cls)}
+        known = {f.metadata["key"]: f for f in _options()}
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for key, value in options.items():
@@ -60,13 +61,14 @@ class Config:
                 raise ConfigError(f"unknown option {key!r}; did you mean {near[0]!r}? Known: {', '.join(sorted(known))}")
             name = known[key].name
             values[name] = _checked(key, value, hints[name])
-        config = cls(**values)
+        config = cls(**values, given=frozenset(options))
         config._check_ranges()
         return config
 
     def to_options(self) -> dict[str, Any]:
-        """The inverse of from_options: dotted keys to values."""
-        return {f.metadata["key"]: getattr(self, f.name) for f in fields(self)}
+        """The inverse of from_options: the options that were given or differ from their defaults, dotted keys to values."""
+        values = {f.metadata["key"]: (getattr(self, f.name), getattr(_DEFAULT, f.name)) for f in _options()}
+        return {key: value for key, (value, default) in values.items() if key in self.given or value != default}
 
     def _check_ranges(self) -> None:
         for key, value in (("attention.density", self.attention_density), ("ffn.density", self.ffn_density)):
@@ -79,6 +81,13 @@ class Config:
         ):
             if size is not None and size < 1:
                 raise ConfigError(f"option {key!r} must be at least 1, got {size}")
+
+
+def _options() -> list[Field[Any]]:
+    return [f for f in fields(Config) if "key" in f.metadata]
+
+
+_DEFAULT = Config()
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:

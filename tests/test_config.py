@@ -13,10 +13,22 @@ def test_options_and_back():
     }
     config = Config.from_options(options)
     assert (config.attention_density, config.attention_query_block, config.ffn_enabled) == (0.25, 32, False)
-    everything = config.to_options()
-    assert options.items() <= everything.items()
-    assert Config.from_options(everything) == config == Config.from_options(config)
+    assert config.to_options() == options
+    again = Config.from_options(config.to_options())
+    assert again == config == Config.from_options(config) and again.given == config.given == options.keys()
+    assert Config(ffn_blocks=4).to_options() == {"ffn.blocks": 4}
     assert Config.from_options(None) == Config() == Config.from_options({})
+
+
+def test_an_option_given_as_its_default_is_known_to_be_given():
+    config = Config.from_options({"ffn.blocks": 8})
+    assert config == Config() and config.given == {"ffn.blocks"} and config.to_options() == {"ffn.blocks": 8}
+
+
+@pytest.mark.parametrize("options", [{"given": frozenset()}, {"given": ["ffn.blocks"]}])
+def test_given_is_no_option(options):
+    with pytest.raises(ConfigError, match="unknown option 'given'"):
+        Config.from_options(options)
 
 
 def test_an_int_is_a_fine_density():

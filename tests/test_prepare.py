@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 
 import sptc
 from sptc.adapter import AdapterError
@@ -267,6 +269,10 @@ def test_blocks_that_do_not_divide_refuse_the_ffn_and_other_blocks_are_kept():
     backend = Compiled()  # ffn.blocks left out: the state knows
     torch.compile(model, backend=backend)(batch())
     assert {r.settings["blocks"] for r in rewritten(backend.reports[0]) if r.kind == "ffn"} == {4}
+    for blocks, agrees in ((4, True), (8, False)):  # 8 is the default: said aloud, it contradicts the state
+        torch._dynamo.reset()
+        with nullcontext() if agrees else pytest.raises(BackendCompilerFailed, match=r"'ffn\.blocks' is 8.* prepared for 4 blocks"):
+            torch.compile(model, backend=Compiled(**{"ffn.blocks": blocks}))(batch())
 
 
 def test_a_region_of_the_outermost_module_is_refused_unless_dynamo_wraps_it():

@@ -177,12 +177,13 @@ def test_state_that_does_not_fit_refuses_the_region(slots, kind, reason):
 
 def test_shapes_of_the_state_win_over_defaults_and_contradict_options():
     model = marked(Model())
-    (unit,), _ = bound(model, Config(ffn_blocks=8))  # the default, whatever was prepared
+    (unit,), _ = bound(model, Config.from_options({"ffn.density": 0.5}))
     assert len(unit.states) == 12
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
-        bound(model, Config(ffn_blocks=16))
-    assert isinstance(caught.value.inner_exception, ConfigError) and "'ffn.blocks' is 16" in str(caught.value)
+    for blocks in (16, Config().ffn_blocks):  # the default is as wrong as any other number when it is asked for
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+            bound(model, Config.from_options({"ffn.blocks": blocks}))
+        assert isinstance(caught.value.inner_exception, ConfigError) and f"'ffn.blocks' is {blocks}" in str(caught.value)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"attention.selector.*'pooled'.*layers.0"):
         bound(model, Config(attention_selector="pooled"))
