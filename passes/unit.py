@@ -29,7 +29,7 @@ class Unit:
     gm: fx.GraphModule
     example_inputs: tuple[Any, ...]
     config: Config
-    device: Any = None  # DeviceCosts of passes/decide.py: what `decide` knows of the device
+    device: Any = None  # DeviceCosts of sptc/device.py: what `decide` knows of the device
     regions: tuple[Region, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model

@@ -58,11 +58,11 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
     """Run the passes on one captured graph and compile the result with `inner`."""
-    unit = captured_unit(gm, example_inputs, config)
     dump = Dump.of(config)
-    if dump is not None:
-        dump("captured", unit)
     try:
+        unit = captured_unit(gm, example_inputs, config)
+        if dump is not None:
+            dump("captured", unit)
         unit = run(unit, PIPELINE, observe=dump)
         report = Report.of([unit])
         for note in report.notes:  # an unprepared region, a frozen router: once in the log, however often a graph is compiled

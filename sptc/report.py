@@ -9,7 +9,6 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from sptc.passes.normalize import graphs
-from sptc.passes.pattern import requires_grad
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, Decision, Kind, Refusal, Region, RouterState
 
@@ -181,7 +180,7 @@ def _notes(unit: Unit) -> Iterator[str]:
     if ffn:
         yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
     for region, state in unit.states.items():
-        if isinstance(state, RouterState) and state.training and not requires_grad(state.weight):
+        if isinstance(state, RouterState) and state.training and not state.trainable:
             yield f"the router of {region.site.module or 'the model'} is frozen: it chooses but does not learn"
 
 

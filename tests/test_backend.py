@@ -209,6 +209,31 @@ def test_a_failure_raises_unless_dense_was_asked_for(monkeypatch, caplog):
     assert "leaves it dense" in caplog.text and "a bug of ours" in caplog.text
 
 
+def test_dense_was_asked_for_covers_the_measurement_of_the_device(monkeypatch, caplog, tmp_path):
+    def broken(*_):
+        raise OSError("no clock")
+
+    monkeypatch.setattr("sptc.backend.calibrate", broken)
+    model, x = _block()
+    with pytest.raises(BackendCompilerFailed, match="no clock"):
+        torch.compile(model, backend=without_inductor())(x)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "sptc"):
+        y = torch.compile(model, backend=without_inductor(on_error="dense", dump=str(tmp_path / "dump")))(x)
+    torch.testing.assert_close(y, model(x), rtol=0, atol=0)
+    assert "leaves it dense" in caplog.text and "no clock" in caplog.text and (tmp_path / "dump" / "graph0" / "report.txt").exists()
+    torch._dynamo.reset()
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendCompilerFailed, match="option 'dump': cannot write"):  # a wrong option is no unexpected failure
+        torch.compile(model, backend=without_inductor(on_error="dense", dump=str(tmp_path / "file")))(x)
+
+
+def test_dense_does_not_hide_a_device_without_kernels():
+    model, x = _block()
+    with pytest.raises(BackendCompilerFailed, match="no kernels for device 'meta'"):
+        torch.compile(model.to("meta"), backend=without_inductor(on_error="dense"))(x.to("meta"))
+
+
 def test_dropout_draws_anew_in_training_and_not_in_evaluation():
     model, x = _block(dropout=0.3)
     compiled = torch.compile(model, backend=without_inductor(**SPARSE))
