@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from sptc.passes.boundary import breach
 from sptc.passes.find_attention import find_attention
-from sptc.passes.lower_einsum import lower_einsum
 from sptc.passes.normalize import checkpoint_bodies
 from sptc.region import AttentionRegion, Found
 from tests.capture import Captured, capture, node_values
@@ -266,8 +265,6 @@ EINSUMS = [einsum_heads_first, einsum_heads_last, einsum_ellipsis, einsum_keys_f
 def test_einsum_attention(spelling):
     given = qkv()
     (captured,) = capture(spelling, given)
-    lower_einsum(captured.gm)
-    captured.gm.recompile()
     torch.testing.assert_close(captured.gm(*captured.inputs)[0], spelling(**given))
     ((found, values),) = found_in([captured])
     (region,) = found.regions
@@ -285,7 +282,6 @@ def test_what_is_no_matrix_product_stays_an_einsum():
         return projected, outer, broadcast
 
     (captured,) = capture(model, {"x": torch.randn(2, 5, 7), "w": torch.randn(7, 3)})
-    lower_einsum(captured.gm)
     assert sum("einsum" in str(node.target) for node in captured.gm.graph.nodes) == 4
 
 
@@ -295,7 +291,6 @@ def test_a_lowered_einsum_still_has_a_gradient():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     (captured,) = capture(model, qkv())
-    lower_einsum(captured.gm)
     found = find_attention(captured.gm)
     assert not found.regions and [r.rule for r in found.refusals] == ["bias-gradient"]
 
