@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sptc.codegen.ops  # noqa: F401
 from sptc.codegen.block_lists import list_width
+from sptc.codegen.cpu.attention import default_blocks
 
 ops = torch.ops.sptc
 
@@ -137,3 +138,12 @@ def test_errors_are_clear():
     (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_default_blocks_leave_a_choice_and_grow_with_length():
+    for density in (1 / 16, 1 / 8, 1 / 4):
+        sizes = [default_blocks(n, n, density, own=True) for n in (512, 1024, 2048, 4096, 8192)]
+        assert sizes == sorted(sizes)
+        for n, (query_block, key_block) in zip((512, 1024, 2048, 4096, 8192), sizes, strict=True):
+            assert 2 * query_block <= max(density * n, 32) and key_block <= query_block
+    assert default_blocks(5, 3, 0.1) == (5, 3)
