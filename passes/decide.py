@@ -166,7 +166,7 @@ def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None
     """Codebooks select by pq; without them only pooled keys are possible."""
     config = unit.config
     n, m = optimization_hint(shape(region.q)[-2]), optimization_hint(shape(region.k)[-2])
-    query_block, key_block = unit.device.default_blocks(n, m, config.attention_density)
+    query_block, key_block = unit.device.default_blocks(n, m, config.attention_density, region.mask.causal)
     return AttentionSettings(
         config.attention_density,
         config.attention_query_block or query_block,

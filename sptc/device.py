@@ -31,7 +31,7 @@ from sptc.config import ConfigError
 
 log = logging.getLogger(__name__)
 
-Blocks = Callable[[int, int, float], tuple[int, int]]
+Blocks = Callable[[int, int, float, bool], tuple[int, int]]
 
 _SECONDS = 0.06  # for one measurement: the least of the times that fit
 
@@ -61,7 +61,7 @@ class DeviceCosts:
     op_seconds: float  # a small operator
     attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward
     routed_seconds: float  # routed FFN of next to nothing, one block, forward and backward
-    default_blocks: Blocks  # (queries, keys, density) -> (query_block, key_block)
+    default_blocks: Blocks  # (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block)
 
     def rates(self, dtype: torch.dtype | None) -> Rates:
         return self.half if dtype in (torch.bfloat16, torch.float16) else self.single
@@ -84,7 +84,7 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
 
     Args:
         device: one that `check_device` accepts.
-        default_blocks: (queries, keys, density) -> (query_block, key_block) of the device's kernels.
+        default_blocks: (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block) of the device's kernels.
     """
     check_device(device)
     return _costs(_constants(_key()), torch.get_num_threads(), default_blocks)

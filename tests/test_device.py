@@ -9,7 +9,7 @@ from sptc import device
 from sptc.config import ConfigError
 
 
-def blocks(n: int, m: int, density: float) -> tuple[int, int]:
+def blocks(n: int, m: int, density: float, own: bool) -> tuple[int, int]:
     return 64, 32
 
 
@@ -40,7 +40,7 @@ def test_measured_once_and_read_by_the_next_process(cache):
     device._constants.cache_clear()
     assert calibrated() == first and len(cache) == 1
     assert stat.S_IMODE(device.cache_folder().stat().st_mode) == 0o700
-    assert first.default_blocks(1, 1, 0.5) == (64, 32)
+    assert first.default_blocks(1, 1, 0.5, False) == (64, 32)
 
 
 def test_rates_grow_with_threads_and_overheads_do_not(cache):

