@@ -56,7 +56,7 @@ def _switch(inside: frozenset[Node], y: Node) -> Breach | None:
 
 
 def _mutation(inside: frozenset[Node], y: Node) -> Breach | None:
-    writes = [(node, target) for node in _between(inside, y) for target in _written(node)]
+    writes = [(node, target) for node in _between(inside, y) for target in written_by(node)]
     if not writes:
         return None
     aliases = alias_sets(y.graph)
@@ -76,7 +76,7 @@ def disturbance(seen_through: Collection[Node], y: Node) -> Breach | None:
     and gradients may not be switched on or off.
     """
     steps = list(_between(frozenset(seen_through), y))
-    if not seen_through or not any(_written(node) or _switches_gradients(node) for node in steps):
+    if not seen_through or not any(written_by(node) or _switches_gradients(node) for node in steps):
         return None
     aliases = alias_sets(y.graph)
     read: set[Node] = set()
@@ -85,7 +85,7 @@ def disturbance(seen_through: Collection[Node], y: Node) -> Breach | None:
             read |= {aliases[n] for n in (node, *node.all_input_nodes)}
         elif _switches_gradients(node):
             return Breach("mode-boundary", node, f"{node.name} switches gradients between an operand's scale or layout and its use")
-        for target in _written(node):
+        for target in written_by(node):
             if aliases[target] in read:
                 return Breach("mutated", node, f"{node.name} ({op(node)}) changes {target.name} in place before the region would read it")
     return None
@@ -95,7 +95,7 @@ def _switches_gradients(node: Node) -> bool:
     return is_mode_change(node) and "autocast" not in str(getattr(node.target, "__name__", ""))
 
 
-def _written(node: Node) -> list[Node]:
+def written_by(node: Node) -> list[Node]:
     """The tensors that a node changes in place."""
     if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)):
         return []

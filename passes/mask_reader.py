@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from sptc.passes import mask_positions, mask_values  # noqa: F401  they fill RULES
 from sptc.passes import mask_terms as terms
-from sptc.passes.boundary import alias_sets
+from sptc.passes.boundary import alias_sets, written_by
 from sptc.passes.mask_rules import RULES, At
 from sptc.passes.mask_terms import ZERO, Element, Linear, Number, Size, Term, Unreadable
 from sptc.passes.pattern import op, same_size, shape, value
@@ -149,13 +149,7 @@ def _leaf(node: Node, at: At) -> Term:
 
 def _writers(graph: Graph) -> Mapping[Node, Sequence[Node]]:
     """For each node, the operators that change its memory in place; nodes of unchanged memory are left out."""
-    written: list[tuple[Node, Node]] = []
-    for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            for i, spec in enumerate(node.target._schema.arguments):
-                arg = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
-                if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, Node):
-                    written.append((node, arg))
+    written = [(node, arg) for node in graph.nodes for arg in written_by(node)]
     if not written:
         return {}
     aliases = alias_sets(graph)

@@ -156,10 +156,6 @@ def linear(atom: Atom) -> Linear:
     return Linear(0, ((atom, 1),))
 
 
-def is_number(term: Term) -> bool:
-    return isinstance(term, Linear | Choice)
-
-
 # numbers
 
 

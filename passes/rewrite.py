@@ -27,7 +27,7 @@ def rewrite(unit: Unit) -> Unit:
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
         frame.gm.graph.eliminate_dead_code()
         drop_unused_operands(frame)
-    return replace(unit)
+    return unit
 
 
 def _rewrite(decision: Decision, unit: Unit, by_graph: Mapping[fx.Graph, Frame]) -> None:
