@@ -34,8 +34,8 @@ class Tiling:
 class Table:
     """The candidates of one template, best first.
 
-    `candidates` goes by the name of a target ("sm_90"); "" serves all others. `shared_memory` (bytes of a program) and `registers` (32-bit ones
-    of a thread) are expressions in the tile constants, `num_warps`, `num_stages`, `warp_size`, and the facts that `choose` is given.
+    `candidates` goes by the name of a target ("sm_90"); "" serves all others. `shared_memory` (bytes of a program) and `registers` (32-bit
+    ones of a thread) are expressions in the tile constants, `num_warps`, `num_stages`, `warp_size`, and the facts that `choose` is given.
     """
 
     template: str
