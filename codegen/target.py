@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def target_of(device: torch.device) -> Target:
 
 @lru_cache
 def _present(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)  # its stub lacks some of its fields
     if torch.version.hip:
         return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, 64 * 1024, 512)
     arch = 10 * properties.major + properties.minor
