@@ -14,13 +14,17 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """One architecture. `shared_memory` is in bytes for one program, `registers` are 32-bit ones for one thread."""
+    """One architecture. `shared_memory` is in bytes for one program, `registers` are 32-bit ones for one thread.
+
+    `device` is the product's name where the target is that of a present device, "" for one that is only named.
+    """
 
     backend: str  # Triton's: "cuda" or "hip"
     arch: int | str  # 80, 90, 100, or "gfx942"
     warp_size: int
     shared_memory: int
     registers: int = 255
+    device: str = ""
 
     @property
     def name(self) -> str:
@@ -70,6 +74,6 @@ def target_of(device: torch.device) -> Target:
 def _present(index: int) -> Target:
     properties: Any = torch.cuda.get_device_properties(index)  # its stub lacks some of its fields
     if torch.version.hip:
-        return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, 64 * 1024, 512)
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, 64 * 1024, 512, properties.name)
     arch = 10 * properties.major + properties.minor
-    return Target("cuda", arch, 32, properties.shared_memory_per_block_optin)
+    return Target("cuda", arch, 32, properties.shared_memory_per_block_optin, device=properties.name)

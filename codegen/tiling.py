@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import sympy
 
+from sptc.codegen import measured
 from sptc.codegen.target import Target
+
+Facts = tuple[tuple[str, int], ...]
 
 
 class TilingError(ValueError):
@@ -30,7 +36,7 @@ class Tiling:
         return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """The candidates of one template, best first.
 
@@ -43,25 +49,36 @@ class Table:
     shared_memory: sympy.Expr
     registers: sympy.Expr
 
-    def fitting(self, target: Target, **facts: int) -> list[Tiling]:
+    def fitting(self, target: Target, **facts: int) -> tuple[Tiling, ...]:
         """Candidates that fit `target`, best first."""
-        rows = self.candidates.get(target.name, self.candidates[""])
-        return [tiling for tiling in rows if self._fits(tiling, target, facts)]
+        return self._fitting(target, tuple(sorted(facts.items())))
 
     def choose(self, target: Target, **facts: int) -> Tiling:
-        """The best candidate that fits.
+        """The candidate that was measured best on this very device (`codegen/tune.py`), else the first that fits.
 
         Raises:
             TilingError: none fits; names the template, the facts and the device's limits.
         """
-        rows = self.fitting(target, **facts)
+        question = Question(self, target, tuple(sorted(facts.items())))
+        asked = _asked.get()
+        if asked is not None:
+            asked.append(question)
+        for template, only, tiling in _forced.get():
+            if template == self.template and only in (None, question.facts):
+                return tiling
+        rows = self._fitting(target, question.facts)
         if not rows:
             known = ", ".join(f"{key}={value}" for key, value in facts.items())
             raise TilingError(
                 f"no tile sizes of kernel {self.template!r} fit {target.name} ({target.shared_memory} bytes of shared memory, "
                 f"{target.registers} registers) with {known}"
             )
-        return rows[0]
+        return question.answer() or rows[0]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019  tables live as long as the process; a launch must not wait for sympy
+    def _fitting(self, target: Target, facts: Facts) -> tuple[Tiling, ...]:
+        rows = self.candidates.get(target.name, self.candidates[""])
+        return tuple(tiling for tiling in rows if self._fits(tiling, target, dict(facts)))
 
     def _fits(self, tiling: Tiling, target: Target, facts: Mapping[str, int]) -> bool:
         values = {**tiling.values(), "warp_size": target.warp_size, **facts}
@@ -69,3 +86,45 @@ class Table:
             int(expr.subs({symbol: values[symbol.name] for symbol in expr.free_symbols})) for expr in (self.shared_memory, self.registers)
         )
         return shared <= target.shared_memory and registers <= target.registers
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of `Table.choose`."""
+
+    table: Table
+    target: Target
+    facts: Facts
+
+    def candidates(self) -> tuple[Tiling, ...]:
+        return self.table.fitting(self.target, **dict(self.facts))
+
+    def answer(self) -> Tiling | None:
+        """The candidate measured best, if one was, on this device, and it still is a candidate."""
+        best = measured.recall(self.target.device, self.table.template, self.facts) if self.target.device else None
+        return next((tiling for tiling in self.candidates() if tiling.values() == best), None)
+
+
+_asked: ContextVar[list[Question] | None] = ContextVar("asked", default=None)
+_forced: ContextVar[tuple[tuple[str, Facts | None, Tiling], ...]] = ContextVar("forced", default=())
+
+
+@contextmanager
+def asking() -> Iterator[list[Question]]:
+    """Collect what tables are asked."""
+    questions: list[Question] = []
+    token = _asked.set(questions)
+    try:
+        yield questions
+    finally:
+        _asked.reset(token)
+
+
+@contextmanager
+def using(template: str, tiling: Tiling, facts: Facts | None = None) -> Iterator[None]:
+    """Make the table of `template` answer `tiling`, to these facts or to all: for measuring it, and for tests with small tiles."""
+    token = _forced.set(((template, facts, tiling), *_forced.get()))
+    try:
+        yield
+    finally:
+        _forced.reset(token)

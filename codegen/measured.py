@@ -1,0 +1,63 @@
+"""Which tile sizes were measured best on a device: one small file for each question, in the private cache folder.
+
+A file is written whole or not at all, so processes that measure at the same time do no harm: the last one stays. A file that holds
+anything else counts as missing. What it names is used only while it is among the candidates that fit (`tiling.Question.answer`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from sptc.device import cache_folder
+
+log = logging.getLogger(__name__)
+
+Facts = tuple[tuple[str, int], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def recall(device: str, template: str, facts: Facts) -> Mapping[str, int] | None:
+    """The values of the tiling (`Tiling.values`) that was measured best, or None."""
+    path = _path(device, template, facts)
+    try:
+        values = json.loads(path.read_text())["tiling"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s holds no measured tile sizes (%r): the defaults are used until they are measured anew", path, error)
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def remember(device: str, template: str, facts: Facts, tiling: Mapping[str, int], milliseconds: Mapping[str, float]) -> None:
+    """Keep the best tiling, and for people what each candidate took.
+
+    Raises:
+        OSError: the cache folder can't be written.
+    """
+    path = _path(device, template, facts)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    record = {"device": device, "triton": _triton(), "template": template, "facts": dict(facts)}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    with os.fdopen(handle, "w") as file:
+        json.dump({**record, "tiling": dict(tiling), "milliseconds": dict(milliseconds)}, file, indent=1)
+    os.replace(temporary, path)
+    recall.cache_clear()
+
+
+def _path(device: str, template: str, facts: Facts) -> Path:
+    key = json.dumps([device, _triton(), template, facts])
+    return cache_folder() / "tiles" / f"{template}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _triton() -> str:
+    import triton  # only processes that launch kernels get here
+
+    return triton.__version__
