@@ -1,0 +1,222 @@
+"""Python source as syntax trees that keep comments and blank lines, and back: `ast` alone loses both."""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import io
+import re
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+WIDTH = 110
+_PRAGMA = re.compile(r"#\s*(noqa|type:|fmt:|ruff:|pragma|mypy:)")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What stands around a statement or a parameter: comments above it, a comment at its end, whether a blank line precedes it."""
+
+    above: tuple[str, ...] = ()
+    beside: str = ""
+    blank: bool = False
+
+
+def margin(node: ast.AST) -> Margin:
+    return getattr(node, "margin", Margin())
+
+
+def set_margin(node: ast.AST, value: Margin) -> None:
+    node.margin = value  # type: ignore[attr-defined]
+
+
+def parse(source: str) -> ast.Module:
+    """The tree of `source`; each statement and parameter has its `margin`."""
+    tree = ast.parse(source)
+    lines = source.splitlines()
+    starts: dict[int, ast.AST] = {}
+    for node in ast.walk(tree):  # breadth first: of two that start on one line, the outer one comes first
+        if isinstance(node, ast.stmt | ast.arg):
+            decorators = getattr(node, "decorator_list", [])
+            starts.setdefault(min([node.lineno, *(d.lineno for d in decorators)]), node)
+    order = sorted(starts)
+    above: dict[int, list[str]] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or _PRAGMA.match(token.string):
+            continue
+        row = token.start[0]
+        owner = _owner(tree, row)
+        if not lines[row - 1].lstrip().startswith("#"):
+            before = margin(owner).beside
+            set_margin(owner, replace(margin(owner), beside=f"{before}; {token.string.lstrip('# ')}" if before else token.string))
+        elif isinstance(owner, ast.stmt) and not hasattr(owner, "body"):  # inside an expression of several lines
+            above.setdefault(owner.lineno, []).append(token.string)
+        elif (position := bisect.bisect_right(order, row)) < len(order):
+            above.setdefault(order[position], []).append(token.string)
+    for row, node in starts.items():
+        first = row - 1
+        while first > 0 and lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        blank = first > 0 and not lines[first - 1].strip()
+        set_margin(node, replace(margin(node), above=tuple(above.get(row, ())), blank=blank))
+    return tree
+
+
+def _owner(tree: ast.Module, row: int) -> ast.AST:
+    """The innermost statement or parameter on line `row`: the last one of those that begin there."""
+    found: ast.AST = tree
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt | ast.arg) and node.lineno <= row <= (node.end_lineno or node.lineno):
+            found = node
+    return found
+
+
+def rename_in_comments(tree: ast.AST, constants: Mapping[str, object]) -> None:
+    """Write the values of constants into comments beside code, so that a shape `# [BLOCK, D]` reads `# [64, 128]`."""
+    if not constants:
+        return
+    names = re.compile(r"\b(" + "|".join(map(re.escape, constants)) + r")\b")
+    for node in ast.walk(tree):
+        if beside := margin(node).beside:
+            set_margin(node, replace(margin(node), beside=names.sub(lambda found: str(constants[found[1]]), beside)))
+
+
+# Printing
+
+
+def print_statements(statements: Sequence[ast.stmt], indent: int = 0) -> list[str]:
+    """Lines of the statements, each at most about WIDTH columns long where brackets let it be broken."""
+    lines: list[str] = []
+    for i, statement in enumerate(statements):
+        around = margin(statement)
+        if around.blank and i > 0:
+            lines.append("")
+        pad = " " * indent
+        lines += [pad + comment for comment in around.above]
+        lines += _statement(statement, indent)
+    return lines
+
+
+def _statement(node: ast.stmt, indent: int) -> list[str]:
+    pad, beside = " " * indent, margin(node).beside
+    match node:
+        case ast.FunctionDef():
+            head = [f"{pad}@{ast.unparse(decorator)}" for decorator in node.decorator_list]
+            return [*head, *_signature(node, indent), *print_statements(node.body, indent + 4)]
+        case ast.If(test=test, body=body, orelse=orelse):
+            return _if("if", node, test, body, orelse, indent)
+        case ast.For(target=target, iter=iterable, body=body):
+            head = wrapped(f"for {ast.unparse(target)} in {ast.unparse(iterable)}:", indent, beside)
+            return [*head, *print_statements(body, indent + 4)]
+        case ast.While(test=test, body=body):
+            return [*wrapped(f"while {ast.unparse(test)}:", indent, beside), *print_statements(body, indent + 4)]
+        case ast.Expr(value=ast.Constant(value=str() as text)):
+            return _docstring(text, pad)
+        case ast.Assign(targets=[ast.Tuple(elts=elts)], value=value):
+            return wrapped(f"{', '.join(map(ast.unparse, elts))} = {ast.unparse(value)}", indent, beside)
+        case ast.Return(value=ast.Tuple(elts=elts)) if len(elts) > 1:
+            return wrapped(f"return {', '.join(map(ast.unparse, elts))}", indent, beside)
+    return wrapped(ast.unparse(node), indent, beside)
+
+
+def _if(keyword: str, node: ast.stmt, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt], indent: int) -> list[str]:
+    lines = [*wrapped(f"{keyword} {ast.unparse(test)}:", indent, margin(node).beside), *print_statements(body, indent + 4)]
+    if len(orelse) == 1 and isinstance(orelse[0], ast.If) and not margin(orelse[0]).above:
+        inner = orelse[0]
+        return lines + _if("elif", inner, inner.test, inner.body, inner.orelse, indent)
+    if orelse:
+        lines += [" " * indent + "else:", *print_statements(orelse, indent + 4)]
+    return lines
+
+
+def _docstring(text: str, pad: str) -> list[str]:
+    lines = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').strip().splitlines()
+    lines = [lines[0], *(pad + line.strip() if not line.startswith(pad) and line.strip() else line for line in lines[1:])]
+    if len(lines) == 1:
+        return [f'{pad}"""{lines[0]}"""']
+    return [f'{pad}"""{lines[0]}', *(line.rstrip() for line in lines[1:]), f'{pad}"""']
+
+
+def _signature(node: ast.FunctionDef, indent: int) -> list[str]:
+    """In one line if it fits; else parameters that have a comment on a line of their own, the others as many to a line as fit."""
+    pad, inner = " " * indent, " " * (indent + 4)
+    ending = ")" + (f" -> {ast.unparse(node.returns)}" if node.returns else "") + ":"
+    parameters = [(ast.unparse(arg), margin(arg)) for arg in node.args.args]
+    whole = f"{pad}def {node.name}({', '.join(text for text, _ in parameters)}{ending}"
+    if len(whole) <= WIDTH and not any(around.above or around.beside for _, around in parameters):
+        return [whole]
+    lines, current = [f"{pad}def {node.name}("], ""
+    for text, around in parameters:
+        if around.above or len(inner) + len(current) + len(text) + 2 > WIDTH:
+            lines += [inner + current] if current else []
+            lines += [inner + comment for comment in around.above]
+            current = ""
+        current = f"{current} {text}," if current else f"{text},"
+        if around.beside:
+            lines.append(f"{inner}{current}  {around.beside}")
+            current = ""
+    return [*lines, *([inner + current] if current else []), pad + ending]
+
+
+def wrapped(text: str, indent: int, beside: str = "") -> list[str]:
+    """`text` as lines: broken at brackets where it would not fit in one. A comment that does not fit beside it goes above."""
+    pad = " " * indent
+    comment = f"  {beside}" if beside else ""
+    if "\n" in text or len(pad + text + comment) <= WIDTH:
+        return [pad + text + comment]
+    above = [pad + beside] if beside else []
+    if len(pad + text) <= WIDTH:
+        return [*above, pad + text]
+    return above + _broken(text, pad)
+
+
+def _broken(text: str, pad: str) -> list[str]:
+    if len(pad + text) <= WIDTH:
+        return [pad + text]
+    pair = _outer_brackets(text)
+    if pair is None:
+        return [pad + text]
+    start, end = pair
+    head, inside, tail = text[: start + 1], text[start + 1 : end], text[end:]
+    inner = pad + "    "
+    if len(inner + inside) <= WIDTH:
+        return [pad + head, inner + inside, pad + tail]
+    parts = list(_split(inside))
+    if len(parts) == 1:
+        return [pad + head, *_broken(inside, inner), pad + tail]
+    return [pad + head, *(line for part in parts for line in _broken(part + ",", inner)), pad + tail]
+
+
+def _outer_brackets(text: str) -> tuple[int, int] | None:
+    """The last outermost pair of brackets that holds something worth a line of its own."""
+    found, open_at = None, 0
+    for position, character, depth in _brackets(text):
+        if character in "([{" and depth == 1:
+            open_at = position
+        elif character in ")]}" and depth == 0 and position > open_at + 1 and (found is None or position - open_at > 20):
+            found = open_at, position
+    return found
+
+
+def _split(text: str) -> Iterator[str]:
+    start = 0
+    for position, character, depth in _brackets(text):
+        if character == "," and depth == 0:
+            yield text[start:position].strip()
+            start = position + 1
+    if text[start:].strip():
+        yield text[start:].strip()
+
+
+def _brackets(text: str) -> Iterator[tuple[int, str, int]]:
+    """Position, character and depth after it, of what stands outside strings."""
+    depth, quote = 0, ""
+    for position, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+            yield position, character, depth
