@@ -53,9 +53,13 @@ class KernelMask:
         return any(conjunct.tensor_count == 0 for conjunct in self.parsed.conjuncts)
 
     def constants(self) -> dict[str, Constant]:
-        """TENSORS, STRIDES, SIZES: how many runtime parameters the predicate has. PREDICATE: it is not "True". READS_TENSORS, BY_RANGE: the
-        properties above. MASK, BIAS: the operand is given. MASK_BY_QUERY, BIAS_BY_QUERY: it differs between queries (else one row serves
-        all). BIAS_LEAST: bias values up to it mean masked."""
+        """Constants of the spec.
+
+        - TENSORS, STRIDES, SIZES: how many runtime parameters the predicate has; PREDICATE: it is not "True".
+        - READS_TENSORS, BY_RANGE: the properties above.
+        - MASK, BIAS: the operand is given; MASK_BY_HEAD, MASK_BY_QUERY, BIAS_BY_HEAD, BIAS_BY_QUERY: it may differ along that axis.
+        - BIAS_LEAST: bias values up to it mean masked.
+        """
         boolean, bias = self._expanded(self.boolean), self._expanded(self.bias)
         return {
             "TENSORS": self.parsed.tensor_count,
@@ -65,8 +69,10 @@ class KernelMask:
             "READS_TENSORS": self.reads_tensors,
             "BY_RANGE": self.by_range,
             "MASK": boolean is not None,
+            "MASK_BY_HEAD": boolean is not None and bool(boolean.stride(1) != 0),
             "MASK_BY_QUERY": boolean is not None and bool(boolean.stride(2) != 0),
             "BIAS": bias is not None,
+            "BIAS_BY_HEAD": bias is not None and bool(bias.stride(1) != 0),
             "BIAS_BY_QUERY": bias is not None and bool(bias.stride(2) != 0),
             "BIAS_LEAST": 0.0 if bias is None else max(torch.finfo(bias.dtype).min, torch.finfo(torch.float32).min),
         }
@@ -74,17 +80,18 @@ class KernelMask:
     def hooks(self) -> dict[str, str]:
         return {"predicate": str(self.parsed)}
 
-    def arguments(self) -> dict[str, Argument | None]:
-        """What the parameters of the module's docstring are at this call; None where the operand is not given."""
-        values: dict[str, Argument | None] = {f"T_{i}": tensor for i, tensor in enumerate(self.tensors[: self.parsed.tensor_count])}
+    def arguments(self) -> dict[str, Argument]:
+        """What the parameters of the module's docstring are at this call; nothing for an operand that is not given."""
+        values: dict[str, Argument] = {f"T_{i}": tensor for i, tensor in enumerate(self.tensors[: self.parsed.tensor_count])}
         values |= {f"T_STRIDE_{i}": stride for i, stride in enumerate(self._tensor_strides())}
         values |= {f"S_{i}": size for i, size in enumerate(self.sizes[: self.parsed.size_count])}
         return values | self._operand("mask", self.boolean) | self._operand("bias", self.bias)
 
-    def _operand(self, name: str, operand: Tensor | None) -> dict[str, Argument | None]:
-        strides = (0, 0, 0, 0) if operand is None else operand.expand(self.shape).stride()
-        values: dict[str, Argument | None] = {f"{name}_ptr": operand}
-        return values | {f"{name}_stride_{axis}": stride for axis, stride in zip("bhqk", strides, strict=True)}
+    def _operand(self, name: str, operand: Tensor | None) -> dict[str, Argument]:
+        if operand is None:
+            return {}
+        values: dict[str, Argument] = {f"{name}_ptr": operand}
+        return values | {f"{name}_stride_{axis}": stride for axis, stride in zip("bhqk", operand.expand(self.shape).stride(), strict=True)}
 
     def _expanded(self, operand: Tensor | None) -> Tensor | None:
         return None if operand is None else operand.expand(self.shape)
