@@ -40,7 +40,7 @@ def keep_mask(seed: Tensor, index: Tensor, p: float) -> Tensor:
     Returns:
         bool of the shape of `index`: True with probability 1 - p.
     """
-    threshold = _threshold(p)
+    threshold = drop_threshold(p)
     flat = index.reshape(-1)
     keep = torch.empty(flat.shape, dtype=torch.bool, device=index.device)
     for start in range(0, flat.numel(), _CHUNK):
@@ -62,7 +62,7 @@ def keep_runs(seed: Tensor, start: Tensor, length: int, p: float) -> Tensor:
     Returns:
         bool [*start.shape, length].
     """
-    threshold = _threshold(p)
+    threshold = drop_threshold(p)
     flat = start.reshape(-1)
     shift = flat & 3
     aligned = not bool(shift.any())
@@ -79,7 +79,8 @@ def keep_runs(seed: Tensor, start: Tensor, length: int, p: float) -> Tensor:
     return keep.view(*start.shape, length)
 
 
-def _threshold(p: float) -> int:
+def drop_threshold(p: float) -> int:
+    """The least 32-bit word that survives dropout with probability `p`: 2**32, which none reaches, for p = 1."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability must be in [0, 1], got {p}")
     return round(p * 2.0**32)
