@@ -1,0 +1,152 @@
+"""Selection kernels, interpreted, against the reference: lists, statistics, every kind of mask."""
+
+import contextlib
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from sptc.codegen.block_lists import list_width
+from sptc.codegen.kernels import selection
+from sptc.codegen.kernels.mask import KernelMask
+from sptc.codegen.launch import recorded
+from sptc.codegen.reference import attention as reference
+from sptc.codegen.tiling import Tiling, using
+from tests.codegen.test_attention import MASKS, SIZES, codebooks, heads, operands
+
+SMALL = {  # so that tiny inputs need several programs, several steps of a loop, and partial ones
+    "encode_histogram": Tiling.of(4, 1, ROWS=16),
+    "code_statistics": Tiling.of(4, 1, ROWS=32),
+    "visible_keys": Tiling.of(4, 1, KEYS=16),
+    "allowed_pairs": Tiling.of(4, 1, ROWS=16, COLUMNS=8),
+    "block_means": Tiling.of(4, 1, ROWS=8),
+    "pooled_logsumexp": Tiling.of(4, 1, ROWS=16, COLUMNS=16),
+    "pooled_scores": Tiling.of(4, 1, ROWS=16, COLUMNS=16),
+}
+
+
+@pytest.fixture(params=["default", "small"])
+def tiles(request):
+    with contextlib.ExitStack() as stack:
+        for template, tiling in SMALL.items() if request.param == "small" else ():
+            stack.enter_context(using(template, tiling))
+        yield request.param
+
+
+def inputs(sizes, dtype):
+    b, h, h_kv, n, m, d, *_ = sizes
+    return heads(b, h, n, d, dtype), heads(b, h_kv, m, d, dtype, 1), codebooks(h_kv, d)
+
+
+def as_reference(q, k, books, spec, *args):
+    return reference.select_blocks(q.double(), k.double(), books, reference.Mask(*spec), *args)
+
+
+def interpreted(q, k, books, spec, *args):
+    return selection.select_blocks(q, k, books, KernelMask(*spec, (*q.shape[:3], k.shape[2])), *args)
+
+
+def assert_same_lists(got, want):
+    assert got[0].dtype == got[1].dtype == torch.int32
+    assert torch.equal(got[1], want[1]) and torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_lists_equal_the_references(name, tiles):
+    """Each mask with small tiles of one shape and the default ones of another; both selectors, both dtypes, with and without own blocks."""
+    number = 2 * MASKS.index(name) + (tiles == "small")
+    sizes = SIZES[number % len(SIZES)]
+    b, h, h_kv, n, m, d, _, query_block, key_block = sizes
+    spec, own, dtype = operands(name, b, h, n, m), number % 3 != 0, (torch.float32, torch.float16)[number // 2 % 2]
+    q, k, books = inputs(sizes, dtype)
+    args = ("pq", 0.3, 0.3, query_block, key_block, own, True)
+    got, want = interpreted(q, k, books, spec, *args), as_reference(q, k, books, spec, *args)
+    assert_same_lists(got, want)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[3], want[3])
+    q, k = q.float(), k.float()  # in fp16 block means are rounded
+    args = ("pooled", 0.3, 0.3, query_block, key_block, own, False)
+    got = interpreted(q, k, None, spec, *args)
+    assert_same_lists(got, as_reference(q, k, None, spec, *args))
+    assert got[2].shape == got[3].shape == (0,)
+
+
+def test_half_precision_pools_up_to_rounding():
+    b, h, h_kv, n, m, d, _, query_block, key_block = sizes = SIZES[0]
+    q, k, _ = inputs(sizes, torch.float16)
+    args = ("pooled", 0.3, 0.3, query_block, key_block, False, False)
+    got, want = (select(q, k, None, operands("none", b, h, n, m), *args) for select in (interpreted, as_reference))
+    weights = (0.3 * q.double() @ torch.stack([part.double().mean(2) for part in k.split(key_block, 2)], 2).mT).softmax(-1)
+    scores = torch.stack([part.sum(2) for part in weights.split(query_block, 2)], 2)
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(scores.gather(-1, got[0].long()).sum(-1), scores.gather(-1, want[0].long()).sum(-1), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_lists_longer_than_a_chunk(own, monkeypatch):
+    monkeypatch.setattr(selection, "_LONGEST_CHUNK", 8)
+    sizes = b, h, _, n, m, _, _, _, _ = (1, 2, 1, 29, 45, 4, 4, 16, 1)
+    q, k, books = inputs(sizes, torch.float32)
+    for density in (0.2, 1.0):
+        args = ("pq", density, 0.3, 16, 1, own, False)
+        spec = operands("aligned", b, h, n, m)
+        assert_same_lists(interpreted(q, k, books, spec, *args), as_reference(q, k, books, spec, *args))
+
+
+def test_equal_scores_go_to_the_nearest_block():
+    """One codeword for all: every allowed block scores alike, and the lists are windows around their tiles."""
+    sizes = b, h, h_kv, n, m, d, _, query_block, key_block = (1, 2, 1, 40, 40, 4, 4, 4, 4)
+    q, k, _ = inputs(sizes, torch.float32)
+    args = ("pq", 0.3, 0.3, query_block, key_block, False, False)
+    got = interpreted(q, k, torch.zeros(h_kv, 2, 5, 2), operands("none", b, h, n, m), *args)
+    assert got[0][0, 0].tolist() == [[min(max(tile - 1, 0), 7) + i for i in range(3)] for tile in range(10)]
+    assert_same_lists(got, as_reference(q, k, torch.zeros(h_kv, 2, 5, 2), operands("none", b, h, n, m), *args))
+
+
+def test_equally_near_codewords_go_to_the_first():
+    q, k, books = inputs((1, 2, 2, 21, 21, 4), torch.float32)
+    books[:, :, 3] = books[:, :, 1]  # words 1 and 3 are one
+    args = ("pq", 0.3, 0.5, 4, 4, False, True)
+    got = interpreted(q, k, books, operands("none", 1, 2, 21, 21), *args)
+    assert_same_lists(got, as_reference(q, k, books, operands("none", 1, 2, 21, 21), *args))
+    assert got[3][:, :, 1].sum() > 0 and not got[3][:, :, 3].any()
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_launches_are_the_same_without_data(mode):
+    sizes = b, h, h_kv, n, m, d, _, query_block, key_block = SIZES[1]
+    spec = operands("all", b, h, n, m)
+
+    def launches(q, k, books, predicate, tensors, *rest):
+        with recorded() as found:
+            result = interpreted(q, k, books, (predicate, tensors, *rest), "pq", 0.3, 0.3, query_block, key_block, True, True)
+        assert result[0].shape == (b, h_kv, -(-n // query_block), list_width(n, m, 0.3, query_block, key_block, True))
+        return [(launch.spec, launch.grid, {x: y for x, y in launch.arguments.items() if not torch.is_tensor(y)}) for launch in found]
+
+    q, k, books = inputs(sizes, torch.float32)
+    want = launches(q, k, books, *spec)
+    assert [spec.template for spec, *_ in want] == [
+        "visible_keys", "allowed_pairs", "encode_histogram", "encode_histogram", "code_statistics", "choose_blocks",
+    ]  # fmt: skip
+    fake = FakeTensorMode()
+    as_empty = fake.from_tensor if mode == "fake" else lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    predicate, tensors, numbers, mask, bias = spec
+    with fake if mode == "fake" else contextlib.nullcontext():
+        assert want == launches(
+            *map(as_empty, (q, k, books)), predicate, [*map(as_empty, tensors)], numbers, as_empty(mask), as_empty(bias)
+        )
+
+
+def test_refuses_double_precision():
+    q, k, books = inputs(SIZES[0], torch.float64)
+    with pytest.raises(TypeError, match=r"q is torch\.float64"):
+        interpreted(q, k, books, operands("none", 2, 2, 37, 37), "pq", 0.3, 0.3, 8, 4, False, False)
+
+
+def test_default_blocks_leave_a_choice_and_grow_with_length():
+    for density in (0.125, 0.5):
+        sizes = [selection.default_blocks(n, n, density, own=True) for n in (256, 1024, 4096, 32768)]
+        assert sizes == sorted(sizes) and sizes[-1] == (128, 64)
+        for n, (query_block, key_block) in zip((1024, 4096, 32768), sizes[1:], strict=True):
+            assert query_block + 2 * key_block <= density * n
+    assert selection.default_blocks(5, 3, 0.1) == (5, 3)
