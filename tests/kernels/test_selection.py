@@ -56,7 +56,7 @@ def test_lists_equal_the_references(name, tiles):
     """Each mask with small tiles of one shape and the default ones of another; both selectors, both dtypes, with and without own blocks."""
     number = 2 * MASKS.index(name) + (tiles == "small")
     sizes = SIZES[number % len(SIZES)]
-    b, h, h_kv, n, m, d, _, query_block, key_block = sizes
+    b, h, _, n, m, _, _, query_block, key_block = sizes
     spec, own, dtype = operands(name, b, h, n, m), number % 3 != 0, (torch.float32, torch.float16)[number // 2 % 2]
     q, k, books = inputs(sizes, dtype)
     args = ("pq", 0.3, 0.3, query_block, key_block, own, True)
@@ -72,7 +72,7 @@ def test_lists_equal_the_references(name, tiles):
 
 
 def test_half_precision_pools_up_to_rounding():
-    b, h, h_kv, n, m, d, _, query_block, key_block = sizes = SIZES[0]
+    b, h, _, n, m, _, _, query_block, key_block = sizes = SIZES[0]
     q, k, _ = inputs(sizes, torch.float16)
     args = ("pooled", 0.3, 0.3, query_block, key_block, False, False)
     got, want = (select(q, k, None, operands("none", b, h, n, m), *args) for select in (interpreted, as_reference))
@@ -95,7 +95,7 @@ def test_lists_longer_than_a_chunk(own, monkeypatch):
 
 def test_equal_scores_go_to_the_nearest_block():
     """One codeword for all: every allowed block scores alike, and the lists are windows around their tiles."""
-    sizes = b, h, h_kv, n, m, d, _, query_block, key_block = (1, 2, 1, 40, 40, 4, 4, 4, 4)
+    sizes = b, h, h_kv, n, m, _, _, query_block, key_block = (1, 2, 1, 40, 40, 4, 4, 4, 4)
     q, k, _ = inputs(sizes, torch.float32)
     args = ("pq", 0.3, 0.3, query_block, key_block, False, False)
     got = interpreted(q, k, torch.zeros(h_kv, 2, 5, 2), operands("none", b, h, n, m), *args)
@@ -114,7 +114,7 @@ def test_equally_near_codewords_go_to_the_first():
 
 @pytest.mark.parametrize("mode", ["meta", "fake"])
 def test_launches_are_the_same_without_data(mode):
-    sizes = b, h, h_kv, n, m, d, _, query_block, key_block = SIZES[1]
+    sizes = b, h, h_kv, n, m, _, _, query_block, key_block = SIZES[1]
     spec = operands("all", b, h, n, m)
 
     def launches(q, k, books, predicate, tensors, *rest):
