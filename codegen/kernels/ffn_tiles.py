@@ -1,0 +1,68 @@
+"""Tile sizes of the routed FFN's kernels. `width` is a block's hidden units, `depth` what is summed over, `columns` what is computed.
+
+Matrix units want 128 x 128 tiles or more; two up projections share a tile of x and so need half the columns for the same registers. The
+estimates of registers leave room for addresses and for the epilogue; kernels compiled ahead of time show where they are too low.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from sptc.codegen.tiling import Table, Tiling
+
+_M, _N, _K, _WARPS, _STAGES, _LANES = sympy.symbols("BLOCK_M BLOCK_N BLOCK_K num_warps num_stages warp_size")
+_SLICES, _UPS, _ITEM = sympy.symbols("SLICES ups itemsize")
+_THREADS = _WARPS * _LANES
+_Row = tuple[int, int, int, int, int]  # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+
+
+def _tiles(*rows: _Row, **more: int) -> tuple[Tiling, ...]:
+    return tuple(Tiling.of(warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP=8, **more) for m, n, k, warps, stages in rows)
+
+
+_HOPPER: tuple[_Row, ...] = (
+    (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 4, 4), (64, 64, 32, 4, 3),
+    (64, 32, 32, 4, 2),
+)  # fmt: skip
+_ROWS: dict[str, tuple[_Row, ...]] = {
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": (
+        (256, 128, 32, 8, 2),
+        (128, 128, 64, 8, 2),
+        (128, 128, 32, 8, 2),
+        (128, 64, 32, 4, 2),
+        (64, 64, 32, 4, 2),
+        (64, 32, 32, 4, 2),
+    ),
+    "": ((128, 256, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2)),
+}
+_SLICED = {name: tuple(tile for row in rows for slices in (2, 4) for tile in _tiles(row, SLICES=slices)) for name, rows in _ROWS.items()}
+_PLAIN = {name: _tiles(*rows) for name, rows in _ROWS.items()}
+
+UP = Table(
+    "ffn_up",
+    _SLICED,
+    shared_memory=_STAGES * (_M + _UPS * _N) * _K * _ITEM,
+    registers=_UPS * _M * _N * _ITEM / (2 * _THREADS) + 64,
+)
+GRAD_HIDDEN = Table(
+    "ffn_grad_hidden",
+    _SLICED,
+    shared_memory=_STAGES * (_M + _N) * _K * _ITEM,
+    registers=(1 + _UPS / _SLICES) * _M * _N * _ITEM / (2 * _THREADS) + 64,
+)
+PRODUCT = Table(
+    "grouped_product",
+    _PLAIN,
+    shared_memory=_STAGES * (_M + _N) * _K * _ITEM,
+    registers=_M * _N * _ITEM / (2 * _THREADS) + 64,
+)
+OUTER = Table("grouped_outer", _PLAIN, PRODUCT.shared_memory, PRODUCT.registers)
+_T, _C = sympy.symbols("BLOCK_T BLOCK_C")
+SUM = Table(
+    "gather_sum",
+    {"": tuple(Tiling.of(4, 1, BLOCK_T=t, BLOCK_C=c) for t, c in ((4, 512), (8, 256), (4, 256), (16, 128)))},
+    shared_memory=sympy.Integer(0),
+    registers=2 * _T * _C / _THREADS + 32,
+)
