@@ -1,4 +1,6 @@
-"""An activation as a program of torch calls, forward and backward, each call one vectorised pass over memory.
+"""An activation as a program of calls, forward and backward: on a CPU each is one vectorised pass over memory, in a kernel one expression.
+
+The calls have names ("silu", "silu_backward"); here they are ATen's, in `codegen/templates/elementary.py` they are Triton's.
 
 Backward is reverse mode over the expression with each op's `fdiff`. Where ATen has a kernel for "gradient times slope" it is used: it
 costs one pass, and where the slope is 0 it gives 0 even for an infinite gradient, as torch's own autograd does.
@@ -99,14 +101,23 @@ def compile_activation(text: str) -> CompiledActivation:
     Raises:
         ExpressionError: `text` is no activation.
     """
+    forward, backward = program(text, value=True), program(text, gradients=True)
+    return CompiledActivation(len(forward.inputs), _reuse(forward), _reuse(backward, scratch=("grad",)))
+
+
+def program(text: str, value: bool = False, gradients: bool = False) -> Program:
+    """The steps from u0, ... to act, and from grad, u0, ... to its gradients; each value once, none written over.
+
+    Raises:
+        ExpressionError: `text` is no activation.
+    """
     activation = ex.parse(text)
     expr, symbols = recognize(activation.expression), ex.SYMBOLS[: activation.arity]
+    builder = _Builder()
+    outputs = [builder.emit(expr)] if value else []
+    outputs += builder.gradients(expr, symbols) if gradients else []
     names = tuple(symbol.name for symbol in symbols)
-    builder = _Builder()
-    forward = Program(names, outputs=(builder.emit(expr),), steps=tuple(builder.steps))
-    builder = _Builder()
-    backward = Program(("grad", *names), outputs=tuple(builder.gradients(expr, symbols)), steps=tuple(builder.steps))
-    return CompiledActivation(activation.arity, _reuse(forward), _reuse(backward, scratch=("grad",)))
+    return Program(("grad", *names) if gradients else names, tuple(builder.steps), tuple(outputs))
 
 
 # Emitting

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import bisect
+import inspect
 import io
 import re
+import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,7 +114,7 @@ def _statement(node: ast.stmt, indent: int) -> list[str]:
         case ast.While(test=test, body=body):
             return [*wrapped(f"while {ast.unparse(test)}:", indent, beside), *print_statements(body, indent + 4)]
         case ast.Expr(value=ast.Constant(value=str() as text)):
-            return _docstring(text, pad)
+            return docstring(text, indent)
         case ast.Assign(targets=[ast.Tuple(elts=elts)], value=value):
             return wrapped(f"{', '.join(map(ast.unparse, elts))} = {ast.unparse(value)}", indent, beside)
         case ast.Return(value=ast.Tuple(elts=elts)) if len(elts) > 1:
@@ -130,12 +132,14 @@ def _if(keyword: str, node: ast.stmt, test: ast.expr, body: list[ast.stmt], orel
     return lines
 
 
-def _docstring(text: str, pad: str) -> list[str]:
-    lines = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').strip().splitlines()
-    lines = [lines[0], *(pad + line.strip() if not line.startswith(pad) and line.strip() else line for line in lines[1:])]
+def docstring(text: str, indent: int = 4) -> list[str]:
+    """Lines of a docstring; its own line breaks stay, and a line too long is filled."""
+    pad, quotes = " " * indent, '"' * 3
+    text = inspect.cleandoc(text.replace("\\", "\\\\").replace(quotes, "'" * 3))
+    lines = [line for long in text.splitlines() for line in textwrap.wrap(long, WIDTH - indent - 6, break_long_words=False) or [""]]
     if len(lines) == 1:
-        return [f'{pad}"""{lines[0]}"""']
-    return [f'{pad}"""{lines[0]}', *(line.rstrip() for line in lines[1:]), f'{pad}"""']
+        return [f"{pad}{quotes}{lines[0]}{quotes}"]
+    return [f"{pad}{quotes}{lines[0]}", *((pad + line).rstrip() for line in lines[1:]), f"{pad}{quotes}"]
 
 
 def _signature(node: ast.FunctionDef, indent: int) -> list[str]:
@@ -171,21 +175,34 @@ def wrapped(text: str, indent: int, beside: str = "") -> list[str]:
     return above + _broken(text, pad)
 
 
-def _broken(text: str, pad: str) -> list[str]:
+def _broken(text: str, pad: str, bracketed: bool = False) -> list[str]:
+    """`text` broken until its lines fit: at commas, at operators where it stands in brackets, else at its last wide brackets."""
     if len(pad + text) <= WIDTH:
         return [pad + text]
+    if bracketed and len(operands := list(_operands(text))) > 1:
+        return [line for operand in operands for line in _broken(operand, pad, bracketed=True)]
     pair = _outer_brackets(text)
     if pair is None:
         return [pad + text]
     start, end = pair
     head, inside, tail = text[: start + 1], text[start + 1 : end], text[end:]
     inner = pad + "    "
-    if len(inner + inside) <= WIDTH:
-        return [pad + head, inner + inside, pad + tail]
     parts = list(_split(inside))
-    if len(parts) == 1:
-        return [pad + head, *_broken(inside, inner), pad + tail]
-    return [pad + head, *(line for part in parts for line in _broken(part + ",", inner)), pad + tail]
+    if len(inner + inside) <= WIDTH or len(parts) == 1:
+        middle = _broken(inside, inner, bracketed=True)
+    else:
+        middle = [line for part in parts for line in _broken(part + ",", inner)]
+    return [pad + head, *middle, pad + tail]
+
+
+def _operands(text: str) -> Iterator[str]:
+    """The operands of `text`, each but the first after its operator; at the outermost operators that are logical, else additive."""
+    depths = {position: depth for position, _, depth in _brackets(text)}
+    for operators in (" and ", " or "), (" | ",), (" & ",), (" + ", " - "):
+        cuts = [i for i in range(1, len(text)) if depths.get(i) == 0 and text.startswith(operators, i)]
+        if cuts:
+            yield from (text[i:j].strip() for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True))
+            return
 
 
 def _outer_brackets(text: str) -> tuple[int, int] | None:

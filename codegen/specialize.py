@@ -14,18 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sptc.codegen import triton_expr, triton_predicate
 from sptc.codegen.fold import SpecializeError, Unknown, fold, value_of
 from sptc.codegen.prune import has_effects, prune
 from sptc.codegen.source import margin, parse, print_statements, rename_in_comments, set_margin
 from sptc.codegen.spec import Constant, KernelSpec
-from sptc.codegen.triton_expr import ACTIVATION_HOOKS, activation_source
-from sptc.codegen.triton_predicate import PREDICATE_HOOKS, predicate_source
 
 TEMPLATES = Path(__file__).parent / "templates"
 _PACKAGE = "sptc.codegen.templates."
 _HOOKS = {
-    **dict.fromkeys(ACTIVATION_HOOKS, ("activation", activation_source)),
-    **dict.fromkeys(PREDICATE_HOOKS, ("predicate", predicate_source)),
+    **dict.fromkeys(triton_expr.ACTIVATION_HOOKS, ("activation", triton_expr.activation_source, triton_expr.HELPERS)),
+    **dict.fromkeys(triton_predicate.PREDICATE_HOOKS, ("predicate", triton_predicate.predicate_source, triton_predicate.HELPERS)),
 }
 
 __all__ = ["SpecializeError", "specialize"]
@@ -108,6 +107,7 @@ class _Helpers:
         self.sources: dict[str, str] = {}
         self.effects: set[str] = set()  # names of those that store something
         self._spec, self._where = spec, where
+        self._homes: dict[str, str] = {}  # the template in which a helper stands
 
     def add_calls(self, function: ast.FunctionDef, template: str) -> None:
         """Add what `function`, which stands in the file `template`, calls.
@@ -129,6 +129,8 @@ class _Helpers:
                 return
             raise SpecializeError(f"{self._where}, line {call.lineno}: {name!r} is no hook, helper or builtin")
         home, original = found
+        if self._homes.setdefault(name, home) != home:
+            raise SpecializeError(f"{self._where} needs two functions {name!r}, of {home}.py and of {self._homes[name]}.py: rename one")
         if name in self.sources:
             return
         function = copy.deepcopy(original)
@@ -139,7 +141,7 @@ class _Helpers:
         self.sources[name] = "\n".join(print_statements([function]))
 
     def _add_hook(self, name: str, call: ast.Call) -> None:
-        key, write = _HOOKS[name]
+        key, write, home = _HOOKS[name]
         text = dict(self._spec.hooks).get(key)
         if text is None:
             raise SpecializeError(f"{self._where} calls {name}(), which needs the hook {key!r}; given: {_listed(dict(self._spec.hooks))}")
@@ -151,7 +153,9 @@ class _Helpers:
                 f"{self._where}, line {call.lineno}: {name}() of {text!r} takes {len(parameters)} arguments "
                 f"({', '.join(parameters)}), but gets {len(call.args)}"
             )
-        self.sources[name] = source.rstrip("\n")
+        if name not in self.sources:
+            self.add_calls(function, home)
+            self.sources[name] = source.rstrip("\n")
 
 
 def _find(name: str, template: str) -> tuple[str, ast.FunctionDef] | None:

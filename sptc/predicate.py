@@ -132,6 +132,11 @@ class Predicate:
         return tuple(Predicate(tree) for tree in _conjuncts(self.tree))
 
     @functools.cached_property
+    def elements(self) -> tuple[Element, ...]:
+        """Every reading of an element, those inside indices of others included."""
+        return tuple(node for node in _walk(self.tree) if isinstance(node, Element))
+
+    @functools.cached_property
     def tensor_count(self) -> int:
         """How many tensors must be given: one more than the highest t."""
         return max((node.position + 1 for node in _walk(self.tree) if isinstance(node, Element)), default=0)
