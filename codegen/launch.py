@@ -26,14 +26,23 @@ class Launch:
     arguments: dict[str, Argument]
 
 
-_record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
+@dataclass(frozen=True)
+class _Record:
+    launches: list[Launch]
+    run: bool
+
+
+_record: ContextVar[_Record | None] = ContextVar("record", default=None)
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them. Tensors may be fake or on "meta": what is launched never depends on their values."""
+def recorded(run: bool = False) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; with `run`, run them as well.
+
+    Without it tensors may be fake or on "meta": what is launched never depends on their values.
+    """
     launches: list[Launch] = []
-    token = _record.set(launches)
+    token = _record.set(_Record(launches, run))
     try:
         yield launches
     finally:
@@ -44,9 +53,8 @@ def launch(spec: KernelSpec, grid: Grid, device: torch.device, arguments: dict[s
     """Run the kernel of `spec` on `device`: compiled on a GPU, in Triton's interpreter on a CPU. An empty grid launches nothing."""
     record = _record.get()
     if record is not None:
-        record.append(Launch(spec, grid, arguments))
-        return
-    if 0 in grid:
+        record.launches.append(Launch(spec, grid, arguments))
+    if 0 in grid or (record is not None and not record.run):
         return
     from sptc.codegen.load import load  # imports Triton, which a CPU without the interpreter never needs
 
