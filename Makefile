@@ -1,5 +1,6 @@
 # `make test` and `make demo` each work alone on a fresh machine with Python 3.11 or newer.
 #   make demo MODEL=distilbert/distilbert-base-uncased DEMO="--steps 40 --batch 4"
+# `make gpu` runs with the python3 that is there (torch 2.11, triton 3.6, tabulate, networkx or newer): no .venv, no network, under 10 minutes.
 PYTHON ?= python3
 MODEL ?=
 DEMO ?=
@@ -7,7 +8,7 @@ DEMO ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -19,6 +20,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) -m bench.kernels --gpu
 
 clean:
 	rm -rf .venv build demo-out *.egg-info

@@ -1,0 +1,54 @@
+"""The emitted kernels: `python -m bench.kernels --aot` (no GPU needed), `--tune` and `--gpu` (a GPU needed, no network)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench.kernels import ahead, cases, gpu, tuning
+from sptc.codegen.target import KNOWN
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--aot", action="store_true", help="compile every template ahead of time and check what the result uses")
+    what.add_argument("--gpu", action="store_true", help="check the kernels on this GPU, then time them beside dense ones")
+    what.add_argument("--tune", action="store_true", help="measure tile sizes on this GPU and keep the best for later runs")
+    parser.add_argument("--target", choices=KNOWN, action="append", help="with --aot; default: all")
+    parser.add_argument("--only", default="", help="cases whose name contains this; with --aot templates, too")
+    parser.add_argument("--json", type=Path, help="with --gpu: the file of the results (default: bench/results/gpu_<device>.json)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --gpu: start no case after this time (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.aot:
+        sys.exit(compile_all(arguments.target or list(KNOWN), arguments.only))
+    if arguments.tune:
+        sys.exit(tuning.run(arguments.only))
+    sys.exit(gpu.run(arguments.json, arguments.only, arguments.minutes))
+
+
+def compile_all(targets: list[str], only: str) -> int:
+    """Print the table of `--aot`; 1 if a bound is broken."""
+    named = [name for name in sorted(ahead.templates()) if only.lower() in name]
+    chosen = (*cases.ATTENTION, *cases.FFN) if named else cases.named((*cases.ATTENTION, *cases.FFN), only)
+    rows = []
+    for row in ahead.compiled(chosen, [KNOWN[name] for name in targets], named):
+        rows.append(row)
+        print(f"{len(rows)} {row.target} {row.template} {', '.join(row.broken)}", file=sys.stderr, flush=True)
+    headers = ["template", "case", "target", "registers", "spilled bytes", "shared memory", "matrix instructions", "broken bounds"]
+    cells = [
+        (r.template, r.case, r.target, *(astuple(r.used) if r.used else [None] * 4), "; ".join(r.broken))
+        for r in sorted(rows, key=lambda r: (r.template, r.target, r.case))
+    ]
+    broken = sum(bool(r.broken) for r in rows)
+    print(tabulate(cells, headers))
+    print(f"{len(rows)} kernels, {broken} with a broken bound")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    main()

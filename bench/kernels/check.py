@@ -1,0 +1,168 @@
+"""Correctness on a device: every output and gradient against the fp64 reference, beside what plain torch in the same dtype gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bench.kernels import steps
+from bench.kernels.cases import AttentionCase, AttentionOperands, FfnCase, FfnOperands, attention_operands, ffn_operands
+from sptc.codegen.block_lists import block_count
+from sptc.codegen.reference import attention as attention_reference
+from sptc.codegen.reference import ffn as ffn_reference
+
+_MULTIPLE = 2.0  # of the error of plain torch
+_ROUNDING = 1e-6  # of the largest value, for errors of plain torch that happen to be none
+_LISTS = 0.01  # share of entries of block lists that may differ: scores that are equal but for rounding
+_STATISTICS = 0.01  # of the largest value
+
+CASES: tuple[AttentionCase | FfnCase, ...] = (
+    AttentionCase("causal GQA", 2, 501, 4, 2, 64, "causal", density=0.25),
+    AttentionCase("causal dropout", 1, 500, 2, 2, 128, "causal", density=0.25, dropout=0.1, selector="pooled"),
+    AttentionCase("padding", 3, 333, 4, 4, 80, "padding", density=0.5, dropout=0.1),
+    AttentionCase("all, small blocks", 2, 257, 2, 1, 96, "none", density=0.25, query_block=16, key_block=16, selector="pooled"),
+    AttentionCase("wide heads", 1, 300, 2, 1, 256, "causal", density=0.5),
+    FfnCase("SwiGLU LoRA", 203, 256, 704, "u1*silu(u0)", bias=False, lora=16, weights_train=True),
+    FfnCase("ReLU bias", 129, 200, 800, "relu(u0)", bias=True, weights_train=True),
+    FfnCase("GELU tanh Conv1D", 64, 192, 768, "gelu_tanh(u0)", bias=True, conv1d=True, lora=8, weights_train=True),
+    FfnCase("GELU dropout", 150, 128, 512, "gelu(u0)", bias=True, dropout=0.1, scaled=False, weights_train=True, active=8),
+    FfnCase("one token", 1, 64, 256, "relu(u0)", bias=True, weights_train=True, active=1),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one case: its largest error, and what it may be."""
+
+    case: str
+    tensor: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # a NaN fails
+
+
+def check(case: AttentionCase | FfnCase, device: torch.device, dtype: torch.dtype) -> list[Check]:
+    """Run the case on `device` and compare."""
+    checks = check_attention if isinstance(case, AttentionCase) else check_ffn
+    return list(checks(case, device, dtype))
+
+
+def check_attention(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    """Selection, then attention on the lists of the reference, forward and backward."""
+    o = attention_operands(case, device, dtype)
+    exact = _attention_in(o, torch.device("cpu"), torch.float64)
+    statistics = o.codebooks is not None
+    numbers = (case.density, case.scale, case.query_block, case.key_block, case.own, statistics)
+    wanted = attention_reference.select_blocks(
+        exact.q, exact.k, exact.codebooks, attention_reference.Mask(*exact.mask), case.selector, *numbers
+    )
+    got = [x.cpu() for x in steps.select(case, o)]
+    blocks = block_count(case.length, case.key_block)
+    different = (_kept(*got[:2], blocks) != _kept(*wanted[:2], blocks)).sum().item() / max(1, wanted[1].sum().item())
+    yield Check(case.name, "lists", different, _LISTS)
+    for name, value, want in zip(("code_sums", "code_counts"), got[2:], wanted[2:], strict=True):
+        if want.numel():
+            yield Check(case.name, name, _error(value, want), _STATISTICS * want.abs().max().item())
+
+    lists = [x.to(device) for x in wanted[:2]]
+    for x in (o.q, o.k, o.v):
+        x.requires_grad_()
+    out, lse = steps.attend(case, o, *lists)
+    grads = torch.autograd.grad(out, (o.q, o.k, o.v), o.grad)
+    results = [_attention_reference(case, o, exact.q.device, torch.float64, wanted), _attention_reference(case, o, device, dtype, lists)]
+    yield Check(case.name, "lse", _error(lse, results[0][1]), 1e-3)
+    for name, value, want, plain in zip(("out", "q", "k", "v"), (out, *grads), *_tensors(results, (0, 2, 3, 4)), strict=True):
+        yield _within(case.name, name, value, want, plain)
+
+
+def check_ffn(case: FfnCase, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    """Routing, then the FFN on those lists, forward and backward."""
+    o = ffn_operands(case, device, dtype)
+    tokens, offsets, scale = steps.route(case, o)
+    wanted = ffn_reference.route(o.scores.cpu(), case.active)
+    same = torch.equal(tokens.cpu(), wanted[0]) and torch.equal(offsets.cpu(), wanted[1])
+    yield Check(case.name, "lists", 0.0 if same else 1.0, 0.0)
+
+    arguments = list(steps.ffn_arguments(case, o, tokens, offsets, scale))
+    outputs, named = _ffn_run(arguments, o, torch.ops.sptc.routed_ffn)
+    exact = _ffn_run([_moved(x, torch.device("cpu"), torch.float64) for x in arguments], o, ffn_reference.routed_ffn)
+    with torch.device(device):
+        plain = _ffn_run([_moved(x, device, dtype) for x in arguments], o, ffn_reference.routed_ffn)
+    for name, value, want, rough in zip(("y", "low_out"), outputs, exact[0], plain[0], strict=False):
+        if want.numel():
+            yield _within(case.name, name, value, want, rough)
+    for name, value in named.items():
+        yield _within(case.name, name, value, exact[1][name], plain[1][name])
+
+
+def _kept(ids: Tensor, counts: Tensor, blocks: int) -> Tensor:
+    """bool [..., tiles, blocks]."""
+    live = torch.arange(ids.shape[-1]) < counts.unsqueeze(-1)
+    kept = torch.zeros((*ids.shape[:-1], blocks), dtype=torch.int32)
+    return kept.scatter_add_(-1, ids.long(), live.int()) > 0
+
+
+def _attention_in(o: AttentionOperands, device: torch.device, dtype: torch.dtype) -> AttentionOperands:
+    predicate, tensors, sizes, _, _ = o.mask
+    mask = (predicate, [t.to(device) for t in tensors], sizes, None, None)
+    q, k, v, grad = (x.detach().to(device, dtype) for x in (o.q, o.k, o.v, o.grad))
+    return replace(
+        o, q=q, k=k, v=v, grad=grad, mask=mask, codebooks=_moved(o.codebooks, device, torch.float32), seed=_moved(o.seed, device, dtype)
+    )
+
+
+def _attention_reference(
+    case: AttentionCase, o: AttentionOperands, device: torch.device, dtype: torch.dtype, lists: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    moved = _attention_in(o, device, dtype)
+    leaves = [x.requires_grad_() for x in (moved.q, moved.k, moved.v)]
+    mask = attention_reference.Mask(*moved.mask)
+    numbers = (moved.seed, case.dropout, case.scale, case.query_block, case.key_block)
+    out, lse = attention_reference.sparse_attention(*leaves, lists[0], lists[1], mask, *numbers)
+    return out, lse, *torch.autograd.grad(out, leaves, moved.grad)
+
+
+def _ffn_run(arguments: list, o: FfnOperands, function) -> tuple[list[Tensor], dict[str, Tensor]]:  # type: ignore[no-untyped-def, type-arg]
+    """Outputs, and gradients by name."""
+    x, up, up_bias, _, low, up_B, _, down, down_A, _, _, scale, *_ = arguments
+    leaves = {"x": x, **{f"up{i}": t for i, t in enumerate(up)}, **{f"bias{i}": t for i, t in enumerate(up_bias)}}
+    leaves |= {f"low{i}": t for i, t in enumerate(low)} | {f"B{i}": t for i, t in enumerate(up_B)}
+    leaves |= {name: t for name, t in (("down", down), ("A", down_A), ("scale", scale)) if t is not None}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    y, low_out, *_ = function(*arguments)
+    outputs, gradients = [y], [o.grad_y.to(y.device, y.dtype)]
+    if down_A is not None:
+        outputs, gradients = [y, low_out], [*gradients, o.grad_low_out.to(y.device, y.dtype)]
+    return outputs, dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
+
+
+def _moved(x, device: torch.device, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    """A tensor or list of tensors elsewhere, floating ones in `dtype`, as leaves of their own; anything else as it is."""
+    if isinstance(x, list):
+        return [_moved(item, device, dtype) for item in x]
+    if not isinstance(x, Tensor):
+        return x
+    moved = x.detach().to(device, dtype) if x.is_floating_point() else x.to(device)
+    return moved.clone(memory_format=torch.preserve_format) if moved.data_ptr() == x.data_ptr() else moved
+
+
+def _tensors(results: Sequence[Sequence[Tensor]], which: Sequence[int]) -> list[list[Tensor]]:
+    return [[result[i] for i in which] for result in results]
+
+
+def _within(case: str, name: str, value: Tensor, want: Tensor, plain: Tensor) -> Check:
+    bound = _MULTIPLE * _error(plain, want) + _ROUNDING * want.abs().max().item()
+    return Check(case, name, _error(value, want), bound)
+
+
+def _error(value: Tensor, want: Tensor) -> float:
+    """The largest difference; infinite where one of them is no number, or is infinite and the other is not."""
+    value, want = (x.detach().to("cpu", torch.float64) for x in (value, want))
+    return (value - want).masked_fill_(value == want, 0.0).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
