@@ -104,11 +104,11 @@ def cache_folder() -> Path:
 
 
 def _key() -> str:
-    parts = [_processor(), torch.__version__, _kernel_sources()]
+    parts = [processor(), torch.__version__, _kernel_sources()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -185,6 +185,11 @@ class Predicate:
 TRUE = Predicate(Literal(True))
 
 
+def conjunction(parts: Sequence[Predicate]) -> Predicate:
+    """The predicate that holds where all of `parts` do."""
+    return Predicate(functools.reduce(lambda left, right: Binary("&", left, right), [part.tree for part in parts])) if parts else TRUE
+
+
 @functools.lru_cache(maxsize=1024)
 def parse(text: str) -> Predicate:
     """The checked predicate that `text` spells.

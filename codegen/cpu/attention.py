@@ -1,27 +1,24 @@
-"""Sparse attention on a CPU: `sptc::sparse_attention` and its backward as BLAS products over gathered key blocks.
+"""Sparse attention on a CPU: `sptc::sparse_attention` and its backward, computed by native/attention.cpp.
 
-The work is cut into chunks of block lists (some heads with all their tiles, or some tiles of one head) whose buffers stay in the cache.
-There is no loop over tokens. All arithmetic is fp32, or fp64 for fp64 inputs.
+Threads share the work by (batch row, key head) pairs, a call of the native code each, which goes through the pair's block lists with all
+its buffers in the cache. All arithmetic is fp32, or fp64 for fp64 inputs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sptc.codegen.block_lists import block_count
-from sptc.codegen.cpu.mask import CpuMask, Open, Rows, rows_of
+from sptc.codegen.cpu.compiler import native
+from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
-from sptc.codegen.random import keep_runs
-
-_PART = 1 << 18  # elements of q, or of k, that a thread brings into place at a time
-_CHUNK = 1 << 19  # elements of scores and gathered blocks that it then works on at a time: both stay in a core's cache
+from sptc.codegen.cpu.predicate_source import Fill, fill
 
 
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
@@ -55,308 +52,139 @@ class Call:
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
-    @property
-    def tiny(self) -> Tensor:
-        return torch.tensor(torch.finfo(self.dtype).tiny, dtype=self.dtype)
 
-    @property
-    def keep_scale(self) -> float:
-        return 0.0 if self.dropout_p == 1.0 else 1.0 / (1.0 - self.dropout_p)
-
-    @functools.cached_property
-    def key_bias(self) -> Tensor | None:
-        """[1 or b, 1 or h_kv, blocks * key_block], -inf for masked keys and those past the end; None if all keys count."""
-        bias, past = self.mask.key_bias(self.dtype), -self.mask.m % self.mask.key_block
-        if bias is None and past:
-            bias = torch.zeros((1, 1, self.mask.m), dtype=self.dtype)
-        return torch.nn.functional.pad(bias, (0, past), value=-math.inf) if bias is not None and past else bias
+_STRIDES = ctypes.c_int64 * 3  # of batch row, head and row; within a row elements are adjacent
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Memory that chunks use one after another: fresh memory for each would cost more page faults than arithmetic."""
-
-    dtype: torch.dtype
-    held: dict[str, Tensor] = field(default_factory=dict)
-    views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The memory called `name` as a contiguous tensor of this shape, with whatever was in it."""
-        view = self.views.get((name, shape))
-        if view is None:
-            size = math.prod(shape)
-            if name not in self.held or self.held[name].numel() < size:
-                self.held[name] = torch.empty(size, dtype=self.dtype)
-                for key in [key for key in self.views if key[0] == name]:
-                    del self.views[key]
-            view = self.views[name, shape] = self.held[name][:size].view(shape)
-        return view
+class _Operand(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4)]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of work for one thread: some key heads of one batch row, or all of several rows. Lists are in order of row, then tile."""
+class _Call(ctypes.Structure):
+    """`Call` of native/attention.cpp."""
 
-    batches: slice
-    heads: slice
-    rows: Rows
-    k: Tensor  # [rows * blocks, key_block * d], contiguous in the dtype of arithmetic
-    v: Tensor  # [rows * blocks, key_block * d_v]
-    q: Tensor  # [lists, group * query_block, d], zero past the end
-    ids: Tensor  # int64 [rows, tiles, list width]
-    place: Tensor  # int64 [lists, list width]: ids as numbers of rows of k and v
-    bias: Tensor | None  # [lists, 1, list width * key_block]: key-only operands, and -inf in slots past the end of a list
-    runs: list[Open]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some lists of a part with their gathered keys: tiles [tile, tile + tiles) of rows `rows`. width = list width * key_block."""
-
-    rows: slice
-    tile: int
-    tiles: int
-    lists: slice
-    place: Tensor  # int64 [lists * list width]: rows of part.k and part.v
-    k: Tensor  # [lists, width, d]
-    v: Tensor  # [lists, width, d_v]
-    scores: Tensor  # [lists, group * query_block, width], -inf where masked
-    weights: Tensor  # likewise: softmax of the scores, NaN in rows without keys
-    keep: Tensor | None  # bool, likewise: what dropout keeps
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((f"{name}_step", _STRIDES) for name in ("q", "k", "v")),
+        *((name, ctypes.c_void_p) for name in ("ids", "counts")),
+        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "n", "m", "d", "d_v", "query_block", "key_block", "tiles", "width")),
+        ("scale", ctypes.c_double),
+        ("key_bias", ctypes.c_void_p),
+        ("key_bias_strides", ctypes.c_int64 * 2),
+        ("certain", ctypes.c_void_p),
+        ("certain_strides", ctypes.c_int64 * 2),
+        ("fill", ctypes.c_void_p),
+        ("fill_operands", ctypes.c_void_p),
+        ("boolean", _Operand),
+        ("bias", _Operand),
+        ("dropout_p", ctypes.c_double),
+        ("seed", ctypes.c_int64),
+        ("drops", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "grad_out")),
+        ("grad_step", _STRIDES),
+        *((name, ctypes.c_void_p) for name in ("grad_q", "grad_k", "grad_v")),
+    ]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] in the dtype of q, lse [b, h, n] in the dtype of arithmetic."""
-    mask = call.mask
-    out = call.q.new_empty((mask.b, mask.h, mask.n, call.v.shape[-1]))
-    lse = torch.empty((mask.b, mask.h, mask.n), dtype=call.dtype)
-
-    def work(spans: Iterator[tuple[slice, slice]]) -> None:
-        buffers = Buffers(call.dtype)
-        for span in spans:
-            part = _part(call, *span, buffers)
-            with (
-                _stored(mask, out[_query_heads(mask, span)], buffers, "out") as out_tiles,
-                _stored(mask, lse[_query_heads(mask, span)].unsqueeze(-1), buffers, "lse") as lse_tiles,
-            ):
-                for chunk in _chunks(call, part, buffers):
-                    _chunk_forward(call, chunk, out_tiles[chunk.lists], lse_tiles[chunk.lists])
-                empty = lse_tiles == -math.inf
-                if bool(empty.any()):
-                    out_tiles.masked_fill_(empty, 0.0)
-
-    share(_spans(call), work)
-    return out, lse
+    prepared = _Prepared(call)
+    v = prepared.v
+    out = torch.empty((*call.q.shape[:3], v.shape[-1]), dtype=call.dtype)
+    lse = torch.empty(call.q.shape[:3], dtype=call.dtype)
+    prepared.run(False, out=out, lse=lse)
+    return _cut(out, call.v, call.q.dtype), lse
 
 
-def backward(call: Call, grad_out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, those without need as empty tensors of shape [0].
-
-    The weights are computed anew, by softmax as in forward: on a CPU that is faster than exp(scores - lse).
-    """
-    mask, empty_rows = call.mask, bool((lse == -math.inf).any())
+def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, those without need as empty tensors of shape [0]. The scores are computed anew."""
+    prepared = _Prepared(call)
+    grad, out = prepared.ready(grad_out), prepared.ready(out).contiguous()
+    sources = prepared.q, prepared.k, prepared.v
+    grads = [torch.empty(x.shape, dtype=call.dtype) if wanted else None for x, wanted in zip(sources, need, strict=True)]
+    for total in grads[1:]:
+        if total is not None:  # of keys and values: added to, where queries are written once
+            total.zero_()
+    named = {f"grad_{name}": g for name, g in zip("qkv", grads, strict=True) if g is not None}
+    prepared.run(True, out=out, lse=lse.contiguous(), grad_out=grad, **named)
     grad_q, grad_k, grad_v = (
-        torch.empty(x.shape if wanted else (0,), dtype=x.dtype) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)
+        x.new_empty(0) if g is None else _cut(g, x, x.dtype) for g, x in zip(grads, (call.q, call.k, call.v), strict=True)
     )
-
-    def work(spans: Iterator[tuple[slice, slice]]) -> None:
-        buffers = Buffers(call.dtype)
-        for span in spans:
-            part = _part(call, *span, buffers)
-            grad_tiles = _load(mask, grad_out[_query_heads(mask, span)], buffers, "grad_out")
-            empty = None
-            if empty_rows:  # rows past the end count too, as zeros
-                empty = _load(mask, (lse[_query_heads(mask, span)] > -math.inf).unsqueeze(-1), buffers, "filled") == 0.0
-            sums = _totals(mask, grad_k, span, "grad_k", buffers), _totals(mask, grad_v, span, "grad_v", buffers)
-            with _stored(mask, grad_q[_query_heads(mask, span)] if need[0] else None, buffers, "grad_q") as q_tiles:
-                for chunk in _chunks(call, part, buffers):
-                    if empty is not None:
-                        chunk.weights.masked_fill_(empty[chunk.lists], 0.0)
-                    _chunk_backward(call, part, chunk, grad_tiles[chunk.lists], need, q_tiles, sums, buffers)
-            for grad, total, wanted in zip((grad_k, grad_v), sums, need[1:], strict=True):
-                if wanted and (target := grad[span]).data_ptr() != total.data_ptr():
-                    target.copy_(total.view(*target.shape[:2], -1, grad.shape[-1])[:, :, : mask.m])
-
-    share(_spans(call), work)
     return grad_q, grad_k, grad_v
 
 
-def _chunk_forward(call: Call, chunk: Chunk, out: Tensor, lse: Tensor) -> None:
-    # The greatest weight is exp(greatest score - lse). In rows without keys it is NaN, which fmax drops, and the greatest score -inf.
-    greatest = torch.fmax(chunk.weights.amax(-1, keepdim=True), call.tiny).log_()
-    torch.sub(chunk.scores.amax(-1, keepdim=True), greatest, out=lse)
-    weights = chunk.weights if chunk.keep is None else chunk.weights.mul_(chunk.keep).mul_(call.keep_scale)
-    torch.bmm(weights, chunk.v, out=out)
+class _Prepared:
+    """A call with every operand as the native code reads it. It keeps what it points to alive."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, mask = call, call.mask
+        self.library = native("attention", **_REAL[call.dtype])
+        self.lanes: int = self.library.lanes()
+        self.q, self.k, self.v = (self.ready(x) for x in (call.q, call.k, call.v))
+        self.ids, self.counts = call.ids.contiguous(), call.counts.contiguous()
+        self.key_bias = mask.key_bias(call.dtype)
+        self.certain = mask.certain_pairs()
+        self.boolean, self.bias = mask.element_boolean, mask.element_bias(call.dtype)
+        predicate = mask.element_predicate
+        self.fill: Fill | None = None if predicate is None else fill(predicate, mask.tensors, mask.sizes)
+
+    def ready(self, x: Tensor) -> Tensor:
+        """`x` in the dtype of arithmetic, its rows adjacent numbers, as many as fill vectors."""
+        x = x.to(self.call.dtype)
+        if x.shape[-1] % self.lanes:
+            return pad(x, (0, -x.shape[-1] % self.lanes))
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    def run(self, backward: bool, **tensors: Tensor) -> None:
+        call, mask = self.call, self.call.mask
+        native_call = _Call(
+            q_step=_steps(self.q), k_step=_steps(self.k), v_step=_steps(self.v),
+            heads=mask.h, key_heads=mask.h_kv, n=mask.n, m=mask.m, d=self.q.shape[-1], d_v=self.v.shape[-1],
+            query_block=mask.query_block, key_block=mask.key_block, tiles=self.ids.shape[2], width=self.ids.shape[3], scale=call.scale,
+            boolean=_operand(self.boolean), bias=_operand(self.bias), dropout_p=call.dropout_p,
+            drops=call.seed is not None and call.dropout_p > 0, seed=0 if call.seed is None else int(call.seed),
+        )  # fmt: skip
+        for name, x in {"q": self.q, "k": self.k, "v": self.v, "ids": self.ids, "counts": self.counts, **tensors}.items():
+            setattr(native_call, name, x.data_ptr())
+        if self.key_bias is not None:
+            self.key_bias = self.key_bias.contiguous()
+            native_call.key_bias, native_call.key_bias_strides = self.key_bias.data_ptr(), _broadcast(self.key_bias, 2)
+        if self.certain is not None:
+            self.certain = self.certain.contiguous()
+            native_call.certain, native_call.certain_strides = self.certain.data_ptr(), _broadcast(self.certain, 2)
+        if self.fill is not None:
+            native_call.fill = ctypes.cast(self.fill.function, ctypes.c_void_p).value
+            native_call.fill_operands = ctypes.addressof(self.fill.operands)
+        if "grad_out" in tensors:
+            native_call.grad_step = _steps(tensors["grad_out"])
+        pairs = mask.b * mask.h_kv
+        step = max(1, pairs // (4 * worker_count()))
+
+        def work(spans: Iterator[int]) -> None:
+            for start in spans:
+                self.library.attend(
+                    ctypes.byref(native_call), ctypes.c_int64(start), ctypes.c_int64(min(start + step, pairs)), ctypes.c_int64(backward)
+                )
+
+        share(range(0, pairs, step), work)
 
 
-def _chunk_backward(
-    call: Call, part: Part, chunk: Chunk, grad_out: Tensor, need: Sequence[bool], grad_q: Tensor, sums: Sequence[Tensor], buffers: Buffers
-) -> None:
-    weights = chunk.weights
-    if need[2]:
-        dropped = weights if chunk.keep is None else weights * chunk.keep * call.keep_scale
-        _scatter(sums[1], chunk, torch.bmm(dropped.mT, grad_out, out=buffers.take("gathered", *chunk.v.shape)))
-    if not (need[0] or need[1]):
-        return
-    slope = torch.bmm(grad_out, chunk.v.mT, out=buffers.take("slope", *weights.shape))
-    if chunk.keep is not None:
-        slope.mul_(chunk.keep).mul_(call.keep_scale)
-    # In place: each row is summed before it is written.
-    torch.ops.aten._softmax_backward_data.out(slope, weights, -1, slope.dtype, grad_input=slope)
-    if need[0]:
-        _product(slope, chunk.k, call.scale, grad_q[chunk.lists])
-    if need[1]:
-        _scatter(sums[0], chunk, _product(slope.mT, part.q[chunk.lists], call.scale, buffers.take("gathered", *chunk.k.shape)))
+_REAL = {torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1"}, torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0"}}
 
 
-def _spans(call: Call) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and key heads of the parts: small enough to leave work for every thread."""
-    mask = call.mask
-    of_a_head = max(mask.group * mask.n * call.q.shape[-1], mask.m * max(call.k.shape[-1], call.v.shape[-1]))
-    count = max(1, min(mask.b * mask.h_kv // worker_count(), _PART // of_a_head))
-    batches, heads = max(1, count // mask.h_kv), min(count, mask.h_kv)
-    for batch in range(0, mask.b, batches):
-        for head in range(0, mask.h_kv, heads):
-            yield slice(batch, min(batch + batches, mask.b)), slice(head, min(head + heads, mask.h_kv))
+def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return _STRIDES(*x.stride()[:3])
 
 
-def _query_heads(mask: CpuMask, span: tuple[slice, slice]) -> tuple[slice, slice]:
-    batches, heads = span
-    return batches, slice(heads.start * mask.group, heads.stop * mask.group)
+def _broadcast(x: Tensor, axes: int) -> ctypes.Array[ctypes.c_int64]:
+    """Strides of the first axes, 0 where an axis of size 1 stands for all."""
+    return (ctypes.c_int64 * axes)(*(0 if size == 1 else stride for size, stride in zip(x.shape[:axes], x.stride(), strict=False)))
 
 
-def _part(call: Call, batches: slice, heads: slice, buffers: Buffers) -> Part:
-    mask, rows = call.mask, Rows.of(batches, heads, call.mask.group)
-    k, v = _packed(mask, call.k[batches, heads], "keys", buffers), _packed(mask, call.v[batches, heads], "values", buffers)
-    q = _load(mask, call.q[_query_heads(mask, (batches, heads))], buffers, "queries")
-    ids = call.ids[batches, heads].flatten(0, 1).long()
-    blocks, width = int(block_count(mask.m, mask.key_block)), ids.shape[-1]
-    place = (ids + torch.arange(0, len(ids) * blocks, blocks).view(-1, 1, 1)).view(-1, width)
-    bias = call.key_bias
-    if bias is not None:
-        bias = rows_of(bias, rows, mask.group).view(-1, mask.key_block).index_select(0, place.view(-1))
-    unused = torch.arange(width) >= call.counts[batches, heads].reshape(-1, 1)
-    if bool(unused.any()):
-        bias = torch.zeros((place.numel(), mask.key_block), dtype=call.dtype) if bias is None else bias
-        bias.masked_fill_(unused.view(-1, 1), -math.inf)
-    bias = None if bias is None else bias.view(len(place), 1, width * mask.key_block)
-    return Part(batches, heads, rows, k, v, q, ids, place, bias, mask.open_runs(rows, ids))
+def _operand(x: Tensor | None) -> _Operand:
+    return _Operand() if x is None else _Operand(x.data_ptr(), _broadcast(x, 4))
 
 
-def _chunks(call: Call, part: Part, buffers: Buffers) -> Iterator[Chunk]:
-    """The lists of a part: some rows with all their tiles, or some tiles of one row."""
-    count, tiles, width = part.ids.shape
-    of_a_list = width * call.mask.key_block * (part.q.shape[1] + call.q.shape[-1] + call.v.shape[-1])
-    lists = max(1, _CHUNK // max(1, of_a_list))
-    row_step, tile_step = max(1, lists // tiles), min(lists, tiles)
-    for row in range(0, count, row_step):
-        for tile in range(0, tiles, tile_step):
-            yield _chunk(call, part, slice(row, min(row + row_step, count)), tile, min(tile_step, tiles - tile), buffers)
-
-
-def _chunk(call: Call, part: Part, rows: slice, tile: int, tiles: int, buffers: Buffers) -> Chunk:
-    mask, (_, all_tiles, width) = call.mask, part.ids.shape
-    count = (rows.stop - rows.start) * tiles
-    lists = slice(rows.start * all_tiles + tile, rows.start * all_tiles + tile + count)
-    place, columns = part.place[lists].view(-1), width * mask.key_block
-    k = torch.index_select(part.k, 0, place, out=buffers.take("chunk_k", len(place), part.k.shape[1])).view(count, columns, -1)
-    v = torch.index_select(part.v, 0, place, out=buffers.take("chunk_v", len(place), part.v.shape[1])).view(count, columns, -1)
-    bias = None if part.bias is None else part.bias[lists]
-    scores = _product(part.q[lists], k.mT, call.scale, buffers.take("scores", count, part.q.shape[1], columns), bias)
-    ids, within = part.ids[rows, tile : tile + tiles], part.rows[rows]
-    if mask.hides_elements:
-        shaped = scores.view(rows.stop - rows.start, tiles, mask.group, mask.query_block, width, mask.key_block)
-        mask.add_elements(shaped, within, tile, ids, part.runs)
-    weights = torch.softmax(scores, -1, out=buffers.take("weights", *scores.shape))
-    return Chunk(rows, tile, tiles, lists, place, k, v, scores, weights, _survivors(call, within, tile, ids))
-
-
-def _survivors(call: Call, rows: Rows, tile: int, ids: Tensor) -> Tensor | None:
-    """bool [lists, group * query_block, width]: what dropout keeps, or None without dropout."""
-    if call.seed is None or call.dropout_p == 0.0:
-        return None
-    mask = call.mask
-    count, tiles, width = ids.shape
-    q = torch.arange(tile * mask.query_block, (tile + tiles) * mask.query_block).view(1, tiles, 1, -1, 1)
-    k = (ids * mask.key_block).view(count, tiles, 1, 1, width)
-    start = ((rows.b.view(-1, 1) * mask.h + rows.h).view(count, 1, mask.group, 1, 1) * mask.n + q) * mask.m + k
-    return keep_runs(call.seed, start, mask.key_block, call.dropout_p).view(count * tiles, -1, width * mask.key_block)
-
-
-def _packed(mask: CpuMask, x: Tensor, name: str, buffers: Buffers) -> Tensor:
-    """[batch rows, key heads, m, d] -> [count * blocks, key_block * d], zeros past the end; a view where the memory fits already."""
-    batches, heads, m, d = x.shape
-    length = int(block_count(m, mask.key_block)) * mask.key_block
-    if length == m and x.dtype == buffers.dtype and x.is_contiguous():
-        return x.view(-1, mask.key_block * d)
-    packed = buffers.take(name, batches, heads, length, d)
-    if length == m:
-        packed.copy_(x)
-    else:
-        packed[:, :, :m] = x
-        packed[:, :, m:] = 0.0
-    return packed.view(-1, mask.key_block * d)
-
-
-def _totals(mask: CpuMask, grad: Tensor, span: tuple[slice, slice], name: str, buffers: Buffers) -> Tensor:
-    """Zeros [rows * blocks, key_block * d] to add up a gradient in: its own memory where that fits. Empty if it is not wanted."""
-    if grad.dim() == 1:
-        return grad
-    target, columns = grad[span], mask.key_block * grad.shape[-1]
-    if mask.m % mask.key_block == 0 and grad.dtype == buffers.dtype:
-        return target.view(-1, columns).zero_()
-    return buffers.take(name, target.shape[0] * target.shape[1] * int(block_count(mask.m, mask.key_block)), columns).zero_()
-
-
-def _load(mask: CpuMask, x: Tensor, buffers: Buffers, name: str) -> Tensor:
-    """x [batch rows, query heads, n, d] -> [lists, group * query_block, d], zeros past the end; a view where the memory fits already."""
-    if _fits(mask, x, buffers.dtype):
-        return x.view(-1, mask.query_block, x.shape[-1])
-    whole = mask.n // mask.query_block
-    lists, tiled = _tiled(mask, x, buffers, name)
-    heads = x.unflatten(1, (-1, mask.group))
-    full = whole * mask.query_block
-    tiled[:, :, :, :whole].copy_(heads[:, :, :, :full].unflatten(3, (whole, mask.query_block)))
-    if full < mask.n:
-        tiled[:, :, :, whole, : mask.n - full] = heads[:, :, :, full:]
-        tiled[:, :, :, whole, mask.n - full :] = 0.0
-    return lists
-
-
-@contextlib.contextmanager
-def _stored(mask: CpuMask, x: Tensor | None, buffers: Buffers, name: str) -> Iterator[Tensor]:
-    """Memory [lists, group * query_block, d] to fill; afterwards it is in x [batch rows, query heads, n, d]. Empty without x."""
-    if x is None or _fits(mask, x, buffers.dtype):
-        yield buffers.take(name, 0) if x is None else x.view(-1, mask.query_block, x.shape[-1])
-        return
-    lists, tiled = _tiled(mask, x, buffers, name)
-    yield lists
-    whole = mask.n // mask.query_block
-    heads, full = x.unflatten(1, (-1, mask.group)), whole * mask.query_block
-    heads[:, :, :, :full].unflatten(3, (whole, mask.query_block)).copy_(tiled[:, :, :, :whole])
-    if full < mask.n:
-        heads[:, :, :, full:] = tiled[:, :, :, whole, : mask.n - full]
-
-
-def _fits(mask: CpuMask, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the memory of x [batch rows, query heads, n, d] is that of lists."""
-    return mask.group == 1 and mask.n % mask.query_block == 0 and x.dtype == dtype and x.is_contiguous()
-
-
-def _tiled(mask: CpuMask, x: Tensor, buffers: Buffers, name: str) -> tuple[Tensor, Tensor]:
-    """The memory `name` as [lists, group * query_block, d], and as [batch rows, key heads, group, tiles, query_block, d]."""
-    tiles = int(block_count(mask.n, mask.query_block))
-    lists = buffers.take(name, x.shape[0] * x.shape[1] // mask.group * tiles, mask.group * mask.query_block, x.shape[-1])
-    return lists, lists.view(x.shape[0], -1, tiles, mask.group, mask.query_block, x.shape[-1]).transpose(2, 3)
-
-
-def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor, row: Tensor | None = None) -> Tensor:
-    """alpha * a @ b + row, into `out`."""
-    if row is None:
-        return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
-    return torch.baddbmm(row.expand(out.shape), a, b, alpha=alpha, out=out)
-
-
-def _scatter(total: Tensor, chunk: Chunk, values: Tensor) -> None:
-    """Add values [lists, width, d] to the blocks they were gathered from."""
-    total.index_add_(0, chunk.place, values.view(len(chunk.place), -1))
+def _cut(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in this dtype and without the padding of its rows, contiguous."""
+    return x[..., : like.shape[-1]].contiguous().to(dtype)

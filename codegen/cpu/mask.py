@@ -7,10 +7,9 @@ An operand that looks at keys only (padding) becomes a row added to the scores. 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,35 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sptc.codegen.block_lists import block_count
-from sptc.predicate import Predicate, Ranges
+from sptc.predicate import Predicate, Ranges, conjunction
 
 _ELEMENTS_AT_A_TIME = 1 << 22
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some (batch row, key head) pairs, each with the query heads of its group."""
-
-    b: Tensor  # int64 [rows]
-    h: Tensor  # int64 [rows, group]
-
-    @classmethod
-    def of(cls, batches: slice, heads: slice, group: int) -> Rows:
-        h = torch.arange(heads.start * group, heads.stop * group).view(-1, group)
-        b = torch.arange(batches.start, batches.stop).repeat_interleave(len(h))
-        return cls(b, h.repeat(batches.stop - batches.start, 1))
-
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.b[part], self.h[part])
-
-
-@dataclass(frozen=True)
-class Open:
-    """A run of tiles, with the range of list slots outside which the element conjuncts hold everywhere."""
-
-    tiles: slice
-    slots: slice
-    limit: Tensor | None  # [1, tiles, 1, query_block, slots, key_block]: inf where they hold, else -inf; None if it differs between rows
 
 
 @dataclass(frozen=True)
@@ -110,85 +83,35 @@ class CpuMask:
                 possible[tuple(part.T)] = self._any_element(part)
         return self._any_of_group(possible)
 
-    @functools.cached_property
-    def hides_elements(self) -> bool:
-        """Whether `add_elements` may change scores."""
-        return bool(self._element_conjuncts) or self._element_boolean is not None or self._element_bias is not None
+    @property
+    def element_predicate(self) -> Predicate | None:
+        """The conjuncts that `key_bias` leaves out."""
+        return conjunction(self._element_conjuncts) if self._element_conjuncts else None
 
-    def open_runs(self, rows: Rows, ids: Tensor) -> list[Open]:
-        """Where the element conjuncts have to be looked at in the lists of `rows`, int64 [rows, tiles, width]."""
-        if not self._element_conjuncts:
-            return []
-        by_batch = any(c.uses("b") for c in self._element_conjuncts)
-        alike = not any(c.uses("h") for c in self._element_conjuncts) and (not by_batch or bool((rows.b == rows.b[0]).all()))
-        found = []
-        for tiles, slots in self._uncertain(rows, ids):
-            part = ids[:, tiles, slots]
-            if not alike or not bool((part == part[:1]).all()):
-                found.append(Open(tiles, slots, None))
-                continue
-            # Blocks that all heads keep, such as a tile's own, are looked at once.
-            key = (tiles.start, tiles.stop, int(rows.b[0]) if by_batch else 0)
-            known = self._limits.get(key)
-            if known is None or not torch.equal(known[0], part[0]):
-                known = self._limits[key] = part[0].clone(), self._limit(rows[:1], tiles.start, part[:1])
-            found.append(Open(tiles, slots, known[1]))
-        return found
-
-    def add_elements(self, scores: Tensor, rows: Rows, tile: int, ids: Tensor, runs: Sequence[Open]) -> None:
-        """Add to scores [rows, tiles, group, query_block, width, key_block], in place, every operand that `key_bias` leaves out.
-
-        ids int64 [rows, tiles, width] are the lists from `tile` on; `runs` are those of `open_runs` for all tiles.
-        """
-        for run in runs:
-            start, stop = max(run.tiles.start, tile), min(run.tiles.stop, tile + scores.shape[1])
-            if start >= stop:
-                continue
-            here = slice(start - tile, stop - tile)
-            part = scores[:, here, :, :, run.slots]
-            if run.limit is None:
-                limit = self._limit(rows, start, ids[:, here, run.slots])
-            else:
-                limit = run.limit[:, start - run.tiles.start : stop - run.tiles.start]
-            torch.minimum(part, limit.to(scores.dtype), out=part)
-        if self._element_boolean is not None:
-            scores.masked_fill_(_picked(self._element_boolean, self._positions(rows, tile, ids)).logical_not(), -math.inf)
-        if self._element_bias is not None:
-            bias = _picked(self._element_bias, self._positions(rows, tile, ids))
-            scores.add_(bias).masked_fill_(~_shown(bias), -math.inf)
-
-    def _limit(self, rows: Rows, tile: int, ids: Tensor) -> Tensor:
-        """fp32 inf where the element conjuncts hold, else -inf; broadcastable to scores."""
-        positions = self._positions(rows, tile, ids)
-        keep = functools.reduce(operator.and_, (c.evaluate(*positions, self.tensors, self.sizes) for c in self._element_conjuncts))
-        return torch.where(keep, math.inf, -math.inf)
-
-    @functools.cached_property
-    def _limits(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
-        """By tiles and batch row: the blocks looked at last, and their `_limit`."""
-        return {}
-
-    @functools.cached_property
-    def _element_conjuncts(self) -> tuple[Predicate, ...]:
-        return tuple(c for c in self.predicate.conjuncts if self._by_element(c))
-
-    @functools.cached_property
-    def _element_boolean(self) -> Tensor | None:
+    @property
+    def element_boolean(self) -> Tensor | None:
+        """`boolean` as [1 or b, 1 or h, 1 or n, 1 or m], where `key_bias` leaves it out."""
         return None if self.boolean is None or self._key_only(self.boolean) else _four(self.boolean)
 
-    @functools.cached_property
-    def _element_bias(self) -> Tensor | None:
-        return None if self.bias is None or self._key_only(self.bias) else _four(self.bias)
+    def element_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """`bias` likewise, -inf where it masks."""
+        if self.bias is None or self._key_only(self.bias):
+            return None
+        bias = _four(self.bias)
+        return bias.to(dtype).masked_fill(~_shown(bias), -math.inf)
 
-    @functools.cached_property
-    def _certain_pairs(self) -> Tensor | None:
-        """bool [1 or b, 1 or h_kv, tiles, blocks]: the element conjuncts hold everywhere. None if that was not worth asking."""
+    def certain_pairs(self) -> Tensor | None:
+        """bool [1 or b, 1 or h_kv, tiles, blocks]: `element_predicate` holds everywhere. None if that is not worth asking."""
         if not self._element_conjuncts or self.query_block * self.key_block < 16:
             return None
         every = (c.bounds(self._ranges(c), self.tensors, self.sizes)[1] for c in self._element_conjuncts)
         pairs = functools.reduce(operator.and_, every)
         pairs = pairs.expand(torch.broadcast_shapes(pairs.shape, self._pair_shape()))
         return pairs if pairs.shape[1] == 1 else pairs.unflatten(1, (self.h_kv, self.group)).all(2)
+
+    @functools.cached_property
+    def _element_conjuncts(self) -> tuple[Predicate, ...]:
+        return tuple(c for c in self.predicate.conjuncts if self._by_element(c))
 
     def _by_element(self, conjunct: Predicate) -> bool:
         return conjunct.uses("q") or (conjunct.uses("h") and self.group > 1)
@@ -242,37 +165,6 @@ class CpuMask:
         for operand in self._tensor_operands():
             keep = keep & _picked(operand, (b, h, q, k))
         return keep.flatten(1).any(1)
-
-    def _positions(self, rows: Rows, tile: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """b, h, q, k for scores [rows, tiles, group, query_block, width, key_block]; those past the end repeat the last."""
-        count, tiles, width = ids.shape
-        q = torch.arange(tile * self.query_block, (tile + tiles) * self.query_block).clamp_(max=self.n - 1)
-        k = (ids.unsqueeze(-1) * self.key_block + torch.arange(self.key_block)).clamp_(max=self.m - 1)
-        b, h = rows.b.view(count, 1, 1, 1, 1, 1), rows.h.view(count, 1, self.group, 1, 1, 1)
-        return b, h, q.view(1, tiles, 1, -1, 1, 1), k.view(count, tiles, 1, 1, width, -1)
-
-    def _uncertain(self, rows: Rows, ids: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Runs of tiles, each with the range of list slots outside which the element conjuncts hold everywhere."""
-        _, tiles, width = ids.shape
-        if self._certain_pairs is None:
-            yield slice(0, tiles), slice(0, width)
-            return
-        pairs = rows_of(self._certain_pairs, rows, self.group)
-        open_slots = pairs.gather(-1, ids).all(0).logical_not().to(torch.int8)  # [tiles, width]
-        first, last = open_slots.argmax(-1).tolist(), (width - open_slots.flip(-1).argmax(-1)).tolist()
-        spans = [(low, high) if some else None for low, high, some in zip(first, last, open_slots.any(-1).tolist(), strict=True)]
-        start = 0
-        for span, run in itertools.groupby(spans):
-            stop = start + len(list(run))
-            if span is not None:
-                yield slice(start, stop), slice(*span)
-            start = stop
-
-
-def rows_of(x: Tensor, rows: Rows, group: int) -> Tensor:
-    """[1 or b, 1 or h_kv, ...] -> [rows, ...]; an axis of size 1 stands for all."""
-    b = rows.b if x.shape[0] > 1 else torch.zeros_like(rows.b)
-    return x[b, rows.h[:, 0] // group if x.shape[1] > 1 else torch.zeros_like(b)]
 
 
 def _four(x: Tensor) -> Tensor:

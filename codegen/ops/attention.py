@@ -112,7 +112,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor
 
 def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *operands, need = rest
-    return apart(cpu.backward, _call(q, k, v, *operands), grad_out, lse, need)
+    return apart(cpu.backward, _call(q, k, v, *operands), grad_out, out, lse, need)
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,270 @@
+// Sparse attention over block lists, forward and backward: codegen/cpu/attention.py calls it, docs/architecture.md defines it.
+//
+// Scores stand transposed, [keys, queries]: softmax then runs along the vectors of queries, without a sum across lanes, and every product
+// reads keys and values as they were gathered. One call computes some (batch row, key head) pairs in one thread.
+#include "product.h"
+
+#include <algorithm>
+#include <vector>
+
+constexpr i64 CHUNK = 64;  // queries at a time: their scores stay in the cache
+
+// Fills out[i] for queries q .. q + rows - 1 and one key.
+typedef void (*Fill)(const void* operands, i64 b, i64 h, i64 q, i64 rows, i64 k, uint8_t* out);
+
+struct Strides {
+    i64 b, h, row;  // of elements; within a row they are adjacent
+};
+
+struct Operand {  // of a mask, broadcastable to [b, h, n, m]
+    const void* data;
+    i64 b, h, q, k;
+};
+
+// Every field has 8 bytes, in the order of `_Call` in attention.py.
+struct Call {
+    const REAL *q, *k, *v;
+    Strides q_step, k_step, v_step;
+    const int32_t *ids, *counts;
+    i64 heads, key_heads, n, m, d, d_v, query_block, key_block, tiles, width;
+    double scale;
+    const REAL* key_bias;  // [.., .., m], or null
+    i64 bias_b, bias_h;
+    const uint8_t* certain;  // [.., .., tiles, blocks]: `fill` holds everywhere; null: ask it always
+    i64 certain_b, certain_h;
+    Fill fill;  // or null
+    const void* fill_operands;
+    Operand boolean, bias;
+    double dropout_p;
+    i64 seed, drops;
+    REAL *out, *lse;  // contiguous [b, h, n, d_v] and [b, h, n]
+    const REAL* grad_out;
+    Strides grad_step;
+    REAL *grad_q, *grad_k, *grad_v;  // contiguous, or null where not needed; those of k and v start as zeros
+};
+
+static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { return x + b * s.b + h * s.h + row * s.row; }
+
+// A run of adjacent keys of a list: one block.
+struct Run {
+    i64 first, count, slot, block;
+};
+
+struct Scratch {
+    std::vector<Run> runs;
+    std::vector<REAL> k, v, q, q_t, g, g_t, scores, slope, out, row;
+    std::vector<uint8_t> keep;
+};
+
+static REAL* take(std::vector<REAL>& x, i64 size) {
+    if ((i64)x.size() < size) x.resize(size);
+    return x.data();
+}
+
+static void gather(const REAL* x, const Strides& step, i64 b, i64 h, const std::vector<Run>& runs, i64 size, REAL* out) {
+    for (const Run& run : runs)
+        for (i64 i = 0; i < run.count; i++, out += size) memcpy(out, at(x, step, b, h, run.first + i), size * sizeof(REAL));
+}
+
+// x [rows, size] with this row stride -> [padded, size] and, transposed and scaled, [size, padded]; zeros past the rows. Either may be null.
+static void pack(const REAL* x, i64 stride, i64 rows, i64 padded, i64 size, REAL scale, REAL* plain, REAL* transposed) {
+    if (plain) {
+        for (i64 i = 0; i < rows; i++) memcpy(plain + i * size, x + i * stride, size * sizeof(REAL));
+        memset(plain + rows * size, 0, (padded - rows) * size * sizeof(REAL));
+    }
+    if (transposed)
+        for (i64 j = 0; j < size; j++) {
+            for (i64 i = 0; i < rows; i++) transposed[j * padded + i] = x[i * stride + j] * scale;
+            for (i64 i = rows; i < padded; i++) transposed[j * padded + i] = 0;
+        }
+}
+
+// Words of Philox4x32-10, as in codegen/random.py.
+static inline void philox(uint64_t counter, uint64_t seed, uint32_t words[4]) {
+    uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int i = 0; i < 10; i++) {
+        const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+        const uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1, c3 = (uint32_t)p0, c0 = n0, c2 = n2;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// keep[key * padded + i]: whether dropout keeps query `first` + i of head h at that key.
+static void survivors(const Call& c, const std::vector<Run>& runs, i64 b, i64 h, i64 first, i64 rows, i64 padded, uint8_t* keep) {
+    const uint64_t threshold = (uint64_t)std::nearbyint(c.dropout_p * 4294967296.0);
+    for (i64 i = 0; i < rows; i++) {
+        uint8_t* at = keep + i;
+        const uint64_t start = (uint64_t)(((b * c.heads + h) * c.n + first + i) * c.m);
+        for (const Run& run : runs) {
+            uint32_t words[4];
+            uint64_t known = ~0ull;
+            for (i64 j = 0; j < run.count; j++, at += padded) {
+                const uint64_t index = start + run.first + j;
+                if (index >> 2 != known) philox(known = index >> 2, (uint64_t)c.seed, words);
+                *at = words[index & 3] >= threshold;
+            }
+        }
+    }
+}
+
+// Adds the mask to scores [keys, padded] of queries `first` .. `first` + rows - 1 of head h.
+static void hide(const Call& c, const std::vector<Run>& runs, i64 b, i64 h, i64 tile, i64 first, i64 rows, i64 padded, REAL* scores) {
+    const i64 key_head = h / (c.heads / c.key_heads), blocks = (c.m + c.key_block - 1) / c.key_block;
+    uint8_t shown[CHUNK];
+    REAL* row = scores;
+    for (const Run& run : runs) {
+        const uint8_t* sure = c.certain ? c.certain + b * c.certain_b + key_head * c.certain_h + tile * blocks + run.block : nullptr;
+        const bool ask = c.fill && !(sure && *sure);
+        for (i64 j = 0; j < run.count; j++, row += padded) {
+            const i64 key = run.first + j;
+            if (c.key_bias) {
+                const Vector bias = spread(c.key_bias[b * c.bias_b + key_head * c.bias_h + key]);
+                for (i64 i = 0; i < padded; i += LANES) store(row + i, load(row + i) + bias);
+            }
+            if (ask) {
+                c.fill(c.fill_operands, b, h, first, rows, key, shown);
+                for (i64 i = 0; i < rows; i++) row[i] = shown[i] ? row[i] : -INF;
+            }
+            if (c.boolean.data) {
+                const uint8_t* p = (const uint8_t*)c.boolean.data + b * c.boolean.b + h * c.boolean.h + first * c.boolean.q + key * c.boolean.k;
+                for (i64 i = 0; i < rows; i++) row[i] = p[i * c.boolean.q] ? row[i] : -INF;
+            }
+            if (c.bias.data) {  // masked values are -inf in it
+                const REAL* p = (const REAL*)c.bias.data + b * c.bias.b + h * c.bias.h + first * c.bias.q + key * c.bias.k;
+                for (i64 i = 0; i < rows; i++) row[i] += p[i * c.bias.q];
+            }
+        }
+    }
+}
+
+// Some queries of one head with the keys of their list.
+struct Chunk {
+    i64 b, h, tile, first, rows, padded, keys;
+};
+
+static bool masked(const Call& c) { return c.key_bias || c.fill || c.boolean.data || c.bias.data; }
+
+static void score(const Call& c, Scratch& s, const Chunk& x, bool keep_queries) {
+    REAL *q_t = take(s.q_t, c.d * x.padded), *q = keep_queries ? take(s.q, x.padded * c.d) : nullptr;
+    pack(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, x.padded, c.d, (REAL)c.scale, q, q_t);
+    REAL* scores = take(s.scores, x.keys * x.padded);
+    product<false>(x.keys, x.padded, c.d, s.k.data(), c.d, 1, q_t, x.padded, scores, x.padded);
+    if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
+    if (c.drops) {
+        if ((i64)s.keep.size() < x.keys * x.padded) s.keep.resize(x.keys * x.padded);
+        survivors(c, s.runs, x.b, x.h, x.first, x.rows, x.padded, s.keep.data());
+    }
+}
+
+static REAL keep_scale(const Call& c) { return c.dropout_p == 1.0 ? 0 : (REAL)(1.0 / (1.0 - c.dropout_p)); }
+
+static void drop(const Call& c, const Scratch& s, const Chunk& x, REAL* values) {
+    const REAL scale = keep_scale(c);
+    for (i64 i = 0; i < x.keys; i++)
+        for (i64 j = 0; j < x.rows; j++) values[i * x.padded + j] *= s.keep[i * x.padded + j] ? scale : 0;
+}
+
+static void forward_chunk(const Call& c, Scratch& s, const Chunk& x) {
+    score(c, s, x, false);
+    REAL* scores = s.scores.data();
+    REAL *greatest = take(s.row, 2 * CHUNK), *total = greatest + CHUNK;
+    for (i64 j = 0; j < x.padded; j += LANES) {
+        Vector most = spread(-INF), sum = Vector{};
+        for (i64 i = 0; i < x.keys; i++) most = greater(load(scores + i * x.padded + j), most);
+        const Vector from = most == spread(-INF) ? Vector{} : most;  // a query without keys: every exponential is then 0
+        for (i64 i = 0; i < x.keys; i++) {
+            REAL* p = scores + i * x.padded + j;
+            const Vector e = exponential(load(p) - from);
+            store(p, e);
+            sum += e;
+        }
+        store(greatest + j, from);
+        store(total + j, sum);
+    }
+    if (c.drops) drop(c, s, x, scores);
+    REAL* out = take(s.out, x.padded * c.d_v);
+    product<false>(x.rows, c.d_v, x.keys, scores, 1, x.padded, s.v.data(), c.d_v, out, c.d_v);
+    const i64 at = (x.b * c.heads + x.h) * c.n + x.first;
+    for (i64 i = 0; i < x.rows; i++) {
+        const bool empty = total[i] == 0;
+        c.lse[at + i] = empty ? -INF : greatest[i] + std::log(total[i]);
+        const Vector share = spread(empty ? 0 : 1 / total[i]);
+        REAL* row = c.out + (at + i) * c.d_v;
+        for (i64 j = 0; j < c.d_v; j += LANES) store(row + j, empty ? Vector{} : load(out + i * c.d_v + j) * share);
+    }
+}
+
+// Adds left^T right to the rows of `total` [m, size] that the list's keys are. left [keys, padded], right [padded, size].
+static void add_to_keys(const Scratch& s, const REAL* left, i64 padded, const REAL* right, i64 size, REAL* total) {
+    i64 key = 0;
+    for (const Run& run : s.runs) {
+        product<true>(run.count, size, padded, left + key * padded, padded, 1, right, size, total + run.first * size, size);
+        key += run.count;
+    }
+}
+
+static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
+    score(c, s, x, true);
+    const i64 row = (x.b * c.heads + x.h) * c.n + x.first, key_row = (x.b * c.key_heads + x.h / (c.heads / c.key_heads)) * c.m;
+    REAL *scores = s.scores.data(), *slope = take(s.slope, x.keys * x.padded);
+    REAL *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded), *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
+    pack(at(c.grad_out, c.grad_step, x.b, x.h, x.first), c.grad_step.row, x.rows, x.padded, c.d_v, 1, g, g_t);
+    for (i64 i = 0; i < x.padded; i++) {
+        REAL sum = 0;
+        if (i < x.rows)
+            for (i64 j = 0; j < c.d_v; j++) sum += g[i * c.d_v + j] * c.out[(row + i) * c.d_v + j];
+        delta[i] = sum;
+        lse[i] = i < x.rows && c.lse[row + i] > -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
+    }
+    if (c.grad_q || c.grad_k) product<false>(x.keys, x.padded, c.d_v, s.v.data(), c.d_v, 1, g_t, x.padded, slope, x.padded);
+    const REAL kept = c.drops ? keep_scale(c) : 1;
+    for (i64 i = 0; i < x.keys; i++) {
+        REAL *p = scores + i * x.padded, *t = slope + i * x.padded;
+        const uint8_t* keep = c.drops ? s.keep.data() + i * x.padded : nullptr;
+        for (i64 j = 0; j < x.padded; j += LANES) {
+            const Vector weight = exponential(load(p + j) - load(lse + j));
+            Vector passed = spread(kept);
+            if (keep)
+                for (i64 l = 0; l < LANES; l++) passed[l] = j + l < x.rows && keep[j + l] ? kept : 0;
+            store(t + j, weight * (load(t + j) * passed - load(delta + j)) * spread((REAL)c.scale));
+            store(p + j, weight * passed);
+        }
+    }
+    if (c.grad_v) add_to_keys(s, scores, x.padded, g, c.d_v, c.grad_v + key_row * c.d_v);
+    if (c.grad_q) product<false>(x.rows, c.d, x.keys, slope, 1, x.padded, s.k.data(), c.d, c.grad_q + row * c.d, c.d);
+    if (c.grad_k) add_to_keys(s, slope, x.padded, s.q.data(), c.d, c.grad_k + key_row * c.d);
+}
+
+static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s) {
+    const i64 group = c.heads / c.key_heads;
+    for (i64 tile = 0; tile < c.tiles; tile++) {
+        const i64 list = (b * c.key_heads + key_head) * c.tiles + tile;
+        i64 keys = 0;
+        s.runs.clear();
+        for (i64 slot = 0; slot < c.counts[list]; slot++) {
+            const i64 block = c.ids[list * c.width + slot], first = block * c.key_block, count = std::min(c.key_block, c.m - first);
+            s.runs.push_back({first, count, slot, block});
+            keys += count;
+        }
+        take(s.k, keys * c.d), take(s.v, keys * c.d_v);
+        gather(c.k, c.k_step, b, key_head, s.runs, c.d, s.k.data());
+        gather(c.v, c.v_step, b, key_head, s.runs, c.d_v, s.v.data());
+        const i64 stop = std::min(c.n, (tile + 1) * c.query_block);
+        for (i64 h = key_head * group; h < (key_head + 1) * group; h++)
+            for (i64 first = tile * c.query_block; first < stop; first += CHUNK) {
+                const i64 rows = std::min(CHUNK, stop - first);
+                const Chunk chunk = {b, h, tile, first, rows, up_to(rows, LANES), keys};
+                backward ? backward_chunk(c, s, chunk) : forward_chunk(c, s, chunk);
+            }
+    }
+}
+
+extern "C" i64 lanes() { return LANES; }
+
+// Computes pairs [start, stop) of batch row and key head, numbered b * key_heads + h.
+extern "C" void attend(const Call* call, i64 start, i64 stop, i64 backward) {
+    Scratch scratch;
+    for (i64 pair = start; pair < stop; pair++) lists(*call, pair / call->key_heads, pair % call->key_heads, backward, scratch);
+}
