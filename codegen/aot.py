@@ -28,7 +28,7 @@ from sptc.codegen.spec import KernelSpec
 from sptc.codegen.target import Target
 
 _POINTERS = {
-    torch.bool: "*i1",
+    torch.bool: "*u1",
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int16: "*i16",
