@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sptc.codegen.cpu.compiler import native
+from sptc.codegen.cpu.compiler import REAL, native
 from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.cpu.predicate_source import Fill, fill
@@ -118,7 +118,7 @@ class _Prepared:
 
     def __init__(self, call: Call) -> None:
         self.call, mask = call, call.mask
-        self.library = native("attention", **_REAL[call.dtype])
+        self.library = native("attention", **REAL[call.dtype])
         self.lanes: int = self.library.lanes()
         self.q, self.k, self.v = (self.ready(x) for x in (call.q, call.k, call.v))
         self.ids, self.counts = call.ids.contiguous(), call.counts.contiguous()
@@ -167,9 +167,6 @@ class _Prepared:
                 )
 
         share(range(0, pairs, step), work)
-
-
-_REAL = {torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1"}, torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0"}}
 
 
 def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:

@@ -15,10 +15,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from sptc.cache import private_folder
 from sptc.device import processor
+
+REAL = {torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1"}, torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0"}}
+"""Macros of the sources for a dtype of arithmetic."""
 
 _FOLDER = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")

@@ -66,19 +66,6 @@ static void gather(const REAL* x, const Strides& step, i64 b, i64 h, const std::
         for (i64 i = 0; i < run.count; i++, out += size) memcpy(out, at(x, step, b, h, run.first + i), size * sizeof(REAL));
 }
 
-// x [rows, size] with this row stride -> [padded, size] and, transposed and scaled, [size, padded]; zeros past the rows. Either may be null.
-static void pack(const REAL* x, i64 stride, i64 rows, i64 padded, i64 size, REAL scale, REAL* plain, REAL* transposed) {
-    if (plain) {
-        for (i64 i = 0; i < rows; i++) memcpy(plain + i * size, x + i * stride, size * sizeof(REAL));
-        memset(plain + rows * size, 0, (padded - rows) * size * sizeof(REAL));
-    }
-    if (transposed)
-        for (i64 j = 0; j < size; j++) {
-            for (i64 i = 0; i < rows; i++) transposed[j * padded + i] = x[i * stride + j] * scale;
-            for (i64 i = rows; i < padded; i++) transposed[j * padded + i] = 0;
-        }
-}
-
 // Words of Philox4x32-10, as in codegen/random.py.
 static inline void philox(uint64_t counter, uint64_t seed, uint32_t words[4]) {
     uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);

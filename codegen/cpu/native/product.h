@@ -96,3 +96,16 @@ static void product(i64 m, i64 n, i64 depth, const REAL* a, i64 a_row, i64 a_col
         rows_of_tiles<(WIDEST == 4 ? 8 : 6), 2, ADD>(m, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
     for (; j < n; j += LANES) rows_of_tiles<8, 1, ADD>(m, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
 }
+
+// x [rows, size] with this row stride -> [padded, size] and, transposed and scaled, [size, padded]; zeros past the rows. Either may be null.
+static void pack(const REAL* x, i64 stride, i64 rows, i64 padded, i64 size, REAL scale, REAL* plain, REAL* transposed) {
+    if (plain) {
+        for (i64 i = 0; i < rows; i++) memcpy(plain + i * size, x + i * stride, size * sizeof(REAL));
+        memset(plain + rows * size, 0, (padded - rows) * size * sizeof(REAL));
+    }
+    if (transposed)
+        for (i64 j = 0; j < size; j++) {
+            for (i64 i = 0; i < rows; i++) transposed[j * padded + i] = x[i * stride + j] * scale;
+            for (i64 i = rows; i < padded; i++) transposed[j * padded + i] = 0;
+        }
+}
