@@ -100,20 +100,20 @@ def attention_backward_kv(
 
     columns = tl.arange(0, BLOCK_N)
     k_first = block * KEY_BLOCK + within
-    key = k_first + columns
-    key_live = (columns < KEY_BLOCK - within) & (key < m)
+    key_live = columns < tl.minimum(KEY_BLOCK - within, m - k_first)
+    # Keys and rows that do not exist read what the last that exists reads, so that loads need no mask.
+    key = tl.minimum(k_first + columns, m - 1)
+    exists = tl.full([1, 1], 1, tl.int1)
     k_last = tl.minimum(k_first + min(BLOCK_N, KEY_BLOCK), m) - 1
 
     features = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     batch = b.to(tl.int64)
-    k_live = key_live[:, None] & (features < HEAD_DIM)[None, :]
-    v_live = key_live[:, None] & (values < VALUE_DIM)[None, :]
     k_row = k_ptr + batch * k_stride_b + key_head.to(tl.int64) * k_stride_h + key.to(tl.int64) * k_stride_m
-    k = tl.load(k_row[:, None] + features[None, :], mask=k_live, other=0.0)
+    k = tl.load(k_row[:, None] + features[None, :], mask=(features < HEAD_DIM)[None, :], other=0.0)
     if NEED_K:
         v_row = v_ptr + batch * v_stride_b + key_head.to(tl.int64) * v_stride_h + key.to(tl.int64) * v_stride_m
-        v = tl.load(v_row[:, None] + values[None, :], mask=v_live, other=0.0)
+        v = tl.load(v_row[:, None] + values[None, :], mask=(values < VALUE_DIM)[None, :], other=0.0)
 
     offset = offsets_ptr + pair.to(tl.int64) * (blocks + 1) + block
     start = tl.load(offset)
@@ -128,6 +128,7 @@ def attention_backward_kv(
             tile = tl.load(list_start + step // CHUNKS)
             row = first_row + tl.arange(0, BLOCK_M)
             listed = row < ROWS
+            row = tl.minimum(row, ROWS - 1)
             first_head = key_head * GROUP + first_row // QUERY_BLOCK
             q_first = tile * QUERY_BLOCK + (first_row % QUERY_BLOCK if ONE_HEAD else 0)
             q_last = tl.minimum(q_first + (min(BLOCK_M, QUERY_BLOCK) if ONE_HEAD else QUERY_BLOCK), n) - 1
@@ -141,59 +142,56 @@ def attention_backward_kv(
         head = key_head * GROUP + row // QUERY_BLOCK
         position = tile * QUERY_BLOCK + row % QUERY_BLOCK
         row_live = listed & (position < n)
+        position = tl.minimum(position, n - 1)
         row_index = (b * h_kv * GROUP + head).to(tl.int64) * n + position
         h = first_head if ONE_HEAD else head[None, :]
         q_row = q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h + position.to(tl.int64) * q_stride_n
-        if EVEN_QUERIES and HEAD_DIM == BLOCK_D:
+        if HEAD_DIM == BLOCK_D:
             q = tl.load(q_row[:, None] + features[None, :])
         else:
-            q = tl.load(q_row[:, None] + features[None, :], mask=row_live[:, None] & (features < HEAD_DIM)[None, :], other=0.0)
+            q = tl.load(q_row[:, None] + features[None, :], mask=(features < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
 
-        live = key_live[:, None] & row_live[None, :]
         if BIAS:
             if BIAS_BY_ROW:
                 bias_row = (batch * bias_stride_b + head.to(tl.int64) * bias_stride_h + position.to(tl.int64) * bias_stride_q)[None, :]
-                bias_live = live
             else:
                 bias_row = batch * bias_stride_b + first_head.to(tl.int64) * bias_stride_h
-                bias_live = key_live[:, None]
-            bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[:, None] * bias_stride_k, mask=bias_live, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[:, None] * bias_stride_k).to(tl.float32)
             scores = tl.where(bias > BIAS_LEAST, scores + bias * 1.4426950408889634, float("-inf"))
         if MASK:
             if MASK_BY_ROW:
                 mask_row = (batch * mask_stride_b + head.to(tl.int64) * mask_stride_h + position.to(tl.int64) * mask_stride_q)[None, :]
-                mask_live = live
             else:
                 mask_row = batch * mask_stride_b + first_head.to(tl.int64) * mask_stride_h
-                mask_live = key_live[:, None]
-            keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[:, None] * mask_stride_k, mask=mask_live, other=0)
+            keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[:, None] * mask_stride_k)
             scores = tl.where(keep, scores, float("-inf"))
         if SKIP_TEST:
             # Conjuncts that read no tensor are known for a whole block at once, as a rule.
             if holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
                 if READS_TENSORS:
-                    keep = allowed_by_tensors(b, h, position[None, :], key[:, None], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+                    keep = allowed_by_tensors(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
                     scores = tl.where(keep, scores, float("-inf"))
             else:
-                keep = allowed(b, h, position[None, :], key[:, None], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+                keep = allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
                 scores = tl.where(keep, scores, float("-inf"))
         elif PREDICATE:
-            keep = allowed(b, h, position[None, :], key[:, None], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+            keep = allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
             scores = tl.where(keep, scores, float("-inf"))
 
-        # A row without keys, or none at all, has lse -inf; +inf in its place makes its weights 0. Keys that do not exist are rows here:
-        # what is computed for them is not stored.
-        lse = tl.load(lse_ptr + row_index, mask=row_live, other=float("-inf"))
+        # A row without keys has lse -inf; +inf in its place makes all its weights 0.
+        lse = tl.load(lse_ptr + row_index)
+        if not EVEN_QUERIES:
+            lse = tl.where(row_live, lse, float("-inf"))
         lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
         weights = tl.exp2(scores - lse_log2[None, :])
         grad_row = (
             grad_out_ptr + batch * grad_out_stride_b + head.to(tl.int64) * grad_out_stride_h + position.to(tl.int64) * grad_out_stride_n
         )
-        if EVEN_QUERIES and VALUE_DIM == BLOCK_V:
+        if VALUE_DIM == BLOCK_V:
             grad_out = tl.load(grad_row[:, None] + values[None, :])
         else:
-            grad_out = tl.load(grad_row[:, None] + values[None, :], mask=row_live[:, None] & (values < VALUE_DIM)[None, :], other=0.0)
+            grad_out = tl.load(grad_row[:, None] + values[None, :], mask=(values < VALUE_DIM)[None, :], other=0.0)
         if DROPOUT:
             survives = philox_keep(seed_ptr, row_index[None, :] * m + key[:, None], threshold)
         if NEED_V:
@@ -203,14 +201,16 @@ def attention_backward_kv(
                 dropped = weights
             grad_v = tl.dot(dropped.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
         if NEED_K:
-            delta = tl.load(delta_ptr + row_index, mask=row_live, other=0.0)
+            delta = tl.load(delta_ptr + row_index)
             grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
             if DROPOUT:
                 grad_weights = tl.where(survives, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[None, :])
             grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
-    key_index = (pair.to(tl.int64) * m + key)[:, None]
+    k_live = key_live[:, None] & (features < HEAD_DIM)[None, :]
+    v_live = key_live[:, None] & (values < VALUE_DIM)[None, :]
+    key_index = (pair.to(tl.int64) * m + k_first + columns)[:, None]
     if NEED_K:
         tl.store(grad_k_ptr + key_index * HEAD_DIM + features[None, :], (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=k_live)
     if NEED_V:

@@ -97,18 +97,20 @@ def attention_backward_q(
     key_head = list_index // tiles % h_kv
     b = list_index // tiles // h_kv
 
-    row = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows and keys that do not exist read what the last that exists reads, so that loads need no mask.
+    row = tl.minimum(chunk * BLOCK_M + tl.arange(0, BLOCK_M), ROWS - 1)
     head = key_head * GROUP + row // QUERY_BLOCK
     position = tile * QUERY_BLOCK + row % QUERY_BLOCK
-    row_live = (row < ROWS) & (position < n)
+    row_live = (chunk * BLOCK_M + tl.arange(0, BLOCK_M) < ROWS) & (position < n)
+    position = tl.minimum(position, n - 1)
     row_index = (b * h_kv * GROUP + head).to(tl.int64) * n + position
 
     values = tl.arange(0, BLOCK_V)
     batch = b.to(tl.int64)
-    out_live = row_live[:, None] & (values < VALUE_DIM)[None, :]
+    value_live = (values < VALUE_DIM)[None, :]
     grad_row = grad_out_ptr + batch * grad_out_stride_b + head.to(tl.int64) * grad_out_stride_h + position.to(tl.int64) * grad_out_stride_n
-    grad_out = tl.load(grad_row[:, None] + values[None, :], mask=out_live, other=0.0)
-    out = tl.load(out_ptr + row_index[:, None] * VALUE_DIM + values[None, :], mask=out_live, other=0.0)
+    grad_out = tl.load(grad_row[:, None] + values[None, :], mask=value_live, other=0.0)
+    out = tl.load(out_ptr + row_index[:, None] * VALUE_DIM + values[None, :], mask=value_live, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     tl.store(delta_ptr + row_index, delta, mask=row_live)
 
@@ -119,10 +121,10 @@ def attention_backward_q(
         q_last = tl.minimum(q_first + (min(BLOCK_M, QUERY_BLOCK) if ONE_HEAD else QUERY_BLOCK), n) - 1
 
         columns = tl.arange(0, BLOCK_N)
+        exists = tl.full([1, 1], 1, tl.int1)
         features = tl.arange(0, BLOCK_D)
-        q_live = row_live[:, None] & (features < HEAD_DIM)[None, :]
         q_row = q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h + position.to(tl.int64) * q_stride_n
-        q = tl.load(q_row[:, None] + features[None, :], mask=q_live, other=0.0)
+        q = tl.load(q_row[:, None] + features[None, :], mask=(features < HEAD_DIM)[None, :], other=0.0)
         k_start = k_ptr + batch * k_stride_b + key_head.to(tl.int64) * k_stride_h
         v_start = v_ptr + batch * v_stride_b + key_head.to(tl.int64) * v_stride_h
         if MASK_BY_ROW:
@@ -135,45 +137,45 @@ def attention_backward_q(
             bias_row = batch * bias_stride_b + first_head.to(tl.int64) * bias_stride_h
 
         # A row without keys has lse -inf; +inf in its place makes all its weights 0.
-        lse = tl.load(lse_ptr + row_index, mask=row_live, other=float("-inf"))
+        lse = tl.load(lse_ptr + row_index)
         lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
         list_start = ids_ptr + list_index.to(tl.int64) * width
         count = tl.load(counts_ptr + list_index)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for step in range(0, count * STEPS if WHOLE else (count * KEY_BLOCK + BLOCK_N - 1) // BLOCK_N):
             if WHOLE:
-                # Keys of one block follow each other: their addresses are one scalar apart from those of the step before.
+                # A part of one block.
                 within = step % STEPS * BLOCK_N
                 k_first = tl.load(list_start + step // STEPS) * KEY_BLOCK + within
-                key = k_first + columns
-                key_live = (columns < KEY_BLOCK - within) & (key < m)
-                k_base = k_start + k_first.to(tl.int64) * k_stride_m
-                v_base = v_start + k_first.to(tl.int64) * v_stride_m
-                key_row = columns.to(tl.int64)[:, None]
+                key_live = columns < tl.minimum(KEY_BLOCK - within, m - k_first)
             else:
                 # Several blocks at once: column c of the list lies in its block c // KEY_BLOCK.
                 column = step * BLOCK_N + columns
                 listed = column < count * KEY_BLOCK
                 key = tl.load(list_start + column // KEY_BLOCK, mask=listed, other=0) * KEY_BLOCK + column % KEY_BLOCK
                 key_live = listed & (key < m)
+            if EVEN_KEYS:
+                # Addresses are one scalar apart from those of the step before.
+                key = k_first + columns
+                k_base = k_start + k_first.to(tl.int64) * k_stride_m
+                v_base = v_start + k_first.to(tl.int64) * v_stride_m
+                key_row = columns.to(tl.int64)[:, None]
+            else:
+                key = tl.minimum(k_first + columns if WHOLE else key, m - 1)
                 k_base = k_start
                 v_base = v_start
                 key_row = key.to(tl.int64)[:, None]
-            if EVEN_KEYS and HEAD_DIM == BLOCK_D:
+            if HEAD_DIM == BLOCK_D:
                 k = tl.load(k_base + (key_row * k_stride_m + features[None, :]))
             else:
-                k_live = key_live[:, None] & (features < HEAD_DIM)[None, :]
-                k = tl.load(k_base + (key_row * k_stride_m + features[None, :]), mask=k_live, other=0.0)
+                k = tl.load(k_base + (key_row * k_stride_m + features[None, :]), mask=(features < HEAD_DIM)[None, :], other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
 
-            live = row_live[:, None] & key_live[None, :]
             if BIAS:
-                bias_live = live if BIAS_BY_ROW else key_live[None, :]
-                bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[None, :] * bias_stride_k, mask=bias_live, other=0.0).to(tl.float32)
+                bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[None, :] * bias_stride_k).to(tl.float32)
                 scores = tl.where(bias > BIAS_LEAST, scores + bias * 1.4426950408889634, float("-inf"))
             if MASK:
-                mask_live = live if MASK_BY_ROW else key_live[None, :]
-                keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[None, :] * mask_stride_k, mask=mask_live, other=0)
+                keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[None, :] * mask_stride_k)
                 scores = tl.where(keep, scores, float("-inf"))
             if SKIP_TEST:
                 # Conjuncts that read no tensor are known for a whole block at once, as a rule.
@@ -181,24 +183,23 @@ def attention_backward_q(
                 if holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
                     if READS_TENSORS:
                         keep = allowed_by_tensors(
-                            b, h, position[:, None], key[None, :], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]
+                            b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]
                         )
                         scores = tl.where(keep, scores, float("-inf"))
                 else:
-                    keep = allowed(b, h, position[:, None], key[None, :], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+                    keep = allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
                     scores = tl.where(keep, scores, float("-inf"))
             elif PREDICATE:
-                keep = allowed(b, h, position[:, None], key[None, :], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+                keep = allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
                 scores = tl.where(keep, scores, float("-inf"))
             if not EVEN_KEYS:
                 scores = tl.where(key_live[None, :], scores, float("-inf"))
 
             weights = tl.exp2(scores - lse_log2[:, None])
-            if EVEN_KEYS and VALUE_DIM == BLOCK_V:
+            if VALUE_DIM == BLOCK_V:
                 v = tl.load(v_base + (key_row * v_stride_m + values[None, :]))
             else:
-                v_live = key_live[:, None] & (values < VALUE_DIM)[None, :]
-                v = tl.load(v_base + (key_row * v_stride_m + values[None, :]), mask=v_live, other=0.0)
+                v = tl.load(v_base + (key_row * v_stride_m + values[None, :]), mask=(values < VALUE_DIM)[None, :], other=0.0)
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
                 kept = philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold)
@@ -207,4 +208,5 @@ def attention_backward_q(
             acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 
         grad_q = (acc * scale).to(grad_q_ptr.dtype.element_ty)
+        q_live = row_live[:, None] & (features < HEAD_DIM)[None, :]
         tl.store(grad_q_ptr + row_index[:, None] * HEAD_DIM + features[None, :], grad_q, mask=q_live)

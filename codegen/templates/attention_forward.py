@@ -91,10 +91,12 @@ def attention_forward(
     key_head = list_index // tiles % h_kv
     b = list_index // tiles // h_kv
 
-    row = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows and keys that do not exist read what the last that exists reads, so that loads need no mask.
+    row = tl.minimum(chunk * BLOCK_M + tl.arange(0, BLOCK_M), ROWS - 1)
     head = key_head * GROUP + row // QUERY_BLOCK
     position = tile * QUERY_BLOCK + row % QUERY_BLOCK
-    row_live = (row < ROWS) & (position < n)
+    row_live = (chunk * BLOCK_M + tl.arange(0, BLOCK_M) < ROWS) & (position < n)
+    position = tl.minimum(position, n - 1)
     row_index = (b * h_kv * GROUP + head).to(tl.int64) * n + position
     first_head = key_head * GROUP + chunk * BLOCK_M // QUERY_BLOCK
     h = first_head if ONE_HEAD else head[:, None]
@@ -102,11 +104,12 @@ def attention_forward(
     q_last = tl.minimum(q_first + (min(BLOCK_M, QUERY_BLOCK) if ONE_HEAD else QUERY_BLOCK), n) - 1
 
     columns = tl.arange(0, BLOCK_N)
+    exists = tl.full([1, 1], 1, tl.int1)
     features = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     batch = b.to(tl.int64)
     q_row = q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h + position.to(tl.int64) * q_stride_n
-    q = tl.load(q_row[:, None] + features[None, :], mask=row_live[:, None] & (features < HEAD_DIM)[None, :], other=0.0)
+    q = tl.load(q_row[:, None] + features[None, :], mask=(features < HEAD_DIM)[None, :], other=0.0)
     k_start = k_ptr + batch * k_stride_b + key_head.to(tl.int64) * k_stride_h
     v_start = v_ptr + batch * v_stride_b + key_head.to(tl.int64) * v_stride_h
     if MASK_BY_ROW:
@@ -125,53 +128,53 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for step in range(0, count * STEPS if WHOLE else (count * KEY_BLOCK + BLOCK_N - 1) // BLOCK_N):
         if WHOLE:
-            # Keys of one block follow each other: their addresses are one scalar apart from those of the step before.
+            # A part of one block.
             within = step % STEPS * BLOCK_N
             k_first = tl.load(list_start + step // STEPS) * KEY_BLOCK + within
-            key = k_first + columns
-            key_live = (columns < KEY_BLOCK - within) & (key < m)
-            k_base = k_start + k_first.to(tl.int64) * k_stride_m
-            v_base = v_start + k_first.to(tl.int64) * v_stride_m
-            key_row = columns.to(tl.int64)[:, None]
+            key_live = columns < tl.minimum(KEY_BLOCK - within, m - k_first)
         else:
             # Several blocks at once: column c of the list lies in its block c // KEY_BLOCK.
             column = step * BLOCK_N + columns
             listed = column < count * KEY_BLOCK
             key = tl.load(list_start + column // KEY_BLOCK, mask=listed, other=0) * KEY_BLOCK + column % KEY_BLOCK
             key_live = listed & (key < m)
+        if EVEN_KEYS:
+            # Addresses are one scalar apart from those of the step before.
+            key = k_first + columns
+            k_base = k_start + k_first.to(tl.int64) * k_stride_m
+            v_base = v_start + k_first.to(tl.int64) * v_stride_m
+            key_row = columns.to(tl.int64)[:, None]
+        else:
+            key = tl.minimum(k_first + columns if WHOLE else key, m - 1)
             k_base = k_start
             v_base = v_start
             key_row = key.to(tl.int64)[:, None]
-        if EVEN_KEYS and HEAD_DIM == BLOCK_D:
+        if HEAD_DIM == BLOCK_D:
             k = tl.load(k_base + (key_row * k_stride_m + features[None, :]))
         else:
-            k_live = key_live[:, None] & (features < HEAD_DIM)[None, :]
-            k = tl.load(k_base + (key_row * k_stride_m + features[None, :]), mask=k_live, other=0.0)
+            k = tl.load(k_base + (key_row * k_stride_m + features[None, :]), mask=(features < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SCALE_FIRST:
             scores = scores * scale_log2
 
-        live = row_live[:, None] & key_live[None, :]
         if BIAS:
-            bias_live = live if BIAS_BY_ROW else key_live[None, :]
-            bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[None, :] * bias_stride_k, mask=bias_live, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[None, :] * bias_stride_k).to(tl.float32)
             scores = tl.where(bias > BIAS_LEAST, scores + bias * 1.4426950408889634, float("-inf"))
         if MASK:
-            mask_live = live if MASK_BY_ROW else key_live[None, :]
-            keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[None, :] * mask_stride_k, mask=mask_live, other=0)
+            keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[None, :] * mask_stride_k)
             scores = tl.where(keep, scores, float("-inf"))
         if SKIP_TEST:
             # Conjuncts that read no tensor are known for a whole block at once, as a rule.
             k_last = tl.minimum(k_first + min(BLOCK_N, KEY_BLOCK), m) - 1
             if holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
                 if READS_TENSORS:
-                    keep = allowed_by_tensors(b, h, position[:, None], key[None, :], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+                    keep = allowed_by_tensors(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
                     scores = tl.where(keep, scores, float("-inf"))
             else:
-                keep = allowed(b, h, position[:, None], key[None, :], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+                keep = allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
                 scores = tl.where(keep, scores, float("-inf"))
         elif PREDICATE:
-            keep = allowed(b, h, position[:, None], key[None, :], live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+            keep = allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
             scores = tl.where(keep, scores, float("-inf"))
         if not EVEN_KEYS:
             scores = tl.where(key_live[None, :], scores, float("-inf"))
@@ -190,11 +193,10 @@ def attention_forward(
         maximum = new_maximum
         if DROPOUT:
             weights = tl.where(philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold), weights, 0.0)
-        if EVEN_KEYS and VALUE_DIM == BLOCK_V:
+        if VALUE_DIM == BLOCK_V:
             v = tl.load(v_base + (key_row * v_stride_m + values[None, :]))
         else:
-            v_live = key_live[:, None] & (values < VALUE_DIM)[None, :]
-            v = tl.load(v_base + (key_row * v_stride_m + values[None, :]), mask=v_live, other=0.0)
+            v = tl.load(v_base + (key_row * v_stride_m + values[None, :]), mask=(values < VALUE_DIM)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
     total = tl.where(total > 0.0, total, 1.0)
