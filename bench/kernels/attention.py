@@ -16,15 +16,19 @@ from bench.kernels import steps
 from bench.kernels.cases import AttentionCase, attention_operands
 from bench.kernels.clock import Call, Timing, alternating
 from sptc.codegen.block_lists import block_count
+from sptc.codegen.kernels.selection import default_blocks
 
 _FLEX_LENGTHS = (2048, 8192, 32768)  # compiling it takes longest of all
 _TOKENS = 32768
 
-CASES = tuple(
-    AttentionCase(f"causal {length} d{size}", _TOKENS // length, length, 16, 16, size, "causal")
-    for size in (64, 128)
-    for length in (2048, 8192, 32768, 1024, 4096, 16384)
-)
+
+def _case(length: int, size: int, density: float = 1 / 8) -> AttentionCase:
+    """With the blocks that a user gets."""
+    blocks = default_blocks(length, length, density, own=True)
+    return AttentionCase(f"causal {length} d{size}", _TOKENS // length, length, 16, 16, size, "causal", density, *blocks)
+
+
+CASES = tuple(_case(length, size) for size in (64, 128) for length in (2048, 8192, 32768, 1024, 4096, 16384))
 
 
 def measure(case: AttentionCase, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Timing]:

@@ -36,6 +36,9 @@ class Model:
 
     def __init__(self, case: FfnCase, device: torch.device, dtype: torch.dtype) -> None:
         self.case, self.o = case, ffn_operands(case, device, dtype)
+        # What is compiled below reads plain values only: Dynamo would trace into the parser of activations.
+        self.text, self.active, self.function = case.text, case.active, ACTIVATIONS[case.activation]
+        self.biased, self.adapted = list(range(len(self.o.up_bias))), list(range(len(self.o.low)))
         o, d, rank = self.o, case.d, case.lora
         self.router = torch.randn(case.blocks, d, device=device, dtype=dtype) * d**-0.5
         self.up_A = [torch.randn(rank, d, device=device, dtype=dtype) * d**-0.5 for _ in o.low]
@@ -52,14 +55,18 @@ class Model:
         us = [F.linear(o.x, up, o.up_bias[i] if o.up_bias else None) for i, up in enumerate(o.up)]
         for i, a in enumerate(self.up_A):
             us[i] = us[i] + F.linear(F.linear(o.x, a), o.up_B[i])
-        hidden = ACTIVATIONS[self.case.activation](*us)
+        hidden = self.function(*us)
         return self._with_adapter(hidden @ o.down, F.linear(hidden, o.down_A) if o.down_A is not None else None)
 
     def routed(self) -> Tensor:
         """y [N, d], router and lists included."""
-        scores = torch.sigmoid(F.linear(self.o.x, self.router).float())
-        o = replace(self.o, scores=scores, low=[F.linear(self.o.x, a) for a in self.up_A])
-        y, low_out, _ = steps.ops.routed_ffn(*steps.ffn_arguments(self.case, o, *steps.route(self.case, o)))
+        o = self.o
+        scores = torch.sigmoid(F.linear(o.x, self.router).float())
+        tokens, offsets, index = steps.ops.route(scores, self.active)
+        scale = 2 * scores.reshape(-1).index_select(0, index) if self.router.requires_grad else None
+        low = [F.linear(o.x, a) for a in self.up_A]
+        weights = (o.up, o.up_bias, self.biased, low, o.up_B, self.adapted, o.down, o.down_A)
+        y, low_out, _ = steps.ops.routed_ffn(o.x, *weights, tokens, offsets, scale, None, None, 0.0, 0.0, self.text)
         return self._with_adapter(y, low_out)
 
     def trained(self, routed: bool) -> list[Tensor]:
