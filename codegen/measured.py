@@ -10,12 +10,10 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from sptc.device import cache_folder
+from sptc.cache import cache_folder, private_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +38,12 @@ def remember(device: str, template: str, facts: Facts, tiling: Mapping[str, int]
     """Keep the best tiling, and for people what each candidate took.
 
     Raises:
-        OSError: the cache folder can't be written.
+        OSError: the cache folder can't be written, or trusted (CacheError).
     """
-    path = _path(device, template, facts)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder("tiles")
     record = {"device": device, "triton": _triton(), "template": template, "facts": dict(facts)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(handle, "w") as file:
-        json.dump({**record, "tiling": dict(tiling), "milliseconds": dict(milliseconds)}, file, indent=1)
-    os.replace(temporary, path)
+    text = json.dumps({**record, "tiling": dict(tiling), "milliseconds": dict(milliseconds)}, indent=1)
+    write_whole(_path(device, template, facts), text)
     recall.cache_clear()
 
 
