@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -68,6 +69,11 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         raise ValueError(f"Triton kernels run on CUDA and ROCm devices, not on {str(device)!r}")
     return _present(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the sparse ops run emitted kernels on `device`: on GPUs, and interpreted on CPUs if TRITON_INTERPRET=1 is set."""
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "") == "1")
 
 
 @lru_cache

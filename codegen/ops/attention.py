@@ -13,7 +13,11 @@ from sptc.codegen.cpu import attention as cpu
 from sptc.codegen.cpu import selection as cpu_selection
 from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import apart
+from sptc.codegen.kernels import attention as kernels
+from sptc.codegen.kernels import selection as kernel_selection
+from sptc.codegen.kernels.mask import KernelMask
 from sptc.codegen.ops import autocast
+from sptc.codegen.ops.implementation import implement
 from sptc.predicate import parse
 
 _MASK = "str predicate, Tensor[] mask_tensors, SymInt[] mask_sizes, Tensor? mask, Tensor? bias"
@@ -75,6 +79,18 @@ def _select_cpu(
     return apart(cpu_selection.select_blocks, q, k, codebooks, operands, selector, density, scale, own, statistics)
 
 
+def select_on_kernels(
+    q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int],
+    mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
+    statistics: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`sptc::select_blocks` by launches of emitted kernels."""
+    _check_heads(q, k, mask, bias)
+    _check_selector(q, k, codebooks, selector, statistics)
+    operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
+    return kernel_selection.select_blocks(q, k, codebooks, operands, selector, density, scale, query_block, key_block, own, statistics)
+
+
 def _select_fake(
     q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int | SymInt],
     mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
@@ -100,6 +116,12 @@ def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operand
 
 def _attention_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return apart(cpu.forward, _call(*args))
+
+
+def attention_on_kernels(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    """`sptc::sparse_attention` by launches of emitted kernels."""
+    _check_heads(q, k, operands[3], operands[4])
+    return kernels.forward(q, k, v, ids, counts, *operands)
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -158,9 +180,9 @@ def _no_second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise RuntimeError("sptc::sparse_attention has no second derivative; keep this attention dense where create_graph=True is needed")
 
 
-_lib.impl("select_blocks", _select_cpu, "CPU")
-_lib.impl("sparse_attention", _attention_cpu, "CPU")
-_lib.impl("sparse_attention_backward", _backward_cpu, "CPU")
+implement(_lib, "select_blocks", _select_cpu, select_on_kernels)
+implement(_lib, "sparse_attention", _attention_cpu, attention_on_kernels)
+implement(_lib, "sparse_attention_backward", _backward_cpu, kernels.backward)
 torch.library.register_fake("sptc::select_blocks", _select_fake, lib=_lib)
 torch.library.register_fake("sptc::sparse_attention", _attention_fake, lib=_lib)
 torch.library.register_fake("sptc::sparse_attention_backward", _backward_fake, lib=_lib)

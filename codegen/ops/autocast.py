@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_cast_positions: dict[str, frozenset[int]] = {}
 
 
 def register(lib: torch.library.Library, name: str, cast: Sequence[str]) -> None:
@@ -16,7 +17,8 @@ def register(lib: torch.library.Library, name: str, cast: Sequence[str]) -> None
     `torch.library.register_autocast` would fix one dtype at registration and cast every argument, scores and codebooks included.
     """
     op = getattr(torch.ops.sptc, name).default
-    positions = {i for i, argument in enumerate(op._schema.arguments) if argument.name in cast}
+    positions = frozenset(i for i, argument in enumerate(op._schema.arguments) if argument.name in cast)
+    _cast_positions[op.name()] = positions
     for device, key_name in _DEVICES.items():
         key = getattr(torch._C.DispatchKey, key_name)
         keys = torch._C.DispatchKeySet(key)
@@ -28,6 +30,11 @@ def register(lib: torch.library.Library, name: str, cast: Sequence[str]) -> None
 
         op.py_impl(key)(rule)  # what torch.compile traces through
         lib.impl(name, lambda _, *args, rule=rule: rule(*args), key_name, with_keyset=True)
+
+
+def cast_positions(op: torch._ops.OpOverload) -> frozenset[int]:
+    """Which arguments of one of our ops autocast casts; none for an op without a rule."""
+    return _cast_positions.get(op.name(), frozenset())
 
 
 def _cast(value: object, dtype: torch.dtype) -> object:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.cpu import ffn as cpu
+from sptc.codegen.kernels import ffn as kernels
+from sptc.codegen.kernels import route as kernel_route
 from sptc.codegen.ops import autocast
+from sptc.codegen.ops.implementation import implement
 from sptc.expression import parse
 
 _OPERANDS = (
@@ -36,6 +39,11 @@ def _route_cpu(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
     return cpu.route(scores, active)
 
 
+def _route_on_kernels(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_route(scores, active)
+    return kernel_route.route(scores, active)
+
+
 def _route_fake(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_route(scores, active)
     entries = scores.shape[0] * active
@@ -50,7 +58,7 @@ def _route_backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
     return None, None
 
 
-lib.impl("route", _route_cpu, "CPU")
+implement(lib, "route", _route_cpu, _route_on_kernels)
 torch.library.register_fake("sptc::route", _route_fake, lib=lib)
 torch.library.register_autograd("sptc::route", _route_backward, lib=lib)
 
@@ -76,6 +84,13 @@ def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, up, up_bias, biased, low, up_B, adapted, down, _, _, offsets, *_, activation = args
     _check(x, up, up_bias, biased, low, up_B, adapted, down, offsets, activation)
     return cpu.routed_ffn(*args)
+
+
+def forward_on_kernels(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`sptc::routed_ffn` by launches of emitted kernels."""
+    x, up, up_bias, biased, low, up_B, adapted, down, _, _, offsets, *_, activation = args
+    _check(x, up, up_bias, biased, low, up_B, adapted, down, offsets, activation)
+    return kernels.routed_ffn(*args)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,8 +143,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_low_out: Tensor | None, _gra
     return grad_x, grad_up, grad_bias, biased, grad_low, grad_B, adapted, grad_down, grad_A, None, None, grad_scale, *[None] * 5
 
 
-lib.impl("routed_ffn", _forward_cpu, "CPU")
-lib.impl("routed_ffn_backward", cpu.routed_ffn_backward, "CPU")
+implement(lib, "routed_ffn", _forward_cpu, forward_on_kernels)
+implement(lib, "routed_ffn_backward", cpu.routed_ffn_backward, kernels.routed_ffn_backward)
 torch.library.register_fake("sptc::routed_ffn", _forward_fake, lib=lib)
 torch.library.register_fake("sptc::routed_ffn_backward", _backward_fake, lib=lib)
 torch.library.register_autograd("sptc::routed_ffn", _backward, setup_context=_setup_context, lib=lib)
