@@ -14,10 +14,13 @@ from torch._logging import warning_once
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
+from sptc.codegen.kernels.selection import default_blocks as kernel_blocks
+from sptc.codegen.target import runs_kernels
 from sptc.compiled import CompiledGraph
 from sptc.config import Config, ConfigError
 from sptc.device import calibrate
 from sptc.dump import Dump
+from sptc.emit import emit
 from sptc.passes import PIPELINE
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
@@ -53,7 +56,9 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     Raises:
         ConfigError: a device without kernels.
     """
-    return Unit(gm, tuple(example_inputs), config, calibrate(_device(example_inputs), default_blocks))
+    device = _device(example_inputs)
+    blocks = kernel_blocks if runs_kernels(device) else default_blocks
+    return Unit(gm, tuple(example_inputs), config, calibrate(device, blocks))
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
@@ -70,6 +75,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         for refusal in unit.refusals:
             if refusal.rule == "state":  # parameters that the user trains and that this graph does not use
                 warning_once(log, f"{refusal.site.module or 'the model'}: {refusal.reason}")
+        kernels = emit(unit, _device(example_inputs))
         compiled = inner(unit.gm, example_inputs, config)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
@@ -77,10 +83,11 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         if config.on_error == "raise":
             raise
         log.warning("sptc failed on a graph and leaves it dense, as on_error='dense' asks", exc_info=True)
-        report = Report.of([])
+        report, kernels = Report.of([]), ()
         compiled = inner(gm, example_inputs, config)
     if dump is not None:
         dump.report(report)
+        dump.kernels(kernels)
     return CompiledGraph(compiled, report, example_inputs)
 
 

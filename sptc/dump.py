@@ -6,13 +6,15 @@ import html
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import networkx as nx
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
+from sptc.emit import EmittedKernel
 from sptc.passes.normalize import graphs
 from sptc.passes.unit import Unit
 from sptc.report import Report
@@ -58,12 +60,22 @@ class Dump:
         self._write("report.txt", str(report) + "\n")
         self._write("regions.json", json.dumps(report.to_dict(), indent=1) + "\n")
 
+    def kernels(self, kernels: Sequence[EmittedKernel]) -> None:
+        """Each kernel in a file named after its template, numbered where a template makes several."""
+        total, seen = Counter(kernel.spec.template for kernel in kernels), Counter[str]()
+        for kernel in kernels:
+            name = kernel.spec.template
+            seen[name] += 1
+            self._write(f"kernels/{name}.py" if total[name] == 1 else f"kernels/{name}_{seen[name]}.py", kernel.source)
+
     def _write(self, name: str, text: str) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{name}.")
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, self.folder / name)
+        os.replace(temporary, path)
 
 
 def _new_folder(base: Path) -> Path:
