@@ -1,9 +1,7 @@
 """What a device can do, measured once: the constants of the cost model in `passes/cost.py`.
 
-One thread is measured, in processor time, and rates are taken to grow with the number of threads: what else runs on the machine then
-hardly shows, and dense and sparse are always compared under the same conditions. The measurements take less than two seconds and are
-kept in a private cache folder (`$XDG_CACHE_HOME/sptc` or `~/.cache/sptc`), one file for each processor, torch version and version of
-the kernels. A file that cannot be read is measured anew.
+The measurements (`sptc/measure.py`) are kept in a private cache folder (`$XDG_CACHE_HOME/sptc` or `~/.cache/sptc`), one file for each
+processor or GPU, torch version and version of the kernels. A file that cannot be read is measured anew.
 """
 
 from __future__ import annotations
@@ -13,27 +11,21 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from sptc.cache import cache_folder, private_folder, write_whole
 from sptc.config import ConfigError
+from sptc.measure import measure
 
 log = logging.getLogger(__name__)
 
 Blocks = Callable[[int, int, float, bool], tuple[int, int]]
-
-_SECONDS = 0.06  # for one measurement: the least of the times that fit
 
 
 @dataclass(frozen=True)
@@ -72,10 +64,10 @@ _NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_b
 
 def check_device(device: torch.device) -> None:
     """Raises ConfigError for a device that this version has no kernels for."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise ConfigError(
             f"backend 'spt': no kernels for device {str(device)!r} in this version; "
-            "move the model and its inputs to the CPU, or compile with another backend"
+            "move the model and its inputs to a CUDA GPU or the CPU, or compile with another backend"
         )
 
 
@@ -87,7 +79,8 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
         default_blocks: (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block) of the device's kernels.
     """
     check_device(device)
-    return _costs(_constants(_key()), torch.get_num_threads(), default_blocks)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return _costs(_constants(_key(device), device), threads, default_blocks)
 
 
 def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks) -> DeviceCosts:
@@ -97,14 +90,9 @@ def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks) -> D
     return DeviceCosts(**{**values, **scaled, "single": single, "half": half}, default_blocks=default_blocks)
 
 
-def cache_folder() -> Path:
-    """The private cache folder; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base if base and os.path.isabs(base) else Path.home() / ".cache") / "sptc"
-
-
-def _key() -> str:
-    parts = [processor(), torch.__version__, _kernel_sources()]
+def _key(device: torch.device) -> str:
+    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    parts = [name, torch.__version__, _kernel_sources()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
@@ -119,19 +107,20 @@ def processor() -> str:
 
 @functools.cache
 def _kernel_sources() -> str:
-    """A digest of this file and of the kernels: a faster kernel is a reason to measure again."""
+    """A digest of the kernels and of how they are measured: a faster kernel is a reason to measure again."""
     digest = hashlib.sha256()
-    for path in [Path(__file__), *sorted((Path(__file__).parent / "codegen").glob("**/*.py"))]:
+    here = Path(__file__).parent
+    for path in [Path(__file__), here / "measure.py", *sorted((here / "codegen").glob("**/*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 @functools.cache
-def _constants(key: str) -> dict[str, Any]:
+def _constants(key: str, device: torch.device) -> dict[str, Any]:
     path = cache_folder() / f"device-{key}.json"
     values = _load(path)
     if values is None:
-        values = _measure()
+        values = measure(device)
         _save(path, values)
     return values
 
@@ -157,141 +146,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _save(path: Path, values: dict[str, Any]) -> None:
     """Write whole or not at all. Without a place to write, the constants last for this process."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.chmod(path.parent, 0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
-        with os.fdopen(handle, "w") as file:
-            json.dump(values, file, indent=1)
-        os.replace(temporary, path)
+        private_folder()
+        write_whole(path, json.dumps(values, indent=1))
     except OSError as error:
         log.warning("cannot keep the device's measurements in %s (%s): they are taken again by the next process", path.parent, error)
-
-
-def _measure() -> dict[str, Any]:
-    with _neutral_state():
-        single, half = _rates(torch.float32), _rates(torch.bfloat16)
-        memory = torch.zeros(1 << 23)
-        target = torch.empty_like(memory)
-        values = torch.rand(1 << 18, generator=torch.Generator().manual_seed(0))
-        return {
-            "single": asdict(single),
-            "half": asdict(half),
-            "bandwidth": 2 * memory.nbytes / _seconds(lambda: target.copy_(memory)),
-            "exponentials": values.numel() / _seconds(lambda: torch.exp(values)),
-            "op_seconds": _seconds(lambda: torch.add(values[:64], values[:64])),
-            **_sparse_attention(),
-            **_routed_ffn(single.gemm),
-        }
-
-
-def _rates(dtype: torch.dtype) -> Rates:
-    x, weight = _random(1024, 512).to(dtype), _random(2048, 512).to(dtype)
-    q, k, v = (_random(1, 4, 1024, 64).to(dtype).requires_grad_() for _ in range(3))
-    flops = 4 * 4 * 1024 * 1024 * 64
-
-    def forward() -> Tensor:
-        return scaled_dot_product_attention(q, k, v)
-
-    out = forward()
-    return Rates(
-        gemm=2 * 1024 * 512 * 2048 / _seconds(lambda: torch.nn.functional.linear(x, weight)),
-        attention=flops / _seconds(forward),
-        attention_backward=2.5 * flops / _seconds(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True)),
-    )
-
-
-def _sparse_attention() -> dict[str, float]:
-    ops, blocks = torch.ops.sptc, (64, 32)
-    everything: tuple[Any, ...] = ("True", [], [], None, None)
-    codebooks = _random(4, 8, 16, 8)
-
-    def timed(n: int) -> tuple[float, float, float, float]:
-        q, k, v = (_random(1, 4, n, 64).requires_grad_() for _ in range(3))
-        plain = [t.detach() for t in (q, k)]
-
-        def select(selector: str, books: Tensor | None) -> tuple[Tensor, ...]:
-            return ops.select_blocks(*plain, books, *everything, selector, 0.125, 0.125, *blocks, False, False)
-
-        ids, counts = select("pooled", None)[:2]
-
-        def forward() -> Tensor:
-            return ops.sparse_attention(q, k, v, ids, counts, *everything, None, 0.0, 0.125, *blocks)[0]
-
-        out = forward()
-        return (
-            _seconds(lambda: select("pooled", None)),
-            _seconds(lambda: select("pq", codebooks)),
-            _seconds(forward),
-            _seconds(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True)),
-        )
-
-    n = 2048
-    least, times = timed(64), timed(n)
-    pooled, coded, forward, backward = (_rest(time, fixed) for time, fixed in zip(times, least, strict=True))
-    flops = 4 * 4 * n * (n // 8) * 64
-    return {
-        "pooled": 4 * n * (n // 32) * 64 / pooled,
-        "coded": 2 * 4 * n * 8 * 16 * 64 / coded,
-        "sparse_attention": flops / forward,
-        "sparse_attention_backward": 2.5 * flops / backward,
-        "attention_seconds": min(least[0], least[1]) + least[2] + least[3],
-    }
-
-
-def _routed_ffn(gemm: float) -> dict[str, float]:
-    groups, active = 8, 4
-
-    def timed(tokens: int, size: int, hidden: int) -> float:
-        x = _random(tokens, size).requires_grad_()
-        up, down = _random(hidden, size), _random(hidden, size)
-        lists = torch.ops.sptc.route(_random(tokens, groups), active)
-
-        def run() -> None:
-            y = torch.ops.sptc.routed_ffn(
-                x, [up], [], [], [], [], [], down, None, lists[0], lists[1], None, None, None, 0.0, 0.0, "relu(u0)"
-            )[0]
-            torch.autograd.grad(y, x, y)
-
-        return _seconds(run)
-
-    tokens, size, hidden = 1024, 768, 3072
-    least = timed(8, 16, 64)
-    seconds = _rest(timed(tokens, size, hidden), least)
-    return {"routed": (active / groups) * 8 * tokens * size * hidden / seconds / gemm, "routed_seconds": least / groups}
-
-
-def _rest(seconds: float, fixed: float) -> float:
-    """What is left of a time without its fixed part, which noise must not turn negative."""
-    return max(seconds - fixed, 0.2 * seconds)
-
-
-def _random(*shape: int) -> Tensor:
-    """Random numbers that do not touch the global generator."""
-    return torch.randn(shape, dtype=torch.float32, device="cpu", generator=torch.Generator().manual_seed(0))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """The least processor time of a call, after one that does not count."""
-    run()
-    best, stop = math.inf, time.thread_time() + _SECONDS
-    while True:
-        start = time.thread_time()
-        run()
-        end = time.thread_time()
-        best = min(best, end - start)
-        if end > stop:
-            return best
-
-
-@contextmanager
-def _neutral_state() -> Iterator[None]:
-    """A backend is called in whatever mode the user's model runs; here it is one thread in fp32 with gradients."""
-    threads = torch.get_num_threads()
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(1)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(torch.device("cpu"))
-        yield

@@ -1,12 +1,15 @@
 import json
+import os
 import stat
 
 import pytest
 import torch
 
 import sptc.codegen.ops  # noqa: F401
-from sptc import device
+from sptc import device, measure
 from sptc.config import ConfigError
+
+CPU = torch.device("cpu")
 
 
 def blocks(n: int, m: int, density: float, own: bool) -> tuple[int, int]:
@@ -20,14 +23,14 @@ def cache(tmp_path, monkeypatch):
     rates = {"gemm": 7.0, "attention": 8.0, "attention_backward": 9.0}
     made = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(device, "_measure", lambda: made.append(1) or {**values, "single": dict(rates), "half": dict(rates)})
+    monkeypatch.setattr(device, "measure", lambda _: made.append(1) or {**values, "single": dict(rates), "half": dict(rates)})
     device._constants.cache_clear()
     yield made
     device._constants.cache_clear()
 
 
 def calibrated() -> device.DeviceCosts:
-    return device.calibrate(torch.device("cpu"), blocks)
+    return device.calibrate(CPU, blocks)
 
 
 def only_file():
@@ -44,7 +47,7 @@ def test_measured_once_and_read_by_the_next_process(cache):
 
 
 def test_rates_grow_with_threads_and_overheads_do_not(cache):
-    values = device._measure()
+    values = device.measure(CPU)
     one, four = (device._costs(values, threads, blocks) for threads in (1, 4))
     assert four.single.gemm == 4 * one.single.gemm and four.half.attention == 4 * one.half.attention
     assert four.bandwidth == 4 * one.bandwidth and four.sparse_attention == 4 * one.sparse_attention
@@ -80,7 +83,7 @@ def test_a_place_that_cannot_be_written_costs_only_time(cache, tmp_path, monkeyp
 def test_measuring_leaves_the_callers_state_alone():
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     with torch.no_grad(), torch.autocast("cpu"), torch.device("meta"):
-        values = device._measure()
+        values = device.measure(CPU)
         assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == threads
     assert values.keys() > device._NUMBERS
@@ -88,6 +91,21 @@ def test_measuring_leaves_the_callers_state_alone():
     assert values["half"]["gemm"] > 0 and values["op_seconds"] < values["attention_seconds"]
 
 
+def test_the_interpreter_is_not_measured(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(measure, "_Bench", _Told())
+    with pytest.raises(InterruptedError, match="TRITON_INTERPRET is None"):
+        device.measure(CPU)
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+class _Told:
+    def of(self, _):
+        raise InterruptedError(f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET')}")
+
+
 def test_other_devices_are_refused_by_name():
-    with pytest.raises(ConfigError, match="no kernels for device 'cuda:1'"):
-        device.check_device(torch.device("cuda:1"))
+    device.check_device(CPU)
+    device.check_device(torch.device("cuda:1"))
+    with pytest.raises(ConfigError, match="no kernels for device 'xpu:1'"):
+        device.check_device(torch.device("xpu:1"))
