@@ -135,8 +135,10 @@ static bool masked(const Call& c) { return c.key_bias || c.fill || c.boolean.dat
 
 static void score(const Call& c, Scratch& s, const Chunk& x, bool keep_queries) {
     REAL *q_t = take(s.q_t, c.d * x.padded), *q = keep_queries ? take(s.q, x.padded * c.d) : nullptr;
-    pack(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, x.padded, c.d, (REAL)c.scale, q, q_t);
+    pack(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, x.padded, c.d, q, q_t);
     REAL* scores = take(s.scores, x.keys * x.padded);
+    const Vector scale = spread((REAL)c.scale);
+    for (i64 i = 0; i < c.d * x.padded; i += LANES) store(q_t + i, load(q_t + i) * scale);
     product<false>(x.keys, x.padded, c.d, s.k.data(), c.d, 1, q_t, x.padded, scores, x.padded);
     if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
     if (c.drops) {
@@ -197,7 +199,7 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     const i64 row = (x.b * c.heads + x.h) * c.n + x.first, key_row = (x.b * c.key_heads + x.h / (c.heads / c.key_heads)) * c.m;
     REAL *scores = s.scores.data(), *slope = take(s.slope, x.keys * x.padded);
     REAL *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded), *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
-    pack(at(c.grad_out, c.grad_step, x.b, x.h, x.first), c.grad_step.row, x.rows, x.padded, c.d_v, 1, g, g_t);
+    pack(at(c.grad_out, c.grad_step, x.b, x.h, x.first), c.grad_step.row, x.rows, x.padded, c.d_v, g, g_t);
     for (i64 i = 0; i < x.padded; i++) {
         REAL sum = 0;
         if (i < x.rows)

@@ -1,4 +1,4 @@
-// Vectors and small dense products in registers, single-threaded. REAL is float or double.
+// Vectors, transposes and dense products in registers, single-threaded. REAL is float or double.
 //
 // The products of one block list are too small for a BLAS call each: its dispatch would cost as much as its arithmetic.
 #pragma once
@@ -97,15 +97,62 @@ static void product(i64 m, i64 n, i64 depth, const REAL* a, i64 a_row, i64 a_col
     for (; j < n; j += LANES) rows_of_tiles<8, 1, ADD>(m, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
 }
 
-// x [rows, size] with this row stride -> [padded, size] and, transposed and scaled, [size, padded]; zeros past the rows. Either may be null.
-static void pack(const REAL* x, i64 stride, i64 rows, i64 padded, i64 size, REAL scale, REAL* plain, REAL* transposed) {
+#if defined(__clang__)
+static inline void transpose(const REAL* from, i64 from_row, REAL* to, i64 to_row) {
+    for (i64 i = 0; i < LANES; i++)
+        for (i64 j = 0; j < LANES; j++) to[j * to_row + i] = from[i * from_row + j];
+}
+#else
+#if REAL_IS_FLOAT
+typedef int32_t Places __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int64_t Places __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+
+// Exchanges the halves of size HALF between rows that lie HALF apart, then the halves of those halves.
+template <int HALF>
+static inline void exchange(Vector (&rows)[LANES]) {
+    Places first, second;
+    for (int l = 0; l < LANES; l++) first[l] = l & HALF ? l - HALF + LANES : l, second[l] = l & HALF ? l + LANES : l + HALF;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & HALF)) {
+            const Vector a = rows[i], b = rows[i + HALF];
+            rows[i] = __builtin_shuffle(a, b, first);
+            rows[i + HALF] = __builtin_shuffle(a, b, second);
+        }
+    if constexpr (HALF > 1) exchange<HALF / 2>(rows);
+}
+
+// to [LANES, LANES] = transposed from.
+static inline void transpose(const REAL* from, i64 from_row, REAL* to, i64 to_row) {
+    Vector rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = load(from + i * from_row);
+    exchange<LANES / 2>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * to_row, rows[i]);
+}
+#endif
+
+// to [columns, padded] = transposed from [rows, columns], zeros past the rows; padded is a multiple of LANES.
+static void transpose(const REAL* from, i64 from_row, i64 rows, i64 columns, REAL* to, i64 padded) {
+    const i64 whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+    for (i64 i = 0; i < whole_rows; i += LANES) {
+        for (i64 j = 0; j < whole_columns; j += LANES) transpose(from + i * from_row + j, from_row, to + j * padded + i, padded);
+        for (i64 j = whole_columns; j < columns; j++)
+            for (i64 l = i; l < i + LANES; l++) to[j * padded + l] = from[l * from_row + j];
+    }
+    if (whole_rows == padded) return;
+    for (i64 j = 0; j < columns; j++)
+        for (i64 i = whole_rows; i < padded; i++) to[j * padded + i] = i < rows ? from[i * from_row + j] : 0;
+}
+
+// x [rows, size] with this row stride -> [padded, size] and, transposed, [size, padded]; zeros past the rows. Either may be null.
+static inline void pack(const REAL* x, i64 stride, i64 rows, i64 padded, i64 size, REAL* plain, REAL* transposed) {
     if (plain) {
         for (i64 i = 0; i < rows; i++) memcpy(plain + i * size, x + i * stride, size * sizeof(REAL));
         memset(plain + rows * size, 0, (padded - rows) * size * sizeof(REAL));
     }
-    if (transposed)
-        for (i64 j = 0; j < size; j++) {
-            for (i64 i = 0; i < rows; i++) transposed[j * padded + i] = x[i * stride + j] * scale;
-            for (i64 i = rows; i < padded; i++) transposed[j * padded + i] = 0;
-        }
+    if (transposed) transpose(x, stride, rows, size, transposed, padded);
 }

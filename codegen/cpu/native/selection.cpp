@@ -42,7 +42,7 @@ static void encode(const Call& c, const REAL* x, i64 row_step, i64 rows, i64 hea
     REAL codes[CHUNK];
     for (i64 first = 0; first < rows; first += CHUNK) {
         const i64 count = std::min(CHUNK, rows - first), lanes = up_to(count, LANES);
-        pack(x + first * row_step, row_step, count, lanes, c.d, 1, nullptr, x_t.data());
+        pack(x + first * row_step, row_step, count, lanes, c.d, nullptr, x_t.data());
         for (i64 s = 0; s < c.subspaces; s++) {
             const REAL *words = c.words + (books + s * c.codewords) * size, *offset = offsets.data() + s * c.codewords;
             product<false>(c.codewords, lanes, size, words, size, 1, x_t.data() + s * size * lanes, lanes, similarity.data(), lanes);
@@ -107,7 +107,7 @@ static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL*
             const i64 stop = std::min(c.n, (tile + 1) * c.query_block);
             for (i64 first = tile * c.query_block; first < stop; first += CHUNK) {
                 const i64 rows = std::min(CHUNK, stop - first), lanes = up_to(rows, LANES);
-                pack(at(c.q, c.q_step, b, h, first), c.q_step.row, rows, lanes, c.d, 1, nullptr, q_t.data());
+                pack(at(c.q, c.q_step, b, h, first), c.q_step.row, rows, lanes, c.d, nullptr, q_t.data());
                 product<false>(c.blocks, lanes, c.d, means.data(), c.d, 1, q_t.data(), lanes, logits.data(), lanes);
                 for (i64 j = 0; j < lanes; j += LANES) {
                     Vector most = spread(-INF), total = Vector{}, counted;
