@@ -47,6 +47,11 @@ class Kernel:
     def interpreted(self) -> bool:
         return isinstance(self.function, InterpretedFunction)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options. Fusion of multiply and add is what all versions do by default, but not all without being told."""
+        return {"num_warps": self.spec.num_warps, "num_stages": self.spec.num_stages, "enable_fp_fusion": True}
+
     def launch(self, grid: Grid, arguments: Mapping[str, Argument | None], device: torch.device) -> None:
         """Run it. `arguments` may hold more than the kernel kept.
 
@@ -57,7 +62,7 @@ class Kernel:
         if missing := [name for name, value in chosen.items() if value is None]:
             raise TypeError(f"kernel {self.spec.template!r} needs {', '.join(missing)}; see {self.path}")
         with interpreting() if self.interpreted else torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.function[grid](**chosen, num_warps=self.spec.num_warps, num_stages=self.spec.num_stages)
+            self.function[grid](**chosen, **self.options)
 
 
 def load(spec: KernelSpec, interpret: bool = False, origin: str = "") -> Kernel:

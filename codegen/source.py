@@ -191,7 +191,7 @@ def _broken(text: str, pad: str, bracketed: bool = False) -> list[str]:
     if len(inner + inside) <= WIDTH or len(parts) == 1:
         middle = _broken(inside, inner, bracketed=True)
     else:
-        middle = [line for part in parts for line in _broken(part + ",", inner)]
+        middle = [line for part in parts for line in _broken(part + ",", inner, bracketed=True)]
     return [pad + head, *middle, pad + tail]
 
 

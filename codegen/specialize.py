@@ -173,13 +173,15 @@ def _module(template: str) -> _Module:
     path = TEMPLATES / f"{template}.py"
     if not template.isidentifier() or not path.is_file():
         raise SpecializeError(f"no template {template!r} in {TEMPLATES.name}/: there are {_listed(_names())}")
-    return _read(path)
+    return _read(path.read_text())
 
 
 @functools.lru_cache(maxsize=256)
-def _read(path: Path) -> _Module:
-    tree = parse(path.read_text())
-    functions, constants, imports = {}, {}, {}
+def _read(source: str) -> _Module:
+    tree = parse(source)
+    functions: dict[str, ast.FunctionDef] = {}
+    constants: dict[str, Constant] = {}
+    imports: dict[str, tuple[str, str]] = {}
     for node in tree.body:
         match node:
             case ast.FunctionDef() if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
@@ -188,9 +190,9 @@ def _read(path: Path) -> _Module:
                 constant = _constant(value, constants)
                 if isinstance(constant, bool | int | float | str):
                     constants[name] = constant
-            case ast.ImportFrom(module=str() as source) if source.startswith(_PACKAGE) and source != _PACKAGE + "language":
+            case ast.ImportFrom(module=str() as home) if home.startswith(_PACKAGE) and home != _PACKAGE + "language":
                 for alias in node.names:
-                    imports[alias.asname or alias.name] = source.removeprefix(_PACKAGE), alias.name
+                    imports[alias.asname or alias.name] = home.removeprefix(_PACKAGE), alias.name
     return _Module(functions, constants, imports)
 
 

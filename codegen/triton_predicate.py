@@ -47,7 +47,7 @@ def predicate_source(text: str, name: str) -> str:
         bounds = _Bounds()
         truths = [bounds.truth(_positive(part.tree)) for part in chosen]
         certain, nowhere = _all([truth.certain for truth in truths]), _any([truth.nowhere for truth in truths])
-        result = f"tl.to_tensor({certain if name == 'holds_throughout' else nowhere})"
+        result = f"tl.cast({certain if name == 'holds_throughout' else nowhere}, tl.int1)"
         sure = "holds for all" if name == "holds_throughout" else "fails for all"
         lines, meaning = bounds.lines, f"Whether it is certain that {_conjunction(chosen)} {sure} q and k of these ranges."
     return "\n".join(
@@ -269,7 +269,7 @@ class _Bounds:
         if "False" in given:
             return None
         if operator == "//":
-            return _Interval(*(_call("floor_divide", end, b.low) for end in (a.low, a.high)), given)
+            return _Interval(_call("floor_divide", a.low, b.low), _call("floor_divide", a.high, b.low), given)
         if a.exact:
             value = _call("floor_modulo", a.low, b.low)
             return _Interval(value, value, given)
@@ -284,8 +284,8 @@ class _Bounds:
             value = _infix(a.low, "*", b.low)
             return _Interval(value, value, given)
         if b.exact and b.low.lstrip("-").isdigit():
-            ends = [_infix(end, "*", b.low) for end in (a.low, a.high)]
-            return _Interval(*(ends if int(b.low) >= 0 else ends[::-1]), given)
+            low, high = (a.low, a.high) if int(b.low) >= 0 else (a.high, a.low)
+            return _Interval(_infix(low, "*", b.low), _infix(high, "*", b.low), given)
         products = [_infix(x, "*", y) for x in (a.low, a.high) for y in dict.fromkeys((b.low, b.high))]
         return _Interval(_extreme("tl.minimum", products), _extreme("tl.maximum", products), given)
 
