@@ -1,6 +1,6 @@
 """The routed FFN on a CPU: one block of hidden units at a time, from gathered tokens to their sum, so that a block stays in the cache.
 
-Products are BLAS calls on views of the weights; the activation is computed in fp32 (fp64 for fp64 inputs). There is no loop over tokens.
+Products read the weights where they lie; the activation is computed in fp32 (fp64 for fp64 inputs). There is no loop over tokens.
 Threads share the work by tokens: each takes a range of them through all blocks, so that no two add to the same row.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.cpu.parallel import share, worker_count
+from sptc.codegen.cpu.products import Term, add_rows, multiply
 from sptc.codegen.expr import compile_activation
 from sptc.codegen.random import keep_runs
 
@@ -119,24 +120,20 @@ def routed_ffn(
 
     def compute(block: _Block) -> None:
         us = pre[:, block.entries].unbind(0)
-        rows = x.index_select(0, block.tokens)
         for i, u in enumerate(us):
-            weight = up[i][block.units].t()
-            if i in biased:
-                torch.addmm(up_bias[biased.index(i)][block.units], rows, weight, out=u)
-            else:
-                torch.mm(rows, weight, out=u)
+            terms = [Term(x, up[i][block.units].t(), block.tokens)]
             if i in adapted:
                 j = adapted.index(i)
-                u.addmm_(low[j].index_select(0, block.tokens), up_B[j][block.units].t())
+                terms.append(Term(low[j], up_B[j][block.units].t(), block.tokens))
+            multiply(u, terms, up_bias[biased.index(i)][block.units] if i in biased else None)
         a = act.forward([_wide(u) for u in us])
         if scale is not None:
             a.mul_(scale[block.entries].unsqueeze(1))
         a = dropout.apply(a, dropout.keep(block))
-        y.index_add_(0, block.tokens, _wide(a.to(x.dtype) @ down[block.units]))
+        add_rows(y, block.tokens, [Term(a.to(x.dtype), down[block.units])])
         if down_A is not None:
             a = lora_dropout.apply(a, lora_dropout.keep(block))
-            low_out.index_add_(0, block.tokens, _wide(a.to(x.dtype) @ down_A[:, block.units].t()))
+            add_rows(low_out, block.tokens, [Term(a.to(x.dtype), down_A[:, block.units].t())])
 
     def work(ranges: Iterator[_Range]) -> None:
         for part in ranges:
@@ -222,23 +219,25 @@ def routed_ffn_backward(
     def compute(block: _Block, part: int) -> None:
         us = [_wide(u) for u in pre[:, block.entries].unbind(0)]
         s = None if scale is None else scale[block.entries].unsqueeze(1)
-        g_rows = grad_y.index_select(0, block.tokens)
         keep, lora_keep = dropout.keep(block), lora_dropout.keep(block) if through else None
         if needs_a:
             a = act.forward(us)
         if wanted.down:
             h = dropout.apply(a if s is None else a * s, keep)
-            torch.mm(h.to(dtype).t(), g_rows, out=grad_down[part][block.units])
-        grad = _wide(g_rows @ down[block.units].t())
+            torch.mm(h.to(dtype).t(), grad_y.index_select(0, block.tokens), out=grad_down[part][block.units])
+        terms, late = [Term(grad_y, down[block.units].t(), block.tokens)], None
         if through is not None:
-            adapter, low_rows = through[0][:, block.units], through[1].index_select(0, block.tokens)
+            adapter, low_grad = through[0][:, block.units], through[1]
             if wanted.down_A:
+                low_rows = low_grad.index_select(0, block.tokens)
                 scaled = low_rows if s is None else (low_rows * s).to(dtype)  # r columns are cheaper to scale than a block of units
                 grad_A[part][:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
-            if lora_keep is None and grad.dtype == dtype:
-                grad.addmm_(low_rows, adapter)
-            else:
-                grad += lora_dropout.apply(_wide(low_rows @ adapter), lora_keep)
+            late = Term(low_grad, adapter, block.tokens)
+            if lora_keep is None:
+                terms, late = [*terms, late], None
+        grad = _wide(_product(terms, len(block.tokens)))
+        if late is not None:
+            grad += lora_dropout.apply(_wide(_product([late], len(block.tokens))), lora_keep)
         grad = dropout.apply(grad, keep)
         if wanted.scale:
             grad_scale[block.entries] = torch.linalg.vecdot(grad, a).to(grad_scale.dtype)
@@ -248,10 +247,7 @@ def routed_ffn_backward(
             grad.mul_(s)
         grad_us = [g.to(dtype) for g in act.backward(us, grad)]
         if wanted.x:
-            grad_rows = grad_us[0] @ up[0][block.units]
-            for g, w in zip(grad_us[1:], up[1:], strict=True):
-                grad_rows.addmm_(g, w[block.units])
-            grad_x.index_add_(0, block.tokens, _wide(grad_rows))
+            add_rows(grad_x, block.tokens, [Term(g, w[block.units]) for g, w in zip(grad_us, up, strict=True)])
         if any(wanted.up):
             rows = x.index_select(0, block.tokens)
         for i, g in enumerate(grad_us):
@@ -262,7 +258,7 @@ def routed_ffn_backward(
                 grad_bias[j][part][block.units] = grad_us[i].sum(0)
         for j, i in enumerate(adapted):
             if wanted.low[j]:
-                grad_low[j].index_add_(0, block.tokens, _wide(grad_us[i] @ up_B[j][block.units]))
+                add_rows(grad_low[j], block.tokens, [Term(grad_us[i], up_B[j][block.units])])
             if wanted.up_B[j]:
                 torch.mm(grad_us[i].t(), low[j].index_select(0, block.tokens), out=grad_B[j][part][block.units])
 
@@ -282,6 +278,12 @@ def routed_ffn_backward(
 def _sum(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Where the blocks of a token are added up, one after the other; `index_add_` on a CPU goes through its rows in order."""
     return torch.zeros((rows, columns), dtype=dtype if dtype == torch.float64 else torch.float32)
+
+
+def _product(terms: Sequence[Term], rows: int) -> Tensor:
+    out = terms[0].a.new_empty((rows, terms[0].w.shape[1]))
+    multiply(out, terms)
+    return out
 
 
 def _wide(t: Tensor) -> Tensor:
