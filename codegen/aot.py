@@ -1,6 +1,6 @@
 """Compiling recorded launches for an architecture that need not be here, and reading what the result uses of it.
 
-The signature is the one the just-in-time compiler would derive from the arguments, with its specialisations (integers equal to 1, pointers
+The signature is the one that the just-in-time compiler derives from the arguments, with its specialisations (integers equal to 1, pointers
 and integers divisible by 16), so that what is checked here is what runs there.
 """
 
@@ -15,32 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from sptc.codegen.launch import Argument, Launch
-from sptc.codegen.load import load
+from sptc.codegen.load import Kernel, load
 from sptc.codegen.spec import KernelSpec
 from sptc.codegen.target import Target
 
-_POINTERS = {
-    torch.bool: "*u1",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-_DIVISIBLE = ["tt.divisibility", 16]
-_NARROW = ["tt.pointer_range", 32]  # lets AMD's backend use buffer instructions
 _MATRIX = {"ptx": r"\b(?:wgmma\.)?mma(?:_async)?\.sync|\btcgen05\.mma\b", "amdgcn": r"^\s*v_mfma_"}
 
 
@@ -69,16 +54,15 @@ def compile_ahead(launch: Launch, target: Target) -> Compiled:
     """Compile the kernel of `launch` for `target`; its tensors may be on "meta".
 
     Raises:
-        TypeError: an argument that no kernel can be given.
+        TypeError, KeyError: an argument that no kernel can be given.
         triton.CompilationError: the emitted kernel is not valid Triton.
     """
-    function = load(launch.spec).function
-    options = {"num_warps": launch.spec.num_warps, "num_stages": launch.spec.num_stages}
-    kernel = triton.compile(
-        _source(function, launch.arguments, target), target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
-    )
+    kernel = load(launch.spec)
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    source, options = _source(kernel, launch.arguments, gpu)
+    built = triton.compile(source, target=gpu, options=options)
     language, binary = ("ptx", "cubin") if target.backend == "cuda" else ("amdgcn", "hsaco")
-    return Compiled(launch.spec, language, kernel.asm[language], kernel.asm[binary], kernel.metadata.shared)
+    return Compiled(launch.spec, language, built.asm[language], built.asm[binary], built.metadata.shared)
 
 
 def resources(compiled: Compiled) -> Resources:
@@ -92,44 +76,13 @@ def resources(compiled: Compiled) -> Resources:
     return Resources(counts["vgpr_count"], spilled, compiled.shared_memory, matrix)
 
 
-def _source(function: Any, arguments: Mapping[str, Argument], target: Target) -> ASTSource:
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], int] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, parameter in enumerate(function.params):
-        value = arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if specialised and isinstance(value, int) and not isinstance(value, bool) and value == 1:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = 1
-            continue
-        signature[parameter.name] = _type(parameter.name, value)
-        found = _attributes(value, target) if specialised else []
-        if found:
-            attributes[(i,)] = found
-    return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def _type(name: str, value: Argument) -> str:
-    if isinstance(value, Tensor):
-        if value.dtype in _POINTERS:
-            return _POINTERS[value.dtype]
-        raise TypeError(f"argument {name!r} of a kernel is a tensor of {value.dtype}, which Triton has no pointer type for")
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    raise TypeError(f"argument {name!r} of a kernel is {value!r}; kernels take tensors and plain numbers")
-
-
-def _attributes(value: Argument, target: Target) -> list[list[Any]]:
-    if isinstance(value, Tensor):
-        found = [_DIVISIBLE] if value.storage_offset() * value.element_size() % 16 == 0 else []  # storages are aligned
-        narrow = target.backend == "hip" and value.untyped_storage().size() < 2**31
-        return [*found, _NARROW] if narrow else found
-    return [_DIVISIBLE] if isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0 else []
+def _source(kernel: Kernel, arguments: Mapping[str, Argument], gpu: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What JITFunction.run hands to the compiler, by its own steps: the result is then found in Triton's cache when it runs."""
+    function, backend = kernel.function, make_backend(gpu)
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, rest = bind(**{name: arguments[name] for name in kernel.parameters}, **kernel.options)
+    options, signature, constants, attributes = function._pack_args(backend, kernel.options, bound, specialization, rest)
+    return ASTSource(function, signature, constants, attributes), options.__dict__
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from tabulate import tabulate
 
 from bench.kernels import attention, check, ffn
 from bench.kernels.cases import AttentionCase, FfnCase, named
+from bench.kernels.warm import warm
+from sptc.codegen.target import target_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -74,6 +76,10 @@ def run(path: Path | None, only: str, minutes: float) -> int:
         rounds=9,
         minutes=minutes,
     )
+    start = time.monotonic()
+    errors = warm((*plan.checks, *plan.ffn, *plan.attention), target_of(device), plan.dtype, os.cpu_count() or 1)
+    print(f"compiled in {time.monotonic() - start:.0f} s; {len(errors)} cases failed to", file=sys.stderr)
+    plan = replace(plan, minutes=minutes - (time.monotonic() - start) / 60)
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
     results = execute(plan, path or RESULTS / f"gpu_{name}.json")
     print_tables(results)
