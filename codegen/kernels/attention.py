@@ -110,6 +110,12 @@ class _Call:
         return self.seed is not None and self.dropout_p > 0.0
 
     @functools.cached_property
+    def _through_registers(self) -> bool:
+        """Whether matrix units read both operands from registers: mma.sync and mfma, not wgmma and tcgen05."""
+        target = target_of(self.q.device)
+        return target.backend != "cuda" or not isinstance(target.arch, int) or target.arch < 90
+
+    @functools.cached_property
     def tile_facts(self) -> dict[str, int]:
         return {
             "head_dim": _padded(self.q.shape[3]),
@@ -117,6 +123,7 @@ class _Call:
             "itemsize": self.q.element_size(),
             "rows": self.rows,
             "key_block": self.key_block,
+            "through_registers": int(self._through_registers),
         }
 
     def constants(self, block_m: int, whole: bool) -> dict[str, Constant]:
@@ -125,8 +132,9 @@ class _Call:
         one_head = self.group == 1 or self.query_block % block_m == 0
         names = ("TENSORS", "STRIDES", "SIZES", "PREDICATE", "READS_TENSORS", "MASK", "BIAS", "BIAS_LEAST")
         return {name: known[name] for name in names} | {
-            # What is asked for a whole rectangle is asked for one head.
-            "SKIP_TEST": whole and bool(known["BY_RANGE"]) and (one_head or not self.mask.parsed.uses("h")),
+            # What is asked for a whole rectangle is asked for one head. Products through registers are laid out by what they feed, and
+            # Triton looks past no branch: it would spread a row's keys over warps, which costs more than testing all elements.
+            "SKIP_TEST": whole and not self._through_registers and bool(known["BY_RANGE"]) and (one_head or not self.mask.parsed.uses("h")),
             "MASK_BY_ROW": bool(known["MASK_BY_QUERY"] or (known["MASK_BY_HEAD"] and not one_head)),
             "BIAS_BY_ROW": bool(known["BIAS_BY_QUERY"] or (known["BIAS_BY_HEAD"] and not one_head)),
             "DROPOUT": self.drops,
