@@ -132,4 +132,4 @@ def _origin(node: Node, arguments: tuple[Any, ...], sites: dict[Any, Site]) -> s
     shapes = [f"{name} {list(x.shape)}" for name, x in zip(names, arguments, strict=False) if isinstance(x, Tensor) and name in _SHOWN]
     dtype = next(str(x.dtype).removeprefix("torch.") for x in arguments if isinstance(x, Tensor))
     where = site.module or "the root module"
-    return f"{where}{f' ({site.source})' if site.source else ''}: {op(node)} of {', '.join(shapes)}, {dtype}"
+    return f"{where}{f' ({site.source})' if site.source else ''}: {node.target._schema.name} of {', '.join(shapes)}, {dtype}"
