@@ -24,13 +24,14 @@ from sptc.codegen.cpu.predicate_source import Fill, fill
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
     """(query_block, key_block) for n queries and m keys on a CPU.
 
-    Small tiles choose better, large ones gather less and suit BLAS, so tiles grow with the number of kept keys L. A tile that owns blocks
-    (`own`) gets at most half of L for them, so that it has a choice left; others are not smaller than BLAS likes.
+    Small tiles choose better and look ahead less; below these sizes they cost time. A tile that owns blocks (`own`) gets at most half of the
+    L kept keys for them, so that it has a choice left.
     """
     kept = max(1, math.ceil(density * m))
-    half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2
-    query_block = min(max(half, 16 if own else 64), 512)
-    key_block = min(max(half // 2 if own else half, 8), 32)
+    query_block, key_block = (32 if kept <= 256 else 64), 16
+    if own:
+        half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2
+        query_block, key_block = min(query_block, max(half, 16)), min(key_block, max(half // 2, 8))
     return min(query_block, max(n, 1)), min(key_block, max(m, 1))
 
 
