@@ -1,0 +1,112 @@
+"""Kernels compiled ahead of time: every template for every architecture, and what must hold of the result.
+
+`python -m bench.kernels --aot` compiles all model families at both head sizes; here each target gets one family, so that together they
+cover all, and of the templates that its family does not launch the first that any does.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+from bench.kernels import __main__ as command
+from bench.kernels import ahead, cases
+from sptc.codegen import aot
+from sptc.codegen.aot import Resources
+from sptc.codegen.launch import Launch
+from sptc.codegen.load import load
+from sptc.codegen.target import KNOWN
+
+FAMILY = {"sm_80": "OPT-like", "sm_90": "LLaMA-like", "sm_100": "GPT-2-like", "gfx942": "BERT-like"}
+HEAD = {"sm_80": "d128", "sm_90": "d64", "sm_100": "d128", "gfx942": "d64"}
+
+
+def chosen(target):
+    """One launch of each template."""
+    order = (*cases.ATTENTION, *cases.FFN)
+    first = [case for case in order if case.name in (FAMILY[target], f"{FAMILY[target]} {HEAD[target]}")]
+    assert len(first) == 2
+    found = {}
+    for case in (*first, *order):
+        for launch in ahead.launches(case, KNOWN[target]):
+            found.setdefault(launch.spec.template, (launch, case.name))
+    return found
+
+
+@pytest.mark.parametrize("target", KNOWN)
+def test_every_template_compiles_within_bounds(target):
+    found = chosen(target)
+    assert found.keys() == ahead.templates()
+    rows = [ahead.row(launch, case, KNOWN[target]) for launch, case in found.values()]
+    assert not [row for row in rows if row.broken]
+    products = {name for name, (launch, _) in found.items() if "tl.dot(" in load(launch.spec).source}
+    assert products >= {"attention_forward", "attention_backward_q", "attention_backward_kv", "ffn_up", "grouped_product", "grouped_outer"}
+    assert {row.template for row in rows if row.used.matrix_instructions} == products
+    assert all(0 < row.used.registers <= KNOWN[target].registers for row in rows)
+
+
+def a_launch(template="attention_forward", target="sm_90"):
+    (found,) = (x for x in ahead.launches(cases.ATTENTION[0], KNOWN[target]) if x.spec.template == template)
+    return found
+
+
+@pytest.mark.parametrize(
+    "used, broken",
+    [
+        (Resources(128, 0, 227 * 1024, 8), ()),
+        (Resources(255, 8, 0, 8), ("spills 8 bytes",)),
+        (Resources(255, 0, 227 * 1024 + 1, 8), ("232449 bytes of shared memory, 232448 are there",)),
+        (Resources(255, 4, 0, 0), ("spills 4 bytes", "no matrix instruction")),
+    ],
+)
+def test_bounds(used, broken):
+    assert ahead.broken_bounds(a_launch(), used, KNOWN["sm_90"]) == broken
+
+
+def test_a_kernel_without_products_needs_no_matrix_instruction():
+    assert ahead.broken_bounds(a_launch("choose_blocks"), Resources(20, 0, 0, 0), KNOWN["sm_90"]) == ()
+
+
+def test_table_and_exit_code(monkeypatch, capsys):
+    row = ahead.Row("sample", "LLaMA-like", "sm_90", Resources(32, 0, 1024, 8), ())
+    broken = ahead.Row("other", "LLaMA-like", "sm_90", None, ("does not compile: CompilationError here",))
+    for rows, code in (((row,), 0), ((row, broken), 1)):
+        monkeypatch.setattr(ahead, "compiled", lambda *_, rows=rows: iter(rows))
+        assert command.compile_all(["sm_90"], "") == code
+    assert "2 kernels, 1 with a broken bound" in (out := capsys.readouterr().out) and "does not compile" in out
+
+
+def test_a_kernel_that_does_not_compile_is_a_row():
+    launch = a_launch()
+    bad = {**launch.arguments, "q_ptr": 3}  # a number where the kernel loads from a pointer
+    row = ahead.row(Launch(launch.spec, launch.grid, bad), "sample", KNOWN["sm_90"])
+    assert row.used is None and row.broken[0].startswith("does not compile: CompilationError")
+
+
+def test_specialised_as_when_run():
+    """On "meta" as on a device: integers equal to 1 become constants, alignment is known, and offsets into a storage count."""
+    launch = a_launch("choose_blocks")
+    kernel = load(launch.spec)
+    for target, range_known in (("sm_90", []), ("gfx942", [["tt.pointer_range", 32]])):
+        known = KNOWN[target]
+        pointer, *numbers = kernel.parameters
+        for value, attributes in (
+            (torch.empty(8, dtype=torch.bfloat16, device="meta"), [["tt.divisibility", 16], *range_known]),
+            (torch.empty(8, dtype=torch.bfloat16, device="meta")[1:], range_known),
+        ):
+            arguments = {**launch.arguments, pointer: value, **dict(zip(numbers, (1, 48, 3, 2**31), strict=False))}
+            source, options = aot._source(kernel, arguments, GPUTarget(known.backend, known.arch, known.warp_size))
+            assert source.signature[pointer] == "*bf16" and source.attrs[(0,)] == attributes
+            assert [source.signature[name] for name in numbers[:4]] == ["constexpr", "i32", "i32", "i64"]
+            assert source.constants[(1,)] == 1 and source.attrs[(2,)] == source.attrs[(4,)] == [["tt.divisibility", 16]]
+            assert not source.attrs[(3,)] and options["num_warps"] == launch.spec.num_warps
+
+
+def test_spilling_is_seen():
+    """A tile far too large for its warps, compiled for real."""
+    launch = a_launch(target="sm_80")
+    constants = {**dict(launch.spec.constants), "BLOCK_M": 256}
+    wide = replace(launch.spec, constants=tuple(sorted(constants.items())), num_warps=2)
+    row = ahead.row(replace(launch, spec=wide), "sample", KNOWN["sm_80"])
+    assert row.broken and row.broken[0].startswith("spills")
