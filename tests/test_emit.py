@@ -1,0 +1,107 @@
+"""Which kernels a compile emits, before any of them runs."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sptc.backend import captured_unit
+from sptc.capture import capture
+from sptc.config import Config
+from sptc.emit import EmittedKernel, emit
+from sptc.passes import PIPELINE
+from sptc.passes.runner import run
+from tests.models.compiled import FULL, without_inductor
+from tests.models.zoo import CASES
+
+CPU = torch.device("cpu")
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class HalfInside(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = super().forward(x)
+        return y.float()
+
+
+def emitted(model, inputs) -> tuple[EmittedKernel, ...]:
+    found: list[EmittedKernel] = []
+    capture(
+        model, inputs, lambda gm, example: found.extend(emit(run(captured_unit(gm, example, Config.from_options(FULL)), PIPELINE), CPU))
+    )
+    return tuple(found)
+
+
+def templates(kernels) -> set[str]:
+    return {kernel.spec.template for kernel in kernels}
+
+
+def precisions(kernels) -> set[str]:
+    return {value for kernel in kernels for name, value in kernel.spec.constants if name == "PRECISION"}
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_a_device_without_kernels_gets_none():
+    assert emitted(Mlp(), torch.randn(5, 16)) == ()
+
+
+def test_regions_share_kernels_and_their_headers_name_both(interpreter):
+    model, inputs = CASES["opt-sdpa"].make()
+    kernels = emitted(model, inputs)
+    assert len({kernel.spec for kernel in kernels}) == len(kernels)
+    for kernel in kernels:
+        lines = [line for line in kernel.source.splitlines() if line.startswith("# for ")]
+        assert lines == [f"# for {origin}" for origin in kernel.origins]
+        assert len(lines) == 2 and "layers.0" in lines[0] and "layers.1" in lines[1]
+    assert {"attention_backward_kv", "ffn_grad_hidden"} <= templates(kernels)
+
+
+def test_nothing_is_emitted_for_gradients_that_nobody_asks_for(interpreter):
+    model, x = Mlp(), torch.randn(5, 16)
+    assert {"ffn_grad_hidden", "grouped_outer", "grouped_sum"} <= templates(emitted(model, x))
+    model.requires_grad_(False)
+    assert templates(emitted(model, x)) == {"ffn_up", "grouped_product", "gather_sum", "invert_lists"}
+    frozen = templates(emitted(model, x.clone().requires_grad_()))
+    assert "ffn_grad_hidden" in frozen and not {"grouped_outer", "grouped_sum"} & frozen
+    model.requires_grad_(True)
+    with torch.no_grad():
+        assert "ffn_grad_hidden" not in templates(emitted(model, x))
+
+
+def test_kernels_are_for_the_dtype_that_autocast_makes(interpreter):
+    x = torch.randn(5, 16)
+    assert precisions(emitted(Mlp(), x)) == {"ieee"}
+    assert precisions(emitted(HalfInside(), x)) == {"tf32"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precisions(emitted(Mlp(), x)) == {"tf32"}
+
+
+def test_emitting_adds_no_guard(interpreter):
+    model, seen = Mlp(), []
+
+    def backend(gm, inputs):
+        seen.append(gm)
+        without_inductor(**FULL)(gm, inputs)
+        return gm.forward
+
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for n in (5, 8, 16, 128, 513):
+        compiled(torch.randn(n, 16))
+    assert len(seen) <= 2, "TorchDynamo starts a dynamic capture anew once"
+
+
+def test_double_precision_has_no_kernels(interpreter):
+    with pytest.raises(TypeError, match="float64"):
+        emitted(Mlp().double(), torch.randn(5, 16, dtype=torch.float64))
