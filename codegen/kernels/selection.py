@@ -7,6 +7,7 @@ blocks of each tile. Nothing waits for the device.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from dataclasses import dataclass, replace
 
@@ -88,7 +89,7 @@ def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[i
     128 queries and 64 keys fill the matrix units of every architecture. Shorter sequences, and tiles that own blocks, get smaller ones, so
     that the blocks a tile owns are at most half of the keys it keeps; but not below 16, the least that a matrix product takes.
     """
-    kept = max(1, -int(-(density * m) // 1))
+    kept = max(1, math.ceil(density * m))
     key_block = min(64, max(_MATRIX_SIDE, _power_of_two_within(kept // 4)))
     query_block = min(128, max(_MATRIX_SIDE, _power_of_two_within(kept // 2 if own else kept)))
     return min(query_block, max(n, 1)), min(key_block, max(m, 1))
