@@ -110,7 +110,8 @@ def _kernel_sources() -> str:
     """A digest of the kernels and of how they are measured: a faster kernel is a reason to measure again."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in [Path(__file__), here / "measure.py", *sorted(p for p in (here / "codegen").glob("**/*") if p.suffix in (".py", ".cpp", ".h"))]:
+    kernels = sorted(path for path in (here / "codegen").glob("**/*") if path.suffix in (".py", ".cpp", ".h"))
+    for path in [Path(__file__), here / "measure.py", *kernels]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -24,8 +24,8 @@ from sptc.codegen.cpu.predicate_source import Fill, fill
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
     """(query_block, key_block) for n queries and m keys on a CPU.
 
-    Small tiles choose better and look ahead less; below these sizes they cost time. A tile that owns blocks (`own`) gets at most half of the
-    L kept keys for them, so that it has a choice left.
+    Small tiles choose better and look ahead less; below these sizes they cost time. A tile that owns blocks (`own`) gets at most half of
+    the L kept keys for them, so that it has a choice left.
     """
     kept = max(1, math.ceil(density * m))
     query_block, key_block = (32 if kept <= 256 else 64), 16
