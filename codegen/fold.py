@@ -226,7 +226,7 @@ class _Fold(ast.NodeTransformer):
         node.left, node.right = self.visit(node.left), self.visit(node.right)
         left, right = value_of(node.left), value_of(node.right)
         if left is Unknown or right is Unknown or type(node.op) not in _BINARY:
-            return node
+            return _simplified(node, left, right)
         return literal(self.computed(node, _BINARY[type(node.op)], left, right))
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
@@ -312,6 +312,20 @@ class _Fold(ast.NodeTransformer):
             return function(*values)
         except (ArithmeticError, TypeError, ValueError) as error:
             self.fail(node, f"{ast.unparse(node)}: {error}")
+
+
+def _simplified(node: ast.BinOp, left: Any, right: Any) -> ast.expr:
+    """Without an integer 1 or 0 that changes nothing."""
+    match node.op:
+        case ast.Mult() | ast.FloorDiv() if type(right) is int and right == 1:
+            return node.left
+        case ast.Add() | ast.Sub() if type(right) is int and right == 0:
+            return node.left
+        case ast.Mult() if type(left) is int and left == 1:
+            return node.right
+        case ast.Add() if type(left) is int and left == 0:
+            return node.right
+    return node
 
 
 def _with_margin(statements: list[ast.stmt], around: Margin) -> list[ast.stmt]:

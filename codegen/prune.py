@@ -79,7 +79,11 @@ def _kept(statements: Sequence[ast.stmt], live: Collection[str], effects: Collec
         if isinstance(node, ast.If):
             node.orelse = _kept(node.orelse, live, effects)
         if isinstance(node, ast.If | ast.For | ast.While):
-            node.body = _kept(node.body, live, effects) or [ast.Pass()]
+            node.body = _kept(node.body, live, effects)
+        if isinstance(node, ast.If) and not node.body and node.orelse:
+            node.test, node.body, node.orelse = ast.UnaryOp(ast.Not(), node.test), node.orelse, []
+        if isinstance(node, ast.If | ast.For | ast.While):
+            node.body = node.body or [ast.Pass()]
         result.append(node)
     return result
 

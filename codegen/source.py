@@ -6,6 +6,7 @@ import ast
 import bisect
 import inspect
 import io
+import itertools
 import re
 import textwrap
 import tokenize
@@ -104,26 +105,26 @@ def _statement(node: ast.stmt, indent: int) -> list[str]:
     pad, beside = " " * indent, margin(node).beside
     match node:
         case ast.FunctionDef():
-            head = [f"{pad}@{ast.unparse(decorator)}" for decorator in node.decorator_list]
+            head = [f"{pad}@{_unparse(decorator)}" for decorator in node.decorator_list]
             return [*head, *_signature(node, indent), *print_statements(node.body, indent + 4)]
         case ast.If(test=test, body=body, orelse=orelse):
             return _if("if", node, test, body, orelse, indent)
         case ast.For(target=target, iter=iterable, body=body):
-            head = wrapped(f"for {ast.unparse(target)} in {ast.unparse(iterable)}:", indent, beside)
+            head = wrapped(f"for {_unparse(target)} in {_unparse(iterable)}:", indent, beside)
             return [*head, *print_statements(body, indent + 4)]
         case ast.While(test=test, body=body):
-            return [*wrapped(f"while {ast.unparse(test)}:", indent, beside), *print_statements(body, indent + 4)]
+            return [*wrapped(f"while {_unparse(test)}:", indent, beside), *print_statements(body, indent + 4)]
         case ast.Expr(value=ast.Constant(value=str() as text)):
             return docstring(text, indent)
         case ast.Assign(targets=[ast.Tuple(elts=elts)], value=value):
-            return wrapped(f"{', '.join(map(ast.unparse, elts))} = {ast.unparse(value)}", indent, beside)
+            return wrapped(f"{', '.join(map(_unparse, elts))} = {_unparse(value)}", indent, beside)
         case ast.Return(value=ast.Tuple(elts=elts)) if len(elts) > 1:
-            return wrapped(f"return {', '.join(map(ast.unparse, elts))}", indent, beside)
-    return wrapped(ast.unparse(node), indent, beside)
+            return wrapped(f"return {', '.join(map(_unparse, elts))}", indent, beside)
+    return wrapped(_unparse(node), indent, beside)
 
 
 def _if(keyword: str, node: ast.stmt, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt], indent: int) -> list[str]:
-    lines = [*wrapped(f"{keyword} {ast.unparse(test)}:", indent, margin(node).beside), *print_statements(body, indent + 4)]
+    lines = [*wrapped(f"{keyword} {_unparse(test)}:", indent, margin(node).beside), *print_statements(body, indent + 4)]
     if len(orelse) == 1 and isinstance(orelse[0], ast.If) and not margin(orelse[0]).above:
         inner = orelse[0]
         return lines + _if("elif", inner, inner.test, inner.body, inner.orelse, indent)
@@ -136,31 +137,51 @@ def docstring(text: str, indent: int = 4) -> list[str]:
     """Lines of a docstring; its own line breaks stay, and a line too long is filled."""
     pad, quotes = " " * indent, '"' * 3
     text = inspect.cleandoc(text.replace("\\", "\\\\").replace(quotes, "'" * 3))
-    lines = [line for long in text.splitlines() for line in textwrap.wrap(long, WIDTH - indent - 6, break_long_words=False) or [""]]
+    lines = [line for paragraph in re.split(r"\n(?=\n|[ -])", text) for line in _filled(paragraph, WIDTH - indent - 6)]
     if len(lines) == 1:
         return [f"{pad}{quotes}{lines[0]}{quotes}"]
     return [f"{pad}{quotes}{lines[0]}", *((pad + line).rstrip() for line in lines[1:]), f"{pad}{quotes}"]
 
 
+def _filled(paragraph: str, width: int) -> list[str]:
+    """The lines of a paragraph, as they are if they fit."""
+    lines = paragraph.split("\n")
+    if all(len(line) <= width for line in lines):
+        return lines
+    blank = [""] if not lines[0] else []
+    return blank + textwrap.wrap(" ".join(lines).strip(), width, break_long_words=False, break_on_hyphens=False)
+
+
 def _signature(node: ast.FunctionDef, indent: int) -> list[str]:
     """In one line if it fits; else parameters that have a comment on a line of their own, the others as many to a line as fit."""
     pad, inner = " " * indent, " " * (indent + 4)
-    ending = ")" + (f" -> {ast.unparse(node.returns)}" if node.returns else "") + ":"
-    parameters = [(ast.unparse(arg), margin(arg)) for arg in node.args.args]
-    whole = f"{pad}def {node.name}({', '.join(text for text, _ in parameters)}{ending}"
-    if len(whole) <= WIDTH and not any(around.above or around.beside for _, around in parameters):
-        return [whole]
-    lines, current = [f"{pad}def {node.name}("], ""
-    for text, around in parameters:
-        if around.above or len(inner) + len(current) + len(text) + 2 > WIDTH:
-            lines += [inner + current] if current else []
-            lines += [inner + comment for comment in around.above]
-            current = ""
-        current = f"{current} {text}," if current else f"{text},"
+    ending = ")" + (f" -> {_unparse(node.returns)}" if node.returns else "") + ":"
+    lines, pending = [f"{pad}def {node.name}("], ""
+    for _, group in itertools.groupby(node.args.args, key=lambda arg: getattr(arg, "lineno", None)):
+        texts, around = "", Margin()
+        for arg in group:
+            own = margin(arg)
+            around = Margin(around.above + own.above, around.beside or own.beside)
+            texts += f" {_unparse(arg)},"
+        joined = len(inner) + len(pending) + len(texts) <= WIDTH
+        if pending and not (joined and around == Margin()):
+            lines.append(inner + pending)
+            pending = ""
+        lines += [inner + comment for comment in around.above]
+        pending = f"{pending}{texts}" if pending else texts[1:]
         if around.beside:
-            lines.append(f"{inner}{current}  {around.beside}")
-            current = ""
-    return [*lines, *([inner + current] if current else []), pad + ending]
+            lines.append(f"{inner}{pending}  {around.beside}")
+            pending = ""
+    lines += [inner + pending] if pending else []
+    whole = f"{pad}def {node.name}({', '.join(map(_unparse, node.args.args))}{ending}"
+    plain = not any(margin(arg).above or margin(arg).beside for arg in node.args.args)
+    return [whole] if plain and len(whole) <= WIDTH else [*lines, pad + ending]
+
+
+def _unparse(node: ast.AST) -> str:
+    """`ast.unparse` with double quotes where that is simple."""
+    text = ast.unparse(node)
+    return text if '"' in text else text.replace("'", '"')
 
 
 def wrapped(text: str, indent: int, beside: str = "") -> list[str]:

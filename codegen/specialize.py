@@ -82,7 +82,7 @@ def _bind_parameters(kernel: ast.FunctionDef, constants: Mapping[str, Constant],
                     )
                 known.add(count)
                 for i in range(number):
-                    one = ast.arg(f"{arg.arg}_{i}")
+                    one = ast.copy_location(ast.arg(f"{arg.arg}_{i}"), arg)
                     if i == 0:
                         set_margin(one, margin(arg))
                     arguments.append(one)

@@ -100,7 +100,9 @@ def test_interpreted_and_compiled_forms_live_side_by_side():
     run(interpreted)
     assert tl.zeros is zeros
     signature = {"out": "*i32", "seed_ptr": "*i64", "n": "i32", "threshold": "i64"}
-    built = compile_kernel(ASTSource(fn=compiled.function, signature=signature, constexprs={}), target=GPUTarget("cuda", 90, 32))
+    built = compile_kernel(
+        ASTSource(fn=compiled.function, signature=signature, constexprs={}), target=GPUTarget("cuda", 90, 32), options=compiled.options
+    )
     assert "philox" not in built.asm["ttir"].split("{", 1)[0] and ".entry probe" in built.asm["ptx"]
     torch.testing.assert_close(run(interpreted), keep_mask(torch.tensor(-(2**62) - 12345), torch.arange(100), 0.3))
 
