@@ -99,4 +99,5 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"sptc", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     expected = {Path("sptc", *(path.parts[1:] if path.parts[0] == "sptc" else path.parts)).as_posix() for path in SOURCES}
-    assert {name for name in names if name.endswith(".py")} == expected
+    native = {f"sptc/{path.relative_to(ROOT).as_posix()}" for suffix in ("cpp", "h") for path in (ROOT / "codegen").rglob(f"*.{suffix}")}
+    assert native and {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected | native
