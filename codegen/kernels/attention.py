@@ -109,6 +109,11 @@ class _Call:
     def drops(self) -> bool:
         return self.seed is not None and self.dropout_p > 0.0
 
+    @property
+    def aligned(self) -> bool:
+        """Whether each four keys of a block share the words of one counter."""
+        return self.k.shape[2] % 4 == 0 and self.key_block % 4 == 0
+
     @functools.cached_property
     def _through_registers(self) -> bool:
         """Whether matrix units read both operands from registers: mma.sync and mfma, not wgmma and tcgen05."""
@@ -169,7 +174,11 @@ def _by_lists(call: _Call, table: Table, constants: dict[str, Constant], argumen
     block_m, block_n = _cut(tile["BLOCK_M"], call.rows), _cut(tile["BLOCK_N"], width * call.key_block)
     whole = call.key_block >= block_n
     even = whole and call.key_block % block_n == 0 and call.k.shape[2] % call.key_block == 0
-    constants = constants | call.constants(block_m, whole) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "EVEN_KEYS": bool(even)}
+    constants = (
+        constants
+        | call.constants(block_m, whole)
+        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "EVEN_KEYS": bool(even), "DROPOUT_IN_RUNS": whole and call.aligned}
+    )
     spec = KernelSpec.of(
         table.template, constants, call.mask.hooks(), _warps(tiling.num_warps, block_m, tile["BLOCK_M"]), tiling.num_stages
     )
@@ -186,7 +195,11 @@ def _by_keys(call: _Call, constants: dict[str, Constant], arguments: dict[str, A
     block_m, block_n = _cut(tile["BLOCK_M"], call.rows * tiles), _cut(tile["BLOCK_N"], call.key_block)
     whole = call.rows >= block_m
     even = whole and call.rows % block_m == 0 and call.q.shape[2] % call.query_block == 0
-    constants = constants | call.constants(block_m, whole) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "EVEN_QUERIES": bool(even)}
+    constants = (
+        constants
+        | call.constants(block_m, whole)
+        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "EVEN_QUERIES": bool(even), "DROPOUT_IN_RUNS": call.aligned}
+    )
     warps = _warps(tiling.num_warps, block_n, tile["BLOCK_N"])
     spec = KernelSpec.of(BACKWARD_KV.template, constants, call.mask.hooks(), warps, tiling.num_stages)
     inverted, offsets = inverted_lists(call.ids, call.counts, blocks)

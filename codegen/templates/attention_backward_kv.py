@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sptc.codegen.templates.language import allowed, allowed_by_tensors, holds_throughout, many
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def attention_backward_kv(
     BIAS_BY_ROW: tl.constexpr,
     BIAS_LEAST: tl.constexpr,
     DROPOUT: tl.constexpr,
+    DROPOUT_IN_RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """grad_k [b, h_kv, m, HEAD_DIM] and grad_v [b, h_kv, m, VALUE_DIM], each where it is needed.
@@ -193,7 +194,10 @@ def attention_backward_kv(
         else:
             grad_out = tl.load(grad_row[:, None] + values[None, :], mask=(values < VALUE_DIM)[None, :], other=0.0)
         if DROPOUT:
-            survives = philox_keep(seed_ptr, row_index[None, :] * m + key[:, None], threshold)
+            if DROPOUT_IN_RUNS:
+                survives = tl.trans(philox_keep_runs(seed_ptr, row_index * m + k_first, threshold, BLOCK_N))
+            else:
+                survives = philox_keep(seed_ptr, row_index[None, :] * m + key[:, None], threshold)
         if NEED_V:
             if DROPOUT:
                 dropped = tl.where(survives, weights * keep_scale, 0.0)

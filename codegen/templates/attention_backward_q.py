@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sptc.codegen.templates.language import allowed, allowed_by_tensors, holds_throughout, many
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -77,6 +77,7 @@ def attention_backward_q(
     BIAS_BY_ROW: tl.constexpr,
     BIAS_LEAST: tl.constexpr,
     DROPOUT: tl.constexpr,
+    DROPOUT_IN_RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta [b, h, n], the sum of out * grad_out over features, and grad_q [b, h, n, HEAD_DIM] where it is needed.
@@ -202,8 +203,11 @@ def attention_backward_q(
                 v = tl.load(v_base + (key_row * v_stride_m + values[None, :]), mask=(values < VALUE_DIM)[None, :], other=0.0)
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
-                kept = philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold)
-                grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
+                if DROPOUT_IN_RUNS:
+                    survives = philox_keep_runs(seed_ptr, row_index * m + k_first, threshold, BLOCK_N)
+                else:
+                    survives = philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold)
+                grad_weights = tl.where(survives, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[:, None])
             acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sptc.codegen.templates.language import allowed, allowed_by_tensors, holds_throughout, many
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -70,6 +70,7 @@ def attention_forward(
     BIAS_BY_ROW: tl.constexpr,
     BIAS_LEAST: tl.constexpr,
     DROPOUT: tl.constexpr,
+    DROPOUT_IN_RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out [b, h, n, VALUE_DIM] and lse [b, h, n] (natural logarithm; -inf for a row without keys, whose output is zeros).
@@ -192,7 +193,11 @@ def attention_forward(
         total = total * shrink + tl.sum(weights, 1)
         maximum = new_maximum
         if DROPOUT:
-            weights = tl.where(philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold), weights, 0.0)
+            if DROPOUT_IN_RUNS:
+                survives = philox_keep_runs(seed_ptr, row_index * m + k_first, threshold, BLOCK_N)
+            else:
+                survives = philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold)
+            weights = tl.where(survives, weights, 0.0)
         if VALUE_DIM == BLOCK_V:
             v = tl.load(v_base + (key_row * v_stride_m + values[None, :]))
         else:

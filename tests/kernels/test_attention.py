@@ -107,6 +107,12 @@ def test_every_size_with_and_without_a_mask(sizes: str) -> None:
     check("causal", sizes, (torch.float16, torch.float32)[turn % 2], 0.0)
 
 
+@pytest.mark.parametrize("sizes", ["even", "parts of blocks", "larger tiles"])
+def test_dropout_drops_what_the_reference_drops(sizes: str) -> None:
+    """In the first two, four keys share the words of one counter."""
+    check("window", sizes, torch.float32, 0.3)
+
+
 def test_full_lists_equal_dense_attention() -> None:
     b, h, h_kv, n, d, query_block, key_block = 1, 4, 2, 37, 16, 16, 16
     q, k, v, grad_out = (heads(b, x, n, d, torch.float32, seed) for seed, x in enumerate((h, h_kv, h_kv, h)))
