@@ -258,7 +258,7 @@ def _up(
         "DEPTH": x.shape[1],
         "BLOCK_R": _rank_lanes([adapter.shape[1] for _, adapter in adapters.values()]),
     }
-    facts = {"ups": len(up), "width": lists.width, "depth": x.shape[1]}
+    facts = {"ups": len(up), "dropouts": int(dropout.active), "width": lists.width, "depth": x.shape[1]}
     lists.by_rows(UP, lists.width, x.shape[1], facts, constants, arguments, {"activation": activation})
 
 
@@ -278,7 +278,7 @@ def _grad_hidden(
 ) -> Tensor:
     """Fill `grad_pre` and `hidden` where given; fp32 [parts, capacity], whose sum over parts is the gradient of scale, if needed."""
     depth, ups = down.shape[1], pre.shape[0]
-    facts = {"ups": ups, "width": lists.width, "depth": depth}
+    facts = {"ups": ups, "dropouts": dropout.active + lora_dropout.active, "width": lists.width, "depth": depth}
     sizes, _, _ = lists.tiles(GRAD_HIDDEN, {"BLOCK_N": lists.width}, **facts)
     parts = -(-lists.width // sizes["BLOCK_N"]) if needs_scale else 0
     grad_scale = torch.empty((parts, lists.capacity), dtype=torch.float32, device=pre.device)

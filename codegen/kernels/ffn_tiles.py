@@ -11,8 +11,10 @@ import sympy
 from sptc.codegen.tiling import Table, Tiling
 
 _M, _N, _K, _WARPS, _STAGES, _LANES = sympy.symbols("BLOCK_M BLOCK_N BLOCK_K num_warps num_stages warp_size")
-_SLICES, _UPS, _ITEM = sympy.symbols("SLICES ups itemsize")
+_SLICES, _UPS, _DROPS, _ITEM = sympy.symbols("SLICES ups dropouts itemsize")
 _THREADS = _WARPS * _LANES
+_SUMS = _M * _N * _ITEM / (2 * _THREADS)  # fp32 operands need no more room for sums, but for what they are made of
+_CROWD = sympy.Max(1, _THREADS / 256)  # from 256 threads on, more of them share the same registers
 _Row = tuple[int, int, int, int, int]  # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
 
 
@@ -21,8 +23,8 @@ def _tiles(*rows: _Row, **more: int) -> tuple[Tiling, ...]:
 
 
 _HOPPER: tuple[_Row, ...] = (
-    (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 4, 4), (64, 64, 32, 4, 3),
-    (64, 32, 32, 4, 2),
+    (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 3),
+    (64, 64, 32, 4, 3), (64, 32, 32, 4, 2),
 )  # fmt: skip
 _ROWS: dict[str, tuple[_Row, ...]] = {
     "sm_90": _HOPPER,
@@ -35,28 +37,38 @@ _ROWS: dict[str, tuple[_Row, ...]] = {
         (64, 64, 32, 4, 2),
         (64, 32, 32, 4, 2),
     ),
-    "": ((128, 256, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2)),
+    "": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2)),
 }
-_SLICED = {name: tuple(tile for row in rows for slices in (2, 4) for tile in _tiles(row, SLICES=slices)) for name, rows in _ROWS.items()}
+
+
+def _sliced(rows: dict[str, tuple[_Row, ...]]) -> dict[str, tuple[Tiling, ...]]:
+    return {
+        name: tuple(tile for row in of_target for part in (64, 32, 16) for tile in _tiles(row, SLICES=max(1, row[1] // part)))
+        for name, of_target in rows.items()
+    }
+
+
+# Before Hopper operands of a product pass through registers too: two up projections of 128 columns each do not fit.
+_NARROW: tuple[_Row, ...] = ((128, 256, 32, 8, 3), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2))
 _PLAIN = {name: _tiles(*rows) for name, rows in _ROWS.items()}
 
 UP = Table(
     "ffn_up",
-    _SLICED,
+    _sliced({**_ROWS, "": _NARROW}),
     shared_memory=_STAGES * (_M + _UPS * _N) * _K * _ITEM,
-    registers=_UPS * _M * _N * _ITEM / (2 * _THREADS) + 64,
+    registers=_CROWD * (_UPS * _SUMS * (1 + (1 + _DROPS) / _SLICES) + 64),
 )
 GRAD_HIDDEN = Table(
     "ffn_grad_hidden",
-    _SLICED,
+    _sliced(_ROWS),
     shared_memory=_STAGES * (_M + _N) * _K * _ITEM,
-    registers=(1 + _UPS / _SLICES) * _M * _N * _ITEM / (2 * _THREADS) + 64,
+    registers=_CROWD * (_SUMS * (1 + _UPS * (1 + _DROPS) / _SLICES) + 112),
 )
 PRODUCT = Table(
     "grouped_product",
     _PLAIN,
     shared_memory=_STAGES * (_M + _N) * _K * _ITEM,
-    registers=_M * _N * _ITEM / (2 * _THREADS) + 64,
+    registers=_CROWD * (_SUMS + 64),
 )
 OUTER = Table("grouped_outer", _PLAIN, PRODUCT.shared_memory, PRODUCT.registers)
 _T, _C = sympy.symbols("BLOCK_T BLOCK_C")

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sptc.codegen.templates.grouping import halves, list_segment, tile_position
 from sptc.codegen.templates.language import activation, activation_backward, unroll
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def ffn_grad_hidden(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
-    SLICES: tl.constexpr,  # 1, 2 or 4: of the columns, one after the other in the epilogue
+    SLICES: tl.constexpr,  # a power of two: of the columns, one after the other in the epilogue
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M list entries of one block x BLOCK_N of its hidden units."""
@@ -88,34 +88,22 @@ def ffn_grad_hidden(
             grad = tl.dot(rows, columns, grad, input_precision=PRECISION)
             grad_tile += BLOCK_K
             down_tile += BLOCK_K * down_feature
-        if ADAPTED:
-            # Dropout of the adapter's input acts on its part of the gradient only.
-            through = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if LORA_DROPOUT else grad
+        if ADAPTED and not LORA_DROPOUT:
             for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-                lane = r + tl.arange(0, BLOCK_R)
-                in_rank = lane < rank
-                low_rows = tl.load(grad_low + token[:, None] * grad_low_row + lane[None, :], mask=in_rank[None, :], other=0.0)
+                factor_lane = r + tl.arange(0, BLOCK_R)
+                in_rank = factor_lane < rank
+                low_rows = tl.load(grad_low + token[:, None] * grad_low_row + factor_lane[None, :], mask=in_rank[None, :], other=0.0)
                 adapter = tl.load(
-                    down_A + first_unit * down_A_unit + (unit[None, :] * down_A_unit + lane[:, None] * down_A_rank),
+                    down_A + first_unit * down_A_unit + (unit[None, :] * down_A_unit + factor_lane[:, None] * down_A_rank),
                     mask=in_rank[:, None] & in_block[None, :],
                     other=0.0,
                 )
-                through = tl.dot(low_rows, adapter, through, input_precision=PRECISION)
-            if LORA_DROPOUT:
-                lora_keep = philox_keep(lora_seed, (token * (BLOCKS * WIDTH) + first_unit)[:, None] + unit[None, :], lora_threshold)
-                grad += tl.where(lora_keep, through * lora_kept, 0.0)
-            else:
-                grad = through
-    if GRAD_PRE or GRAD_SCALE:
+                grad = tl.dot(low_rows, adapter, grad, input_precision=PRECISION)
         grad_part = {}
-        if SLICES == 1:
-            grad_part[0] = grad
-        if SLICES == 2:
-            grad_part[0], grad_part[1] = halves(grad, BLOCK_M, BLOCK_N)
-        if SLICES == 4:
-            left, right = halves(grad, BLOCK_M, BLOCK_N)
-            grad_part[0], grad_part[1] = halves(left, BLOCK_M, BLOCK_N // 2)
-            grad_part[2], grad_part[3] = halves(right, BLOCK_M, BLOCK_N // 2)
+        grad_part[1] = grad
+        # A binary tree: node j has the halves 2 * j and 2 * j + 1, so that the leaves are in order.
+        for j in unroll(SLICES - 1):
+            grad_part[2 * j + 2], grad_part[2 * j + 3] = halves(grad_part[j + 1])
 
     # Offsets within a tile fit in 32 bits; the tile's own place may not.
     place = first.to(tl.int64) * WIDTH
@@ -126,28 +114,54 @@ def ffn_grad_hidden(
         products = tl.zeros((BLOCK_M,), tl.float32)
     u, g = {}, {}
     for s in unroll(SLICES):
-        part_unit = column_tile * BLOCK_N + s * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
+        lane = tl.arange(0, BLOCK_N // SLICES)
+        part_first = column_tile * BLOCK_N + s * (BLOCK_N // SLICES)
+        part_unit = part_first + lane
         in_part = part_unit < WIDTH
         inside = tl.arange(0, BLOCK_M)[:, None] * WIDTH + part_unit[None, :]
         stored = in_list[:, None] & in_part[None, :]
+        drawn = token * (BLOCKS * WIDTH) + first_unit + part_first
+        if GRAD_PRE or GRAD_SCALE:
+            g_hidden = grad_part[SLICES + s]
+            if ADAPTED and LORA_DROPOUT:
+                # Dropout of the adapter's input acts on its part of the gradient only.
+                through = tl.zeros((BLOCK_M, BLOCK_N // SLICES), tl.float32)
+                for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                    factor_lane = r + tl.arange(0, BLOCK_R)
+                    in_rank = factor_lane < rank
+                    low_rows = tl.load(grad_low + token[:, None] * grad_low_row + factor_lane[None, :], mask=in_rank[None, :], other=0.0)
+                    adapter = tl.load(
+                        down_A + first_unit * down_A_unit + (part_unit[None, :] * down_A_unit + factor_lane[:, None] * down_A_rank),
+                        mask=in_rank[:, None] & in_part[None, :],
+                        other=0.0,
+                    )
+                    through = tl.dot(low_rows, adapter, through, input_precision=PRECISION)
+                if WIDTH % 4 == 0:
+                    lora_keep = philox_keep_runs(lora_seed, drawn, lora_threshold, BLOCK_N // SLICES)
+                else:
+                    lora_keep = philox_keep(lora_seed, drawn[:, None] + lane[None, :], lora_threshold)
+                g_hidden += tl.where(lora_keep, through * lora_kept, 0.0)
         if DROPOUT:
-            keep = philox_keep(seed, (token * (BLOCKS * WIDTH) + first_unit)[:, None] + part_unit[None, :], threshold)
+            if WIDTH % 4 == 0:
+                keep = philox_keep_runs(seed, drawn, threshold, BLOCK_N // SLICES)
+            else:
+                keep = philox_keep(seed, drawn[:, None] + lane[None, :], threshold)
             if GRAD_PRE or GRAD_SCALE:
-                grad_part[s] = tl.where(keep, grad_part[s] * kept, 0.0)
+                g_hidden = tl.where(keep, g_hidden * kept, 0.0)
         for i in unroll(UPS):
             u[i] = tl.load(pre + (place + i * plane) + inside, mask=stored, other=0.0).to(tl.float32)
         if HIDDEN or GRAD_SCALE:
             a = activation(*u[:UPS])
         if GRAD_SCALE:
             # Units beyond the block have a gradient of 0 (their weights count as 0), but act(0) may be infinite.
-            products += tl.sum(tl.where(in_part[None, :], grad_part[s] * a, 0.0), 1)
+            products += tl.sum(tl.where(in_part[None, :], g_hidden * a, 0.0), 1)
         if HIDDEN:
             h = a * factor if SCALED else a
             if DROPOUT:
                 h = tl.where(keep, h * kept, 0.0)
             tl.store(hidden + place + inside, h.to(hidden.dtype.element_ty), mask=stored)
         if GRAD_PRE:
-            scaled = grad_part[s] * factor if SCALED else grad_part[s]
+            scaled = g_hidden * factor if SCALED else g_hidden
             g[:UPS] = activation_backward(scaled, *u[:UPS])
             for i in unroll(UPS):
                 tl.store(grad_pre + (place + i * plane) + inside, g[i].to(grad_pre.dtype.element_ty), mask=stored)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sptc.codegen.templates.grouping import halves, list_segment, tile_position
 from sptc.codegen.templates.language import activation, many, unroll
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def ffn_up(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
-    SLICES: tl.constexpr,  # 1, 2 or 4: of the columns, one after the other in the epilogue
+    SLICES: tl.constexpr,  # a power of two: of the columns, one after the other in the epilogue
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M list entries of one block x BLOCK_N of its hidden units."""
@@ -98,40 +98,41 @@ def ffn_up(
     for i in unroll(UPS):
         if (ADAPTED >> i) & 1:
             for r in tl.range(0, rank[i], BLOCK_R, num_stages=1):
-                lane = r + tl.arange(0, BLOCK_R)
-                in_rank = lane < rank[i]
-                factor = tl.load(low[i] + token[:, None] * low_row[i] + lane[None, :], mask=in_rank[None, :], other=0.0)
+                factor_lane = r + tl.arange(0, BLOCK_R)
+                in_rank = factor_lane < rank[i]
+                factor = tl.load(low[i] + token[:, None] * low_row[i] + factor_lane[None, :], mask=in_rank[None, :], other=0.0)
                 adapter = tl.load(
-                    up_B[i] + first_unit * up_B_unit[i] + (unit[None, :] * up_B_unit[i] + lane[:, None] * up_B_rank[i]),
+                    up_B[i] + first_unit * up_B_unit[i] + (unit[None, :] * up_B_unit[i] + factor_lane[:, None] * up_B_rank[i]),
                     mask=in_rank[:, None] & in_block[None, :],
                     other=0.0,
                 )
                 u[i] = tl.dot(factor, adapter, u[i], input_precision=PRECISION)
-        # up_part[s * UPS + i] is slice s of the columns of u[i].
-        if SLICES == 1:
-            up_part[i] = u[i]
-        if SLICES == 2:
-            up_part[i], up_part[UPS + i] = halves(u[i], BLOCK_M, BLOCK_N)
-        if SLICES == 4:
-            left, right = halves(u[i], BLOCK_M, BLOCK_N)
-            up_part[i], up_part[UPS + i] = halves(left, BLOCK_M, BLOCK_N // 2)
-            up_part[2 * UPS + i], up_part[3 * UPS + i] = halves(right, BLOCK_M, BLOCK_N // 2)
+        up_part[UPS + i] = u[i]
+        # A binary tree: node j has the halves 2 * j and 2 * j + 1, so that the leaves are in order.
+        for j in unroll(SLICES - 1):
+            up_part[(2 * j + 2) * UPS + i], up_part[(2 * j + 3) * UPS + i] = halves(up_part[(j + 1) * UPS + i])
 
     hidden_tile = hidden + first.to(tl.int64) * WIDTH
     for s in unroll(SLICES):
-        part_unit = column_tile * BLOCK_N + s * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
+        lane = tl.arange(0, BLOCK_N // SLICES)
+        part_first = column_tile * BLOCK_N + s * (BLOCK_N // SLICES)
+        part_unit = part_first + lane
         in_part = part_unit < WIDTH
         inside = tl.arange(0, BLOCK_M)[:, None] * WIDTH + part_unit[None, :]
         stored = in_list[:, None] & in_part[None, :]
         for i in unroll(UPS):
             if (BIASED >> i) & 1:
                 added = tl.load(bias[i] + first_unit + part_unit, mask=in_part, other=0.0).to(tl.float32)
-                up_part[s * UPS + i] += added[None, :]
-            tl.store(pre_tile + i * plane + inside, up_part[s * UPS + i].to(pre.dtype.element_ty), mask=stored)
-        a = activation(*up_part[s * UPS : s * UPS + UPS])
+                up_part[(SLICES + s) * UPS + i] += added[None, :]
+            tl.store(pre_tile + i * plane + inside, up_part[(SLICES + s) * UPS + i].to(pre.dtype.element_ty), mask=stored)
+        a = activation(*up_part[(SLICES + s) * UPS : (SLICES + s + 1) * UPS])
         if SCALED:
             a *= tl.load(scale + row, mask=in_list, other=0.0).to(tl.float32)[:, None]
         if DROPOUT:
-            keep = philox_keep(seed, (token * (BLOCKS * WIDTH) + first_unit)[:, None] + part_unit[None, :], threshold)
+            drawn = token * (BLOCKS * WIDTH) + first_unit + part_first
+            if WIDTH % 4 == 0:
+                keep = philox_keep_runs(seed, drawn, threshold, BLOCK_N // SLICES)
+            else:
+                keep = philox_keep(seed, drawn[:, None] + lane[None, :], threshold)
             a = tl.where(keep, a * kept, 0.0)
         tl.store(hidden_tile + inside, a.to(hidden.dtype.element_ty), mask=stored)

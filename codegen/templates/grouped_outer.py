@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sptc.codegen.templates.grouping import tile_position
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def grouped_outer(
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_block = unit < WIDTH
     in_columns = column < COLUMNS
-    weight = block.to(tl.int64) * WIDTH + unit
+    first_unit = block.to(tl.int64) * WIDTH + unit_tile * BLOCK_M
     start = tl.load(offsets + block)
     end = tl.load(offsets + block + 1)
     lane = tl.arange(0, BLOCK_K)
@@ -51,8 +51,12 @@ def grouped_outer(
         units = tl.load(left + entry.to(tl.int64)[:, None] * WIDTH + unit[None, :], mask=in_list[:, None] & in_block[None, :], other=0.0)
         rows = tl.load(right + token[:, None] * right_row + column[None, :], mask=in_list[:, None] & in_columns[None, :], other=0.0)
         if DROPOUT:
-            keep = philox_keep(seed, token[:, None] * (BLOCKS * WIDTH) + weight[None, :], threshold)
+            drawn = token * (BLOCKS * WIDTH) + first_unit
+            if WIDTH % 4 == 0:
+                keep = philox_keep_runs(seed, drawn, threshold, BLOCK_M)
+            else:
+                keep = philox_keep(seed, drawn[:, None] + tl.arange(0, BLOCK_M)[None, :], threshold)
             units = tl.where(keep, units * kept, 0.0).to(rows.dtype)
         total = tl.dot(tl.trans(units), rows, total, input_precision=PRECISION)
-    place = weight[:, None] * out_unit + column.to(tl.int64)[None, :] * out_column
+    place = (first_unit + tl.arange(0, BLOCK_M))[:, None] * out_unit + column.to(tl.int64)[None, :] * out_column
     tl.store(out + place, total.to(out.dtype.element_ty), mask=in_block[:, None] & in_columns[None, :])

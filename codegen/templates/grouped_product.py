@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sptc.codegen.templates.grouping import list_segment, tile_position
 from sptc.codegen.templates.language import many, unroll
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def grouped_product(
     first_unit = block.to(tl.int64) * WIDTH
     if DROPOUT:
         token = tl.load(tokens + row, mask=in_list, other=0).to(tl.int64)
-        drawn = token[:, None] * (BLOCKS * WIDTH) + first_unit + unit[None, :]
+        drawn = token * (BLOCKS * WIDTH) + first_unit
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     a_tile, weight_tile = {}, {}
     for i in unroll(INPUTS):
@@ -65,7 +65,10 @@ def grouped_product(
                 rows = tl.load(a_tile[i], mask=unit[None, :] < WIDTH - k, other=0.0)
                 columns = tl.load(weight_tile[i], mask=in_columns[None, :] & (unit[:, None] < WIDTH - k), other=0.0)
             if DROPOUT:
-                keep = philox_keep(seed, drawn + k, threshold)
+                if WIDTH % 4 == 0:
+                    keep = philox_keep_runs(seed, drawn + k, threshold, BLOCK_K)
+                else:
+                    keep = philox_keep(seed, (drawn + k)[:, None] + unit[None, :], threshold)
                 rows = tl.where(keep, rows * kept, 0.0).to(columns.dtype)
             total = tl.dot(rows, columns, total, input_precision=PRECISION)
             a_tile[i] += BLOCK_K

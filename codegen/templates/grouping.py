@@ -34,6 +34,6 @@ def list_segment(tile, offsets, capacity, BLOCKS: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def halves(tile):
     """Left and right half of the columns of `tile`. An epilogue that goes by slices holds fewer values at a time, in fewer registers."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
