@@ -128,6 +128,7 @@ class _Call:
             "itemsize": self.q.element_size(),
             "rows": self.rows,
             "key_block": self.key_block,
+            "dropout": int(self.drops),
             "through_registers": int(self._through_registers),
         }
 

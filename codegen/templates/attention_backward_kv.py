@@ -171,14 +171,21 @@ def attention_backward_kv(
             # Conjuncts that read no tensor are known for a whole block at once, as a rule.
             if holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
                 if READS_TENSORS:
-                    keep = allowed_by_tensors(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
-                    scores = tl.where(keep, scores, float("-inf"))
+                    scores = tl.where(
+                        allowed_by_tensors(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
+                        scores,
+                        float("-inf"),
+                    )
             else:
-                keep = allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
-                scores = tl.where(keep, scores, float("-inf"))
+                scores = tl.where(
+                    allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
+                    scores,
+                    float("-inf"),
+                )
         elif PREDICATE:
-            keep = allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
-            scores = tl.where(keep, scores, float("-inf"))
+            scores = tl.where(
+                allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]), scores, float("-inf")
+            )
 
         # A row without keys has lse -inf; +inf in its place makes all its weights 0.
         lse = tl.load(lse_ptr + row_index)

@@ -183,16 +183,25 @@ def attention_backward_q(
                 k_last = tl.minimum(k_first + min(BLOCK_N, KEY_BLOCK), m) - 1
                 if holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
                     if READS_TENSORS:
-                        keep = allowed_by_tensors(
-                            b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]
+                        scores = tl.where(
+                            allowed_by_tensors(
+                                b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]
+                            ),
+                            scores,
+                            float("-inf"),
                         )
-                        scores = tl.where(keep, scores, float("-inf"))
                 else:
-                    keep = allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
-                    scores = tl.where(keep, scores, float("-inf"))
+                    scores = tl.where(
+                        allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
+                        scores,
+                        float("-inf"),
+                    )
             elif PREDICATE:
-                keep = allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
-                scores = tl.where(keep, scores, float("-inf"))
+                scores = tl.where(
+                    allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
+                    scores,
+                    float("-inf"),
+                )
             if not EVEN_KEYS:
                 scores = tl.where(key_live[None, :], scores, float("-inf"))
 

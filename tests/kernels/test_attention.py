@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from sptc.codegen.aot import compile_ahead, resources
 from sptc.codegen.block_lists import block_count, list_width
 from sptc.codegen.kernels import attention
 from sptc.codegen.kernels.inverted import inverted_lists
 from sptc.codegen.launch import recorded
 from sptc.codegen.load import load
 from sptc.codegen.reference import attention as reference
+from sptc.codegen.target import KNOWN, targeting
 from sptc.codegen.tiling import Tiling, using
 from tests.attention_cases import MASKS, heads, operands
 
@@ -187,6 +189,26 @@ def test_launches_need_no_values(name: str) -> None:
     assert [(x.spec, x.grid) for x in fake] == [(x.spec, x.grid) for x in real]
     for x in fake:
         assert set(load(x.spec).parameters) <= x.arguments.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "h_kv", "query_block", "key_block"),
+    [("all", 4, 128, 64), ("causal padding", 2, 128, 64), ("documents", 1, 16, 64), ("per head", 1, 8, 128), ("all", 2, 1, 1)],
+)
+def test_compiles_for_a_gpu(name: str, h_kv: int, query_block: int, key_block: int) -> None:
+    """Triton's types are stricter than its interpreter: where masks branch, where lists are gathered, with dropout in runs and without."""
+    b, h, n, m, d = 2, 4, 256, 256, 64
+    predicate, tensors, sizes, mask, bias = operands(name, b, h, n, m)
+    spec = (predicate, tensors, sizes, mask, None if bias is None else bias.bfloat16())
+    q, k = heads(b, h, n, d, torch.bfloat16), heads(b, h_kv, m, d, torch.bfloat16)
+    ids, counts = some_lists(b, h_kv, n, m, query_block, key_block)
+    rest = (torch.tensor(3), 0.1, 0.125, query_block, key_block)
+    with targeting(KNOWN["sm_90"]), recorded() as launches:
+        out, lse = attention.forward(q, k, k, ids, counts, *spec, *rest)
+        attention.backward(out, q, k, k, out, lse, ids, counts, *spec, *rest, [True] * 3)
+    for launch in launches:
+        compiled = compile_ahead(launch, KNOWN["sm_90"])
+        assert compiled.shared_memory <= KNOWN["sm_90"].shared_memory and resources(compiled).matrix_instructions
 
 
 def test_dtypes_without_kernels_are_refused() -> None:
