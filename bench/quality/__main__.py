@@ -1,0 +1,139 @@
+"""`python -m bench.quality`: fine-tune small models dense and sparse, from the same seed on the same data, and compare what they learn."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from tabulate import tabulate
+
+import sptc
+from bench.quality.diagnose import AttentionMeasure, FfnMeasure, Measure, diagnose
+from bench.quality.language_model import MODELS, pretrained
+from bench.quality.plot import plot
+from bench.quality.results import FOLDER, load, save, table
+from bench.quality.tasks import BUDGETS, TASKS, Budget
+from bench.quality.training import DIAGNOSED, example_order, train
+from bench.quality.variants import DENSE, VARIANTS, variant
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", choices=MODELS, default="10M", help="the language model of lm and answers (default: %(default)s)")
+    pretrain = commands.add_parser("pretrain", parents=[model], help="pretrain the language model, and keep it in the cache folder")
+    pretrain.set_defaults(act=_pretrain)
+
+    what = argparse.ArgumentParser(add_help=False, parents=[model])
+    what.add_argument("--task", action="append", choices=TASKS, help="may be repeated (default: all)")
+    what.add_argument("--variant", action="append", help=f"""{", ".join(VARIANTS)}, or name='{{"option": value}}'; may be repeated""")
+    what.add_argument("--batch", type=int, help="sequences a step")
+
+    run = commands.add_parser("run", parents=[what], help="fine-tune every variant on every task with every seed")
+    run.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: %(default)s)")
+    run.add_argument("--compile", choices=("inductor", "aot"), default="inductor", help="aot: no Inductor, whose compiles take minutes")
+    run.add_argument("--steps", type=int)
+    run.add_argument("--every", type=int, help="steps between evaluations")
+    run.add_argument("--held-out", type=int, help="most held-out sequences")
+    run.add_argument("--learning-rate", type=float)
+    run.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)")
+    run.set_defaults(act=_run)
+
+    regions = commands.add_parser("diagnose", parents=[what], help="what sparsity does to each region before training")
+    regions.set_defaults(act=_diagnose)
+
+    for name, act, text in (("table", _table, "print the results"), ("plot", _plot, "draw held-out loss over steps and seconds")):
+        shown = commands.add_parser(name, help=text)
+        shown.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)")
+        shown.add_argument(
+            "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of all threads, for a machine that others use too"
+        )
+        shown.set_defaults(act=act)
+
+    arguments = parser.parse_args()
+    arguments.act(arguments)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    print(f"held-out loss {pretrained(MODELS[arguments.model]).loss:.3f}")
+
+
+def _budget(task: str, arguments: argparse.Namespace) -> Budget:
+    given = {name: getattr(arguments, name, None) for name in ("steps", "batch", "every", "held_out", "learning_rate")}
+    return replace(BUDGETS[task], **{name: value for name, value in given.items() if value is not None})
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    variants = dict(variant(text) for text in arguments.variant or VARIANTS)
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    for name in arguments.task or TASKS:
+        budget = _budget(name, arguments)
+        task = TASKS[name](budget, arguments.model)
+        print(f"{name}: {len(task.train)} sequences to train on, {len(task.held_out)} held out")
+        for seed in range(arguments.seeds):
+            for label, options in variants.items():
+                record = train(task, label, options, seed, budget, arguments.compile)
+                record.machine = machine
+                save(arguments.out, record)
+    print(table(load(arguments.out), "wall"))
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    chosen = dict(variant(text) for text in arguments.variant or ["paper"])
+    for name in arguments.task or TASKS:
+        budget = _budget(name, arguments)
+        task = TASKS[name](budget, arguments.model)
+        batch = task.train.take(example_order(len(task.train), budget, seed=0)[0])
+        for label, options in chosen.items():
+            if options is None:
+                raise SystemExit(f"nothing to measure: {DENSE!r} has no sparse region")
+            torch.manual_seed(0)
+            objective = task.objective()
+            sptc.prepare(objective, batch, options)
+            measures = diagnose(objective, {key: value[:DIAGNOSED] for key, value in batch.items()}, options)
+            print(f"\n{name}, {label}: before training\n\n{regions_table(measures)}")
+
+
+def regions_table(measures: list[Measure]) -> str:
+    """Attention regions, then FFN regions."""
+    attention = [
+        (m.module, *(f"{x:.3f}" for x in (m.error, m.mass, m.best_error, m.best_mass, m.nearest_mass, m.keys_mass)))
+        for m in measures
+        if isinstance(m, AttentionMeasure)
+    ]
+    headers = ("attention", "error", "mass kept", "best blocks: error", "mass", "nearest blocks: mass", "best keys: mass")
+    ffn = [(m.module, f"{m.error:.3f}", " ".join(f"{x:.2f}" for x in m.shares)) for m in measures if isinstance(m, FfnMeasure)]
+    parts = [(attention, headers), (ffn, ("FFN", "error", "share of tokens of each block"))]
+    return "\n\n".join(tabulate(rows, names, tablefmt="github", disable_numparse=True) for rows, names in parts if rows)
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    print(table(load(arguments.out), arguments.clock))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    for path in plot(load(arguments.out), arguments.out, arguments.clock):
+        print(path)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("sptc.state").setLevel(logging.ERROR)  # that a prepared model runs dense in eager mode is what we evaluate
+    warnings.filterwarnings("ignore", module="torch")  # between progress bars
+    main()

@@ -1,0 +1,152 @@
+"""One run: a task, a variant, a seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch._dynamo
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from tqdm import tqdm
+
+import sptc
+from bench.quality.diagnose import diagnose
+from bench.quality.tasks import Budget, Examples, Inputs, Task
+from bench.quality.variants import Options
+from sptc.backend import compile_graph
+from sptc.config import Config
+
+Compile = Literal["inductor", "aot"]
+WARM = 0.1  # share of the steps over which the learning rate rises; then it stays, so that a run's loss at any time is a fair one
+DIAGNOSED = 4  # sequences of the example batch that regions are measured on
+
+
+@dataclass(frozen=True)
+class Point:
+    """Held-out loss and accuracy after some steps."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class Record:
+    """What one run measured. `points` are evaluated as trained, sparse for a sparse variant; `dense_points` by the dense model."""
+
+    task: str
+    model: str
+    variant: str
+    options: Options
+    seed: int
+    budget: Budget
+    compile: Compile
+    points: list[Point] = field(default_factory=list)
+    dense_points: list[Point] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    wall_seconds: list[float] = field(default_factory=list)  # of each step
+    cpu_seconds: list[float] = field(default_factory=list)  # of each step, over all threads
+    rewritten: int = 0  # regions
+    regions: list[dict[str, Any]] = field(default_factory=list)  # after training
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(task: Task, name: str, options: Options, seed: int, budget: Budget, how: Compile) -> Record:
+    """Fine-tune with LoRA. The seed decides the adapters' start and the order of the examples, the same for every variant."""
+    torch._dynamo.reset()
+    torch.manual_seed(seed)
+    objective = task.objective().train()
+    order = example_order(len(task.train), budget, seed)
+    if options is not None:
+        sptc.prepare(objective, task.train.take(order[0]), options)
+    optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=budget.learning_rate, weight_decay=0.0)
+    optimizer.register_step_post_hook(lambda *_: sptc.step(objective))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARM * budget.steps)))
+    compiled = compile_objective(objective, options, how)
+    record = Record(task.name, task.model, name, options, seed, budget, how)
+    with tqdm(total=budget.steps, desc=f"{task.name} {name} seed {seed}", unit="step") as bar:
+        for step in range(budget.steps + 1):
+            if step % budget.every == 0 or step == budget.steps:
+                last = step in (0, budget.steps)
+                objective.eval()
+                if options is not None:
+                    record.points.append(evaluate(compiled, task.held_out, budget.batch, step))
+                if options is None or last:
+                    record.dense_points.append(evaluate(objective, task.held_out, budget.batch, step))
+                objective.train()
+                bar.set_postfix(held_out=f"{(record.points or record.dense_points)[-1].loss:.3f}")
+            if step == budget.steps:
+                break
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss, _, counted = compiled(**task.train.take(order[step]))
+            (loss / counted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            record.wall_seconds.append(time.perf_counter() - wall)
+            record.cpu_seconds.append(time.process_time() - cpu)
+            schedule.step()
+            record.losses.append((loss / counted).item())
+            bar.update()
+    if options is None:
+        record.points = record.dense_points
+    else:
+        record.rewritten = sum(region.status == "rewritten" and region.graph == 0 for region in sptc.report(compiled).regions)
+        record.regions = [measure.to_dict() for measure in diagnose(objective, task.train.take(order[0][:DIAGNOSED]), options)]
+    return record
+
+
+def compile_objective(objective: nn.Module, options: Options, how: Compile) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The compiled objective. `aot` leaves Inductor out: the same sparse operators and the same values, no wait for its compile."""
+    if how == "inductor":
+        if options is None:
+            return torch.compile(objective, backend="inductor")
+        return torch.compile(objective, backend="spt", options=options)
+    if options is None:
+        return torch.compile(objective, backend=_aot)
+    config = Config.from_options(options)
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, inputs, config, inner=lambda graph, examples, _: _aot(graph, examples))
+
+    return torch.compile(objective, backend=backend)
+
+
+_aot = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward))
+
+
+@torch.no_grad()
+def evaluate(objective: Callable[..., tuple[Tensor, Tensor, Tensor]], examples: Examples, batch: int, step: int) -> Point:
+    """Mean loss and share of right answers over all labels that count, in whole batches: a shorter last one would compile anew."""
+    loss = right = counted = 0.0
+    for inputs in batches(examples, batch):
+        sums = objective(**inputs)
+        loss, right, counted = (total + float(part) for total, part in zip((loss, right, counted), sums, strict=True))
+    return Point(step, loss / counted, right / counted)
+
+
+def batches(examples: Examples, batch: int) -> Iterator[Inputs]:
+    """Whole batches in order; what is left at the end is not used.
+
+    Raises:
+        ValueError: there is not a single whole batch.
+    """
+    if len(examples) < batch:
+        raise ValueError(f"{len(examples)} held-out sequences are less than one batch of {batch}")
+    for first in range(0, len(examples) - batch + 1, batch):
+        yield examples.take(slice(first, first + batch))
+
+
+def example_order(examples: int, budget: Budget, seed: int) -> Tensor:
+    """int64 [steps, batch]: every example once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = budget.steps * budget.batch
+    rounds = [torch.randperm(examples, generator=generator) for _ in range(-(-needed // examples))]
+    return torch.cat(rounds)[:needed].view(budget.steps, budget.batch)

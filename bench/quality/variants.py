@@ -1,0 +1,58 @@
+"""The ways to fine-tune that are compared: dense, and sparse with some options of the backend."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from sptc.config import Config
+
+Options = dict[str, Any] | None  # of sptc.prepare and torch.compile(backend="spt"); None: dense
+
+DENSE = "dense"
+
+# Each against `dense`, alone before together. Densities are the paper's, attention 1/8 and FFN 1/2, where nothing else is said.
+VARIANTS: dict[str, Options] = {
+    DENSE: None,
+    "paper": {},
+    "attention": {"ffn.enabled": False},
+    "ffn": {"attention.enabled": False},
+    "attention-pooled": {"ffn.enabled": False, "attention.selector": "pooled"},
+    "attention-16x16": {"ffn.enabled": False, "attention.query_block": 16, "attention.key_block": 16},
+    "attention-8x8": {"ffn.enabled": False, "attention.query_block": 8, "attention.key_block": 8},
+    "attention-keys": {"ffn.enabled": False, "attention.query_block": 1, "attention.key_block": 1},  # the paper's rule
+    "attention-1/4": {"ffn.enabled": False, "attention.density": 0.25},
+    "attention-1/2": {"ffn.enabled": False, "attention.density": 0.5},
+    "ffn-1/4": {"attention.enabled": False, "ffn.density": 0.25},
+    "ffn-3/4": {"attention.enabled": False, "ffn.density": 0.75},
+    "ffn-4-blocks": {"attention.enabled": False, "ffn.blocks": 4},
+    "ffn-16-blocks": {"attention.enabled": False, "ffn.blocks": 16},
+    "pooled": {"attention.selector": "pooled"},
+    "quarter": {"attention.density": 0.25},
+}
+
+
+def variant(text: str) -> tuple[str, Options]:
+    """The name and options of a variant on the command line: a name of the table, or name='{"option": value}'.
+
+    Nothing is declined, so that a variant's densities are what was run, whatever pays on this machine.
+
+    Raises:
+        ValueError: an unknown name, a name that can't be part of a file's, options that are no JSON object.
+        ConfigError: an option that the backend does not know or take.
+    """
+    name, given, options = text.partition("=")
+    if not given:
+        if name not in VARIANTS:
+            raise ValueError(f"no variant {name!r}; known are {', '.join(VARIANTS)}, or give options: {name}='{{\"ffn.density\": 0.25}}'")
+        chosen = VARIANTS[name]
+    else:
+        if name in VARIANTS or not re.fullmatch(r"[\w.-][\w./-]*", name):
+            raise ValueError(f"{name!r} can't name a new variant: it is taken, or holds other than letters, digits, . / _ and -")
+        chosen = json.loads(options)
+        if not isinstance(chosen, dict):
+            raise ValueError(f"the options of {name!r} must be a JSON object, got {options}")
+    if chosen is None:
+        return name, None
+    return name, Config.from_options({"decline": "never", **chosen}).to_options()
