@@ -70,7 +70,13 @@ PRODUCT = Table(
     shared_memory=_STAGES * (_M + _N) * _K * _ITEM,
     registers=_CROWD * (_SUMS + 64),
 )
-OUTER = Table("grouped_outer", _PLAIN, PRODUCT.shared_memory, PRODUCT.registers)
+# Rows wait for their tokens, which are loaded too: a buffer for each two stages.
+OUTER = Table(
+    "grouped_outer",
+    {name: _tiles(*((m, n, k, warps, 2 * stages - 1) for m, n, k, warps, stages in rows)) for name, rows in _ROWS.items()},
+    shared_memory=(_STAGES + 1) / 2 * (_M + _N) * _K * _ITEM,
+    registers=PRODUCT.registers,
+)
 _T, _C = sympy.symbols("BLOCK_T BLOCK_C")
 SUM = Table(
     "gather_sum",
