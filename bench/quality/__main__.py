@@ -18,9 +18,9 @@ import sptc
 from bench.quality.diagnose import AttentionMeasure, FfnMeasure, Measure, diagnose
 from bench.quality.language_model import MODELS, pretrained
 from bench.quality.plot import plot
-from bench.quality.results import FOLDER, load, save, table
+from bench.quality.results import FOLDER, done, load, path_of, save, table
 from bench.quality.tasks import BUDGETS, TASKS, Budget
-from bench.quality.training import DIAGNOSED, example_order, train
+from bench.quality.training import DIAGNOSED, Record, example_order, train
 from bench.quality.variants import DENSE, VARIANTS, variant
 
 
@@ -87,8 +87,11 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"{name}: {len(task.train)} sequences to train on, {len(task.held_out)} held out")
         for seed in range(arguments.seeds):
             for label, options in variants.items():
-                record = train(task, label, options, seed, budget, arguments.compile)
-                record.machine = machine
+                record = Record(name, task.model, label, options, seed, budget, arguments.compile, machine=machine)
+                if done(arguments.out, record):
+                    print(f"{path_of(arguments.out, record)} is there already; remove it to run it again")
+                    continue
+                train(task, record)
                 save(arguments.out, record)
     print(table(load(arguments.out), "wall"))
 

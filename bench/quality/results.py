@@ -20,25 +20,40 @@ Clock = Literal["wall", "cpu"]
 Group = tuple[str, str, Budget, str]  # what runs must share to be compared
 
 
-def save(folder: Path, record: Record) -> Path:
-    """One file a run; the same run again replaces it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def path_of(folder: Path, record: Record) -> Path:
+    """One file a run."""
     name = f"{record.task}-{record.model}-{record.budget.steps}steps-{record.variant.replace('/', '_')}-seed{record.seed}.json"
-    path = folder / name
+    return folder / name
+
+
+def done(folder: Path, planned: Record) -> bool:
+    """Whether the folder holds this run, with the same options, budget and compiler: a long command that was interrupted goes on."""
+    path = path_of(folder, planned)
+    if not path.exists():
+        return False
+    found = _read(path)
+    return (found.options, found.budget, found.compile) == (planned.options, planned.budget, planned.compile)
+
+
+def save(folder: Path, record: Record) -> Path:
+    """Write the run's file, in place of an older one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_of(folder, record)
     path.write_text(json.dumps(_rounded(record.to_dict())) + "\n", encoding="utf-8")
     return path
 
 
 def load(folder: Path) -> list[Record]:
     """All records in a folder, by file name."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["budget"] = Budget(**content["budget"])
-        for key in ("points", "dense_points"):
-            content[key] = [Point(**point) for point in content[key]]
-        records.append(Record(**content))
-    return records
+    return [_read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _read(path: Path) -> Record:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["budget"] = Budget(**content["budget"])
+    for key in ("points", "dense_points"):
+        content[key] = [Point(**point) for point in content[key]]
+    return Record(**content)
 
 
 def _rounded(value: object) -> object:

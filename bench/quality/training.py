@@ -59,8 +59,12 @@ class Record:
         return asdict(self)
 
 
-def train(task: Task, name: str, options: Options, seed: int, budget: Budget, how: Compile) -> Record:
-    """Fine-tune with LoRA. The seed decides the adapters' start and the order of the examples, the same for every variant."""
+def train(task: Task, record: Record) -> None:
+    """Fine-tune with LoRA as the record says, and fill it in.
+
+    The seed decides the adapters' start and the order of the examples, the same for every variant.
+    """
+    options, seed, budget = record.options, record.seed, record.budget
     torch._dynamo.reset()
     torch.manual_seed(seed)
     objective = task.objective().train()
@@ -70,9 +74,8 @@ def train(task: Task, name: str, options: Options, seed: int, budget: Budget, ho
     optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=budget.learning_rate, weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: sptc.step(objective))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARM * budget.steps)))
-    compiled = compile_objective(objective, options, how)
-    record = Record(task.name, task.model, name, options, seed, budget, how)
-    with tqdm(total=budget.steps, desc=f"{task.name} {name} seed {seed}", unit="step") as bar:
+    compiled = compile_objective(objective, options, record.compile)
+    with tqdm(total=budget.steps, desc=f"{task.name} {record.variant} seed {seed}", unit="step") as bar:
         for step in range(budget.steps + 1):
             if step % budget.every == 0 or step == budget.steps:
                 last = step in (0, budget.steps)
@@ -100,7 +103,6 @@ def train(task: Task, name: str, options: Options, seed: int, budget: Budget, ho
     else:
         record.rewritten = sum(region.status == "rewritten" and region.graph == 0 for region in sptc.report(compiled).regions)
         record.regions = [measure.to_dict() for measure in diagnose(objective, task.train.take(order[0][:DIAGNOSED]), options)]
-    return record
 
 
 def compile_objective(objective: nn.Module, options: Options, how: Compile) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

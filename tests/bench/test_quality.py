@@ -156,8 +156,11 @@ def test_runs_and_their_records(task: Task, tmp_path: Path) -> None:
     runs = {}
     for given in ("dense", f"full={full}", f"sparse={SMALL}"):
         name, options = variant(given)
-        runs[name] = train(task, name, options, 0, BUDGET, "aot")
+        runs[name] = Record("lm", "tiny", name, options, 0, BUDGET, "aot")
+        assert not results.done(tmp_path, runs[name])
+        train(task, runs[name])
         results.save(tmp_path, runs[name])
+        assert results.done(tmp_path, runs[name]) and not results.done(tmp_path, replace(runs[name], budget=replace(BUDGET, batch=3)))
     dense, full_run, sparse = runs["dense"], runs["full"], runs["sparse"]
     assert [p.step for p in dense.points] == [0, 3, 6] == [p.step for p in sparse.points]
     assert dense.points[-1].loss < dense.points[0].loss
