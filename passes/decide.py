@@ -17,11 +17,13 @@ from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_
 from sptc.device import DeviceCosts
 from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
+from sptc.passes.planned import planned_densities
 from sptc.passes.unit import Unit
 from sptc.region import (
     AttentionRegion,
     AttentionSettings,
     CodebookState,
+    Cost,
     Decision,
     FfnRegion,
     FfnSettings,
@@ -44,7 +46,6 @@ def decide(unit: Unit) -> Unit:
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
     regions: list[Region] = []
     refusals: list[Refusal] = []
-    decisions: list[Decision] = []
     for region in unit.regions:
         state = unit.states.get(region)
         if isinstance(region, FfnRegion) and region.hidden % (blocks := _blocks(unit, state)):
@@ -52,25 +53,44 @@ def decide(unit: Unit) -> Unit:
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
             continue
         regions.append(region)
-        decisions.append(_decide(unit, region, state))
-    return replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals), decisions=tuple(decisions))
+    unit = replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals))
+    planned = planned_densities(unit)
+    return replace(unit, decisions=tuple(_decide(unit, region, planned.get(region)) for region in regions))
 
 
-def _decide(unit: Unit, region: Region, state: State | None) -> Decision:
+def enabled(unit: Unit, region: Region) -> bool:
+    """Whether the options let regions of this kind be rewritten."""
+    return unit.config.ffn_enabled if region.kind == "ffn" else unit.config.attention_enabled
+
+
+def at_density(unit: Unit, region: Region, density: float) -> tuple[Settings, Cost, Cost]:
+    """How a region would become sparse at a density, and what it costs dense and sparse at the sizes of the example."""
     length = _length(region)
-    settings: Settings
+    settings, dense, sparse = _forms(unit, region, density, length)
+    here = {_LENGTH: length.hint}
+    return settings, dense.at(here), sparse.at(here)
+
+
+def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple[Settings, Work, Work]:
+    state = unit.states.get(region)
     if isinstance(region, FfnRegion):
-        ffn, settings = _ffn_shape(region, state, length), _ffn_settings(unit, state)
-        dense, sparse = dense_ffn(ffn, unit.device), sparse_ffn(ffn, settings, unit.device)
-    else:
-        attention = _attention_shape(region, length)
-        settings = _attention_settings(unit, region, state)
-        dense, sparse = dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
+        ffn, routed = _ffn_shape(region, state, length), _ffn_settings(unit, state, density)
+        return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
+    attention, settings = _attention_shape(region, length), _attention_settings(unit, region, state, density)
+    return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
+
+
+def _decide(unit: Unit, region: Region, planned: float | None) -> Decision:
+    """The decision on one region; `planned` is its density in the plan, None without one."""
+    length = _length(region)
+    uniform = unit.config.ffn_density if region.kind == "ffn" else unit.config.attention_density
+    settings, dense, sparse = _forms(unit, region, uniform if planned is None else planned, length)
     here = {_LENGTH: length.hint}
     costs = dense.at(here), sparse.at(here)
-    key = f"{region.kind}.enabled"
-    if not (unit.config.ffn_enabled if region.kind == "ffn" else unit.config.attention_enabled):
-        return Decision(region, False, f"option {key!r} is False", settings, *costs)
+    if not enabled(unit, region):
+        return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
+    if planned == 1.0:
+        return Decision(region, False, "the plan keeps it dense", settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
     rewrite, border = _pays(dense, sparse, length)
@@ -157,18 +177,18 @@ def _blocks(unit: Unit, state: State | None) -> int:
     return int(shape(state.weight)[0]) if isinstance(state, RouterState) else unit.config.ffn_blocks
 
 
-def _ffn_settings(unit: Unit, state: State | None) -> FfnSettings:
-    blocks, kept = _blocks(unit, state), share(unit.config.ffn_density)
+def _ffn_settings(unit: Unit, state: State | None, density: float) -> FfnSettings:
+    blocks, kept = _blocks(unit, state), share(density)
     return FfnSettings(blocks, -(-kept.numerator * blocks // kept.denominator))
 
 
-def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None) -> AttentionSettings:
+def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:
     """Codebooks select by pq; without them only pooled keys are possible."""
     config = unit.config
     n, m = optimization_hint(shape(region.q)[-2]), optimization_hint(shape(region.k)[-2])
-    query_block, key_block = unit.device.default_blocks(n, m, config.attention_density, region.mask.causal)
+    query_block, key_block = unit.device.default_blocks(n, m, density, region.mask.causal)
     return AttentionSettings(
-        config.attention_density,
+        density,
         config.attention_query_block or query_block,
         config.attention_key_block or key_block,
         "pq" if isinstance(state, CodebookState) and config.attention_selector == "pq" else "pooled",

@@ -13,15 +13,17 @@ from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, AttentionSettings, CodebookState, Decision, FfnSettings, RouterState
+from sptc.region import AttentionRegion, AttentionSettings, CodebookState, Decision, FfnSettings, Region, RouterState, Settings, State
 
 
 def rewrite(unit: Unit) -> Unit:
     """Replace each decided region by its sparse operators and drop what nothing uses any more, such as an n x n mask."""
     chosen = [d for d in unit.decisions if d.rewrite]
     every = list(frames(unit.gm))
+    by_graph = {frame.gm.graph: frame for frame in every}
     for decision in chosen:
-        _rewrite(decision, unit, {frame.gm.graph: frame for frame in every})
+        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph)
+        decision.region.y.replace_all_uses_with(y)
     for decision in chosen:
         _erase(decision)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
@@ -30,15 +32,13 @@ def rewrite(unit: Unit) -> Unit:
     return unit
 
 
-def _rewrite(decision: Decision, unit: Unit, by_graph: Mapping[fx.Graph, Frame]) -> None:
-    region, state = decision.region, unit.states.get(decision.region)
+def sparse_form(region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame]) -> Node:
+    """Insert the sparse operators of a region before its `y`; returns the node that can replace `y`, which nothing uses yet."""
     if region.kind == "ffn":
-        assert isinstance(decision.settings, FfnSettings) and (state is None or isinstance(state, RouterState))
-        y = rewrite_ffn(region, decision.settings, state)
-    else:
-        assert isinstance(decision.settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
-        y = rewrite_attention(_with_mask_at_hand(region, by_graph), decision.settings, state)
-    region.y.replace_all_uses_with(y)
+        assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
+        return rewrite_ffn(region, settings, state)
+    assert isinstance(settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
+    return rewrite_attention(_with_mask_at_hand(region, by_graph), settings, state)
 
 
 def _with_mask_at_hand(region: AttentionRegion, by_graph: Mapping[fx.Graph, Frame]) -> AttentionRegion:

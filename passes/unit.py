@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from sptc.config import Config
+from sptc.plan import Plan
 from sptc.region import Decision, Refusal, Region, State
 
 
@@ -30,6 +31,7 @@ class Unit:
     example_inputs: tuple[Any, ...]
     config: Config
     device: Any = None  # DeviceCosts of sptc/device.py: what `decide` knows of the device
+    plan: Plan | None = None  # densities of single regions
     regions: tuple[Region, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model

@@ -24,6 +24,7 @@ from sptc.emit import emit
 from sptc.passes import PIPELINE
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
+from sptc.plan import Plan
 from sptc.report import Report
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,14 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     """A captured graph at the start of the passes, with what is known of the device it runs on.
 
     Raises:
-        ConfigError: a device without kernels.
+        ConfigError: a device without kernels, or a plan that can't be read or contradicts an option.
     """
     device = _device(example_inputs)
     blocks = kernel_blocks if runs_kernels(device) else default_blocks
-    return Unit(gm, tuple(example_inputs), config, calibrate(device, blocks))
+    plan = None if config.plan is None else Plan.load(config.plan)
+    if plan is not None:
+        config = plan.applied_to(config)
+    return Unit(gm, tuple(example_inputs), config, calibrate(device, blocks), plan)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:

@@ -32,13 +32,14 @@ class CaptureError(RuntimeError):
     """Dynamo captured nothing, or the example inputs do not fit the model."""
 
 
-def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph) -> None:
-    """Run `model` once on `example_inputs` and call `on_graph(gm, inputs)` for each graph that Dynamo captures.
+def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph, again: Callable[[Any], bool] | None = None) -> None:
+    """Run `model` on `example_inputs` and call `on_graph(gm, inputs)` for each graph that Dynamo captures.
 
     Args:
         model: a module (compiled or not) or a function of tensors. It is run in the mode it is in (train or eval).
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         on_graph: gets Dynamo's graph and its inputs as a backend does, and returns what to run in its place; None runs the graph.
+        again: gets what the model returned; True runs it, and what `on_graph` returned, once more from the same random state and buffers.
 
     Raises:
         CaptureError: no graph was captured.
@@ -56,13 +57,20 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph) -
     # A code object of its own: Dynamo keeps what it compiles on the code object, and so forgets this one.
     run = types.FunctionType(_call.__code__.replace(), _call.__globals__)
     with ExitStack() as stack:
-        stack.enter_context(_random_state_kept())
-        for root in called_modules(plain, (*args, *kwargs.values())):
-            stack.enter_context(_buffers_kept(root))
+        roots = called_modules(plain, (*args, *kwargs.values()))
+        for root in roots:
             stack.enter_context(_compiled_calls_removed(root))
         stack.enter_context(_dynamo_kept(collect))
+        compiled = torch.compile(run, backend=collect)
         try:
-            torch.compile(run, backend=collect)(plain, args, kwargs)
+            while True:
+                with ExitStack() as kept:
+                    kept.enter_context(_random_state_kept())
+                    for root in roots:
+                        kept.enter_context(_buffers_kept(root))
+                    output = compiled(plain, args, kwargs)
+                if again is None or not again(output):
+                    break
         except BackendCompilerFailed as error:
             raise error.inner_exception from error.inner_exception.__cause__
     if count == 0:

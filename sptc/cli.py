@@ -1,4 +1,4 @@
-"""The `sptc` command: explain a model, dump what the passes make of it, run the benchmarks."""
+"""The `sptc` command: explain a model, plan its densities, dump what the passes make of it, run the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from sptc.backend import compile_graph
 from sptc.capture import CaptureError, capture
 from sptc.config import Config, ConfigError
 from sptc.explain import explain
 from sptc.load_model import ModelError, load_model
+from sptc.plan import Plan
+from sptc.planning import PlanError, plan
 from sptc.report import Report
+from sptc.sensitivity import SensitivityError
+
+T = TypeVar("T")
 
 MODEL = "a Hugging Face name, a folder written by save_pretrained, or package.module:factory; factory() returns (model, example_inputs)"
 
@@ -28,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ConfigError, ModelError, CaptureError) as error:
+    except (ConfigError, ModelError, CaptureError, PlanError, SensitivityError) as error:
         print(f"sptc: {error}", file=sys.stderr)
         return 2
 
@@ -42,15 +48,23 @@ def _parser() -> argparse.ArgumentParser:
     dump = commands.add_parser("dump", help="write the graphs before and after the passes")
     dump.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
     dump.set_defaults(run=_dump)
+    plan = commands.add_parser("plan", help="choose a density for each region, for a budget of time or error of a training step")
+    budget = plan.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--speedup", type=float, help="predicted speed-up to reach at the least error")
+    budget.add_argument("--max-error", type=float, help="predicted error not to exceed, as fast as possible")
+    plan.add_argument("--out", metavar="FILE", help="where to save the plan, for --plan and options={'plan': FILE}")
+    plan.set_defaults(run=_plan, train=True)
     for command in (explain, dump):
+        command.add_argument("--train", action="store_true", help="a training step; otherwise inference")
+        command.add_argument("--plan", metavar="FILE", help="as --option plan=FILE; explain prints it too")
+    for command in (explain, dump, plan):
         command.add_argument("model", metavar="MODEL", help=MODEL)
         command.add_argument(
             "--option", action="append", default=[], metavar="KEY=VALUE", help="as in torch.compile(options={...}); repeatable"
         )
         command.add_argument("--batch", type=_positive, default=1, help="sequences of a Hugging Face model's example (default 1)")
         command.add_argument("--length", type=_positive, default=512, help="tokens of each (default 512)")
-        command.add_argument("--train", action="store_true", help="a training step; otherwise inference")
-        command.add_argument("--json", action="store_true", help="print the report as JSON")
+        command.add_argument("--json", action="store_true", help="print as JSON")
 
     bench = commands.add_parser("bench", help="run a benchmark of the source checkout")
     bench.add_argument("name", nargs="?", help="which one; without it they are listed")
@@ -87,13 +101,48 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    config = Config.from_options(parse_options(arguments.option))
-    _print(arguments, _on_model(arguments, lambda model, inputs: explain(model, inputs, config.to_options())))
+    options = _options(arguments)
+    config = Config.from_options(options)
+    report = _on_model(arguments, lambda model, inputs: explain(model, inputs, options))
+    if config.plan is not None and not arguments.json:
+        print(f"{Plan.load(config.plan)}\n")
+    _print(arguments, report)
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
+        raise ConfigError(f"--out {arguments.out!r}: there is no such folder")
+    with tqdm(desc="runs", unit="run", disable=None) as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        made = _on_model(
+            arguments,
+            lambda model, inputs: plan(
+                model, inputs, speedup=arguments.speedup, max_error=arguments.max_error, options=_options(arguments), progress=progress
+            ),
+        )
+    _print(arguments, made)
+    if arguments.out is not None:
+        made.save(arguments.out)
+        print(f"wrote {arguments.out}", file=sys.stderr)
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = parse_options(arguments.option)
+    if getattr(arguments, "plan", None) is not None:
+        if "plan" in options:
+            raise ConfigError("--plan and --option plan=... are both given")
+        options["plan"] = arguments.plan
+    return options
+
+
 def _dump(arguments: argparse.Namespace) -> int:
-    config = Config.from_options({**parse_options(arguments.option), "dump": arguments.out})
+    config = Config.from_options({**_options(arguments), "dump": arguments.out})
 
     def rewrite(model: Callable[..., Any], inputs: Any) -> Report:
         reports: list[Report] = []
@@ -110,7 +159,7 @@ def _dump(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _on_model(arguments: argparse.Namespace, run: Callable[[Callable[..., Any], Any], Report]) -> Report:
+def _on_model(arguments: argparse.Namespace, run: Callable[[Callable[..., Any], Any], T]) -> T:
     model, inputs = load_model(arguments.model, arguments.batch, arguments.length)
     if isinstance(model, torch.nn.Module):
         model.train(arguments.train)
@@ -118,8 +167,8 @@ def _on_model(arguments: argparse.Namespace, run: Callable[[Callable[..., Any], 
         return run(model, inputs)
 
 
-def _print(arguments: argparse.Namespace, report: Report) -> None:
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+def _print(arguments: argparse.Namespace, made: Report | Plan) -> None:
+    print(json.dumps(made.to_dict(), indent=1) if arguments.json else made)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,138 @@
+"""`sptc.plan(model, example_inputs, speedup=1.5)`: densities by region for a budget of time or of error.
+
+Moves go from dense towards sparse, each time the one that adds the least error for a second saved (the error of an output squared: see
+`ADDITIVE`). Within a region only the lower convex hull of (seconds, error) matters, so the ratios rise along the way: the moves form one
+sequence, and every target is a prefix of it. Plans for rising targets are nested, the errors are the least that any plan of the same time
+has, and what a prefix saves beyond its target is part of one move: an exact search (the problem is a knapsack) could gain no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sptc.capture import capture
+from sptc.config import Config
+from sptc.plan import ADDITIVE, Choice, Measure, Plan, PlannedRegion, combined
+from sptc.sensitivity import Measured, Sensitivity
+
+_NOT_PLANNED = {"plan", "dump", "on_error", "inductor", "attention.density", "ffn.density"}  # options that a plan does not repeat
+
+
+class PlanError(ValueError):
+    """No plan can be made: the target is malformed or out of reach."""
+
+
+def plan(
+    model: Callable[..., Any],
+    example_inputs: Any,
+    *,
+    speedup: float | None = None,
+    max_error: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Choose a density for each region: the least error at a speed-up, or the greatest speed-up within an error.
+
+        sptc.plan(model, batch, speedup=1.5).save("plan.json")
+        model.compile(backend="spt", options={"plan": "plan.json"})
+
+    The batch runs once dense, then once for each region and density, without gradients and without dropout; nothing of the model changes.
+    The error of a region at a density is the relative change of the model's loss with this region alone sparse, or of all its floating
+    outputs as one vector if it returns no scalar. Changes of the loss add over regions, those of outputs add as squares. A prepared model
+    is measured with its routers and codebooks, any other one with blocks chosen by weights and pooled keys; both can be planned, but
+    preparing first measures what will run.
+
+    Args:
+        model: a module or a function, compiled or not, in the mode to be compiled: in train mode with gradients, seconds are of forward
+            and backward. The optimizer's step is not part of them.
+        example_inputs: a batch as training will see it: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        speedup: predicted time of the dense model over that of the planned one, above 1.
+        max_error: the greatest predicted relative change, at least 0.
+        options: as for `torch.compile(model, backend="spt", options=...)`; the plan keeps them. Densities in them have no effect.
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        PlanError: not exactly one target, one out of range, or a speed-up that no densities reach; the best one is named.
+        SensitivityError: the model returns nothing that can be measured, or its time can't be predicted.
+        ConfigError, CaptureError: as `sptc.explain`.
+    """
+    _check(speedup, max_error)
+    config = Config.from_options(options)
+    if config.plan is not None:
+        raise PlanError("option 'plan' is for applying a plan; leave it out to make one")
+    sensitivity = Sensitivity(config, progress)
+    capture(model, example_inputs, sensitivity.on_graph, sensitivity.again)
+    target = {"speedup": speedup} if speedup is not None else {"max_error": max_error}
+    kept = {key: value for key, value in config.to_options().items() if key not in _NOT_PLANNED}
+    regions = choose(sensitivity.regions, sensitivity.other_seconds, sensitivity.measure, speedup, max_error)
+    return Plan({k: float(v) for k, v in target.items() if v is not None}, kept, sensitivity.measure, sensitivity.other_seconds, regions)
+
+
+def _check(speedup: float | None, max_error: float | None) -> None:
+    if (speedup is None) == (max_error is None):
+        raise PlanError("give exactly one of speedup and max_error")
+    if speedup is not None and not 1 < speedup < math.inf:
+        raise PlanError(f"speedup must be above 1, got {speedup}")
+    if max_error is not None and not 0 <= max_error < math.inf:
+        raise PlanError(f"max_error must be a number of at least 0, got {max_error}")
+
+
+def choose(
+    measured: Mapping[str, Measured],
+    other_seconds: float,
+    measure: Measure,
+    speedup: float | None = None,
+    max_error: float | None = None,
+) -> tuple[PlannedRegion, ...]:
+    """The regions with densities for one target: as few moves as reach the speed-up, or as many as the error allows.
+
+    Raises:
+        PlanError: all moves together do not reach the speed-up.
+    """
+    choices = {key: _choices(m) for key, m in measured.items()}
+    moves = sorted((move for key, c in choices.items() for move in _moves(key, c, ADDITIVE[measure])), key=lambda move: move[:2])
+    chosen = {key: c[0] for key, c in choices.items()}
+
+    def time() -> float:
+        return other_seconds + math.fsum(c.seconds for c in chosen.values())
+
+    dense = time()
+    for _, key, after in moves:
+        if speedup is not None and dense / time() >= speedup:
+            break
+        if max_error is not None and combined((c.error for c in {**chosen, key: after}.values()), measure) > max_error:
+            break
+        chosen[key] = after
+    seconds = time()
+    if speedup is not None and dense / seconds < speedup:
+        raise PlanError(
+            f"a speed-up of {speedup:g} is out of reach: with every region at the density that is fastest it is {_down(dense / seconds)} "
+            f"(predicted; {other_seconds / dense:.0%} of the dense time lies outside of attention and FFN)"
+        )
+    return tuple(PlannedRegion(key, tuple(sorted(m.graphs)), m.facts, chosen[key].density, choices[key]) for key, m in measured.items())
+
+
+def _down(value: float) -> str:
+    """Rounded so that the figure itself is within reach."""
+    return f"{math.floor(value * 100) / 100:.2f}"
+
+
+def _choices(measured: Measured) -> tuple[Choice, ...]:
+    """Dense, then what was tried, from dense to sparse; a density at which the model overflows is none."""
+    tried = [Choice(density, measured.seconds[density], error) for density, error in measured.errors.items() if math.isfinite(error)]
+    return (Choice(1.0, measured.seconds[1.0], 0.0), *sorted(tried, key=lambda c: -c.density))
+
+
+Move = tuple[float, str, Choice]  # error (to the additive power) added for a second saved, key, where to
+
+
+def _moves(key: str, choices: Sequence[Choice], power: int) -> list[Move]:
+    """The steps along the lower convex hull of one region, from dense on."""
+    at, moves = choices[0], []
+    while faster := [c for c in choices if c.seconds < at.seconds]:
+        ratios = [(c.error**power - at.error**power) / (at.seconds - c.seconds) for c in faster]
+        ratio, _, at = min(zip(ratios, (c.seconds for c in faster), faster, strict=True), key=lambda step: step[:2])
+        moves.append((ratio, key, at))
+    return moves

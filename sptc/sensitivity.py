@@ -1,0 +1,214 @@
+"""How much each region's sparsity changes a model, measured on an example batch: one region sparse, everything else dense.
+
+The sparse forms of all regions at all densities are inserted beside the dense ones into the normalized graphs, once. Then the batch runs
+again and again; each time an interpreter takes one region's sparse form for its dense one and leaves out all other sparse forms. So
+whole models are measured, graph breaks and checkpoint bodies included, by the operators that a compile would run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from sptc.backend import captured_unit
+from sptc.config import Config
+from sptc.passes import ANALYSIS
+from sptc.passes.decide import at_density, enabled
+from sptc.passes.frame import Frame, frames
+from sptc.passes.key import region_keys
+from sptc.passes.normalize import CHECKPOINT
+from sptc.passes.planned import region_facts
+from sptc.passes.remainder import remainder_seconds
+from sptc.passes.rewrite import sparse_form
+from sptc.passes.runner import run
+from sptc.passes.unit import Unit
+from sptc.plan import Measure
+from sptc.region import AttentionRegion, Region, Settings
+
+DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 1 / 2, 1 / 4)}
+_DROPOUT = frozenset({torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default})
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_ATTENTION_DROPOUT = 4  # position of dropout_p
+
+
+class SensitivityError(ValueError):
+    """The model can't be measured: why, and what to do."""
+
+
+@dataclass
+class Measured:
+    """One region: what it costs in a step by density, and how much the model changes with it alone at that density."""
+
+    facts: Mapping[str, int]
+    graphs: set[int] = field(default_factory=set)
+    seconds: dict[float, float] = field(default_factory=dict)  # density 1 is dense
+    errors: dict[float, float] = field(default_factory=dict)
+
+
+class Sensitivity:
+    """Runs of the example batch for `sptc.capture.capture`: `on_graph` and `again`. Results are in `regions` by key.
+
+    The first run is dense. Dropout is left out of all of them, so that two runs differ by sparsity alone. Only densities at which a region
+    gets faster are tried. Nothing needs a gradient.
+    """
+
+    def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None) -> None:
+        self.regions: dict[str, Measured] = {}
+        self.other_seconds = 0.0
+        self.measure: Measure = "output"
+        self._config = config
+        self._progress = progress or (lambda done, of: None)
+        self._graphs = 0
+        self._densities: Mapping[str, float] = {}
+        self._variants: list[tuple[str, float]] = []
+        self._dense: list[Tensor] | None = None
+
+    def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        unit = run(captured_unit(gm, inputs, self._config), ANALYSIS)
+        if unit.closed:
+            raise SensitivityError(f"{unit.refusals[0].reason}; the time of its graph can't be predicted, so no plan can be made")
+        beside = _insert(unit)
+        costs = _costs(unit, self._graphs, self.regions)
+        other, self._graphs = remainder_seconds(unit), self._graphs + 1
+
+        def call(*args: Any) -> Any:
+            if self._dense is None:
+                self._count(costs, other)
+            with torch.no_grad():
+                return _Mixed(unit.gm, beside, self._densities).run(*args)
+
+        return call
+
+    def _count(self, costs: Mapping[str, Mapping[float, float]], other: float) -> None:
+        """One more call of a graph in a step."""
+        self.other_seconds += other
+        for key, by_density in costs.items():
+            seconds = self.regions[key].seconds
+            for density, spent in by_density.items():
+                seconds[density] = seconds.get(density, 0.0) + spent
+
+    def again(self, output: Any) -> bool:
+        """Take note of a run's output; whether there is something left to try."""
+        values = _values(output)
+        if self._dense is None:
+            if not all(bool(t.isfinite().all()) for t in values):
+                raise SensitivityError("the model's loss or output on the example batch is not finite, so its change can't be measured")
+            self.measure, self._dense = ("loss" if values[0].dim() == 0 else "output"), values
+            self._variants = [(key, density) for key, m in self.regions.items() for density, s in m.seconds.items() if s < m.seconds[1.0]]
+        else:
+            ((key, density),) = self._densities.items()
+            self.regions[key].errors[density] = relative_error(values, self._dense)
+        tried = sum(len(m.errors) for m in self.regions.values())
+        self._progress(tried, len(self._variants))
+        self._densities = dict(self._variants[tried : tried + 1])
+        return bool(self._densities)
+
+
+def relative_error(values: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+    """|values - dense| / |dense|, all tensors as one vector."""
+    pairs = list(zip(values, dense, strict=True))
+    change = math.fsum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    size = math.fsum(float(b.double().square().sum()) for _, b in pairs)
+    return math.sqrt(change / size) if size else math.inf if change else 0.0
+
+
+def _values(output: Any) -> list[Tensor]:
+    """The loss (the first scalar) if the model returns one, else every floating tensor."""
+    floating = [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not floating:
+        raise SensitivityError("the model returns no floating tensor whose change could be measured; return the loss or the logits")
+    loss = next((t for t in floating if t.dim() == 0), None)
+    return floating if loss is None else [loss]
+
+
+def _costs(unit: Unit, graph: int, measured: dict[str, Measured]) -> dict[str, dict[float, float]]:
+    """Seconds of each region of a graph by density, dense (1) first; the regions get an entry in `measured`."""
+    costs: dict[str, dict[float, float]] = {}
+    for region, key in region_keys(unit.regions).items():
+        measured.setdefault(key, Measured(region_facts(unit, region))).graphs.add(graph)
+        costs[key] = {1.0: at_density(unit, region, 1.0)[1].seconds}
+        costs[key] |= {settings.density: at_density(unit, region, settings.density)[2].seconds for settings in _candidates(unit, region)}
+    return costs
+
+
+def _candidates(unit: Unit, region: Region) -> Iterator[Settings]:
+    """The sparse forms to try, densest first."""
+    if not enabled(unit, region):
+        return
+    by_density = {s.density: s for s in (at_density(unit, region, density)[0] for density in DENSITIES[region.kind])}
+    yield from (settings for density, settings in by_density.items() if density < 1.0)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Sparse forms beside the dense ones."""
+
+    owner: Mapping[Node, tuple[str, float]]  # of each inserted node
+    forms: Mapping[Node, tuple[str, Mapping[float, Node]]]  # for a region's y: its key, and what stands for y by density
+
+
+def _insert(unit: Unit) -> _Beside:
+    by_graph: dict[fx.Graph, Frame] = {frame.gm.graph: frame for frame in frames(unit.gm)}
+    owner: dict[Node, tuple[str, float]] = {}
+    forms: dict[Node, tuple[str, dict[float, Node]]] = {}
+    for region, key in region_keys(unit.regions).items():
+        state = unit.states.get(region)
+        for settings in _candidates(unit, region):
+            before = region.y.prev
+            # An untrained state gathers no statistics and adds no balance loss.
+            frozen = replace(state, training=False) if state is not None else None
+            forms.setdefault(region.y, (key, {}))[1][settings.density] = sparse_form(_without_dropout(region), settings, frozen, by_graph)
+            node = before.next
+            while node is not region.y:
+                owner[node] = key, settings.density
+                node = node.next
+    return _Beside(owner, forms)
+
+
+def _without_dropout(region: Region) -> Region:
+    if isinstance(region, AttentionRegion):
+        return replace(region, dropout_p=0.0)
+    lora = region.down.lora
+    down = replace(region.down, lora=replace(lora, dropout_p=0.0)) if lora is not None else region.down
+    return replace(region, dropout_p=0.0, down=down)
+
+
+class _Mixed(fx.Interpreter):
+    """Runs a normalized graph without dropout, checkpoint bodies included, with the sparse forms of the regions in `densities`."""
+
+    def __init__(self, gm: fx.GraphModule, beside: _Beside, densities: Mapping[str, float]) -> None:
+        super().__init__(gm)
+        self._beside = beside
+        self._densities = densities
+
+    def run_node(self, n: Node) -> Any:
+        if n in self._beside.owner:
+            key, density = self._beside.owner[n]
+            if self._densities.get(key) != density:
+                return None  # of a form that is not asked for
+        if n in self._beside.forms:
+            key, forms = self._beside.forms[n]
+            if key in self._densities:
+                return self.env[forms[self._densities[key]]]
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is CHECKPOINT:
+            return _Mixed(args[0], self._beside, self._densities).run(*args[1:])
+        if target in _DROPOUT:
+            return args[0]
+        if target is torch._C._set_grad_enabled:
+            return None  # the model's own no_grad ends here; ours does not
+        if target is _ATTENTION:
+            if len(args) > _ATTENTION_DROPOUT:
+                args = (*args[:_ATTENTION_DROPOUT], 0.0, *args[_ATTENTION_DROPOUT + 1 :])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        return super().call_function(target, args, kwargs)
