@@ -38,6 +38,7 @@ def plan(
         sptc.plan(model, batch, speedup=1.5).save("plan.json")
         model.compile(backend="spt", options={"plan": "plan.json"})
 
+    `prepare` and `explain` take the option too; preparing with a plan gives no state to regions that it keeps dense.
     The batch runs once dense, then once for each region and density, without gradients and without dropout; nothing of the model changes.
     The error of a region at a density is the relative change of the model's loss with this region alone sparse, or of all its floating
     outputs as one vector if it returns no scalar. Changes of the loss add over regions, those of outputs add as squares. A prepared model

@@ -56,6 +56,20 @@ def test_every_graph_is_seen_and_nothing_is_changed(make, graphs):
     assert _debug_get_cache_entry_list(Broken.forward.__code__) == []
 
 
+def test_each_run_starts_from_the_same_state():
+    model, graphs, outputs = Broken(), [], []
+    before = copy.deepcopy(model.state_dict())
+
+    def again(output: torch.Tensor) -> bool:
+        outputs.append(output)
+        return len(outputs) < 3
+
+    capture(model, torch.ones(3, 4), lambda gm, inputs: graphs.append(gm), again)
+    assert len(graphs) == 2 and len(outputs) == 3
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
 def test_compiled_code_of_the_user_stays(how):
     shapes = []
