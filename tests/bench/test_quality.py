@@ -28,12 +28,12 @@ BUDGET = Budget(steps=6, batch=2, learning_rate=1e-2, every=3, held_out=4)
 SMALL = '{"attention.query_block": 8, "attention.key_block": 8, "attention.density": 0.25}'
 
 
-def text(seed: int, words: int = 400) -> str:
-    """Words that can be predicted a little: each is followed by one of two."""
+def text(seed: int, words: int = 400, factor: int = 7) -> str:
+    """Words that can be predicted a little: each is followed by one of two, which `factor` decides."""
     choose = random.Random(seed)
     word, said = 0, []
     for _ in range(words):
-        word = (word * 7 + choose.choice((1, 2))) % 40
+        word = (word * factor + choose.choice((1, 2))) % 40
         said.append(f"word{word}")
     return " ".join(said)
 
@@ -58,9 +58,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrained]:
 
 @pytest.fixture(scope="module")
 def task(base: Pretrained) -> Task:
-    train_ids, held_out_ids = (cut(base.tokenizer, [text(seed, 1200)], SHAPE.length) for seed in (10, 11))
+    train_ids, held_out_ids = (cut(base.tokenizer, [text(seed, 1200, factor=11)], SHAPE.length) for seed in (10, 11))
     train_examples, held_out = (Examples({"input_ids": ids, "labels": ids}) for ids in (train_ids, held_out_ids))
-    return Task("lm", "tiny", train_examples, held_out.spread(BUDGET.held_out), lambda: NextToken(tasks.adapted(base)))
+    # One batch, again and again: it is learned in a few steps.
+    return Task("lm", "tiny", train_examples.spread(BUDGET.batch), held_out.spread(BUDGET.held_out), lambda: NextToken(tasks.adapted(base)))
 
 
 def record(name: str, seed: int, losses: list[float], step: float, dense_loss: float = 2.0) -> Record:
@@ -151,23 +152,20 @@ def test_every_variant_sees_the_same_order() -> None:
 
 
 def test_runs_and_their_records(task: Task, tmp_path: Path) -> None:
-    """Dense, all kept, and sparse: all kept learns what dense learns, sparse differs; then the table and the figures of their files."""
-    full = '{"attention.density": 1.0, "ffn.density": 1.0, "attention.query_block": 8, "attention.key_block": 8}'
+    """Dense and sparse start as one model and learn apart; then the table and the figure of their files."""
     runs = {}
-    for given in ("dense", f"full={full}", f"sparse={SMALL}"):
+    for given in ("dense", f"sparse={SMALL}"):
         name, options = variant(given)
         runs[name] = Record("lm", "tiny", name, options, 0, BUDGET, "aot")
         assert not results.done(tmp_path, runs[name])
         train(task, runs[name])
         results.save(tmp_path, runs[name])
         assert results.done(tmp_path, runs[name]) and not results.done(tmp_path, replace(runs[name], budget=replace(BUDGET, batch=3)))
-    dense, full_run, sparse = runs["dense"], runs["full"], runs["sparse"]
+    dense, sparse = runs["dense"], runs["sparse"]
     assert [p.step for p in dense.points] == [0, 3, 6] == [p.step for p in sparse.points]
-    assert dense.points[-1].loss < dense.points[0].loss
-    assert (full_run.rewritten, sparse.rewritten, dense.rewritten) == (2, 2, 0)
-    assert full_run.losses == pytest.approx(dense.losses, rel=1e-4)
-    assert [p.loss for p in full_run.points] == pytest.approx([p.loss for p in dense.points], rel=1e-4)
-    assert sparse.losses[0] != pytest.approx(dense.losses[0], rel=1e-4)
+    assert dense.losses[-1] < dense.losses[0] and sparse.losses[-1] < sparse.losses[0]
+    assert (sparse.rewritten, dense.rewritten) == (2, 0)
+    assert sparse.losses[0] == pytest.approx(dense.losses[0], rel=0.1) and sparse.losses[0] != pytest.approx(dense.losses[0], rel=1e-4)
     assert sparse.dense_points[0].loss == pytest.approx(dense.points[0].loss, rel=1e-5)  # prepared but untrained, evaluated dense
     assert sparse.dense_points[-1].loss != pytest.approx(sparse.points[-1].loss, rel=1e-5)
     assert [r["kind"] for r in sparse.regions] == ["attention", "ffn"] * SHAPE.layers
@@ -176,10 +174,10 @@ def test_runs_and_their_records(task: Task, tmp_path: Path) -> None:
     assert loaded["sparse"].points[-1].loss == pytest.approx(sparse.points[-1].loss, rel=1e-5)
     assert loaded["sparse"].budget == BUDGET and loaded["dense"].options is None
     printed = results.table(loaded.values(), "wall")
-    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == ["dense", "full", "sparse"]
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == ["dense", "sparse"]
     assert f"{dense.points[-1].loss:.4f}" in printed
     (figure,) = plot(list(loaded.values()), tmp_path, "cpu")
-    assert "held-out loss" in figure.read_text() or figure.stat().st_size > 5000
+    assert figure.name == "lm-tiny-6steps.svg" and figure.stat().st_size > 5000
 
 
 def test_regions_are_measured_against_dense(task: Task) -> None:
