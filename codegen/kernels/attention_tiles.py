@@ -53,7 +53,7 @@ BACKWARD_Q = Table(
     "attention_backward_q",
     {
         "gfx942": (
-            Tiling.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 2, BLOCK_M=64, BLOCK_N=32),  # 64 x 64 spills for heads of 128 with padding
             Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
             Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=32),
             Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
