@@ -131,11 +131,12 @@ def _import(spec: KernelSpec, path: Path, body: str, interpret: bool) -> Kernel:
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None  # a path that ends in .py has a loader
     module = importlib.util.module_from_spec(found)
-    linecache.checkcache(str(path))
     sys.modules[name] = module  # inspect.getsource, which Triton uses, looks here
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpret  # read when a function is decorated
         source = path.read_text()
+        # Triton asks `inspect` for the lines: those that are compiled here, whatever another process writes to the file meanwhile.
+        linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
         # Compiled from what was read here: Python's own loader would leave .pyc files, which go by a time stamp in whole seconds.
         exec(compile(source, str(path), "exec"), module.__dict__)
     if interpret:

@@ -102,7 +102,7 @@ class Question:
     def answer(self) -> Tiling | None:
         """The candidate measured best, if one was, on this device, and it still is a candidate."""
         best = measured.recall(self.target.device, self.table.template, self.facts) if self.target.device else None
-        return next((tiling for tiling in self.candidates() if tiling.values() == best), None)
+        return None if best is None else next((tiling for tiling in self.candidates() if tiling.values() == best), None)
 
 
 _asked: ContextVar[list[Question] | None] = ContextVar("asked", default=None)

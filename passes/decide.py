@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols, optimization_hint
+from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols
 
 from sptc.device import DeviceCosts
+from sptc.hint import optimization_hint
 from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.planned import planned_densities

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from sptc.device import DeviceCosts
+from sptc.hint import optimization_hint
 from sptc.passes.normalize import graphs
 from sptc.passes.pattern import base_name, dtype, op, requires_grad, shape, value
 from sptc.passes.unit import Unit

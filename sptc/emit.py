@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from sptc.codegen.ops.autocast import cast_positions
 from sptc.codegen.ops.launches import launches_of
 from sptc.codegen.spec import KernelSpec
 from sptc.codegen.target import runs_kernels, target_of, targeting
+from sptc.hint import optimization_hint
 from sptc.passes.normalize import graphs
 from sptc.passes.pattern import op, requires_grad, value
 from sptc.passes.site import site_of

@@ -17,6 +17,7 @@ from sptc.codegen.block_lists import block_count
 from sptc.codegen.kernels.attention_tiles import BACKWARD_KV, BACKWARD_Q, FORWARD
 from sptc.codegen.kernels.inverted import inverted_lists
 from sptc.codegen.kernels.mask import KernelMask
+from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.launch import Argument, launch
 from sptc.codegen.random import drop_threshold
 from sptc.codegen.spec import Constant, KernelSpec
@@ -151,7 +152,7 @@ class _Call:
             "VALUE_DIM": self.v.shape[3],
             "BLOCK_D": _padded(self.q.shape[3]),
             "BLOCK_V": _padded(self.v.shape[3]),
-            "PRECISION": "ieee" if self.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+            "PRECISION": product_precision(self.q.dtype),
         }
 
     def arguments(self) -> dict[str, Argument]:

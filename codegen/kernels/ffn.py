@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sptc.codegen.cpu.ffn import Need
 from sptc.codegen.kernels.ffn_tiles import GRAD_HIDDEN, OUTER, PRODUCT, SUM, UP
+from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.kernels.route import Index, invert
 from sptc.codegen.launch import Argument, launch
 from sptc.codegen.random import drop_threshold
@@ -100,7 +101,7 @@ class _Lists:
             "BLOCKS": self.blocks,
             "LANES": _power_of_two(self.blocks + 1),
             "WIDTH": self.width,
-            "PRECISION": _precision(self.dtype),
+            "PRECISION": product_precision(self.dtype),
         }
         spec = KernelSpec.of(table.template, {**sizes, **shared, **constants}, hooks, warps, stages)
         given = {"tokens": self.tokens, "offsets": self.offsets, "capacity": self.capacity, "row_tiles": row_tiles, **arguments}
@@ -357,7 +358,7 @@ def _outer(lists: _Lists, left: Tensor, right: Tensor, out: Tensor, dropout: _Dr
         "WIDTH": lists.width,
         "COLUMNS": columns,
         "BLOCKS": lists.blocks,
-        "PRECISION": _precision(lists.dtype),
+        "PRECISION": product_precision(lists.dtype),
     }
     arguments: dict[str, Argument | None] = {"left": left, "right": right, "right_row": right.stride(0), "out": out}
     arguments |= {"tokens": lists.tokens, "offsets": lists.offsets, "out_unit": out.stride(0), "out_column": out.stride(1)}
@@ -418,7 +419,3 @@ def _lanes(size: int) -> int:
 
 def _rank_lanes(ranks: Sequence[int]) -> int:
     return min(64, _lanes(max(ranks, default=0)))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sptc.codegen.block_lists import block_count, list_width, statistics_stride
 from sptc.codegen.kernels.mask import KernelMask
+from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.launch import Argument, launch
 from sptc.codegen.spec import Constant, KernelSpec
 from sptc.codegen.target import target_of
@@ -320,14 +321,13 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
             **({} if visible is None else visible.arguments("visible")),
         },
     )
-    precision = "ieee" if q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
     lse = torch.empty((sizes.b, sizes.h, sizes.n), dtype=torch.float32, device=q.device)
     constants: dict[str, Constant] = {
         "QUERY_BLOCK": sizes.query_block,
         "GROUP": sizes.group,
         "SIZE": size,
         "WIDTH": width,
-        "PRECISION": precision,
+        "PRECISION": product_precision(q.dtype),
     }
     arguments = {
         **_strided("q", q),

@@ -1,4 +1,4 @@
-"""Which code an op runs on a device: BLAS over gathered blocks on a CPU, emitted Triton on a GPU."""
+"""Which code an op runs on a device: C++ on a CPU, emitted Triton on a GPU."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def ffn_grad_hidden(
 
     # Offsets within a tile fit in 32 bits; the tile's own place may not.
     place = first.to(tl.int64) * WIDTH
-    plane = capacity.to(tl.int64) * WIDTH
+    plane = tl.cast(capacity, tl.int64) * WIDTH
     if SCALED:
         factor = tl.load(scale + row, mask=in_list, other=0.0).to(tl.float32)[:, None]
     if GRAD_SCALE:

@@ -59,7 +59,7 @@ def ffn_up(
     in_list = row < end
     in_block = unit < WIDTH
     # Offsets within a tile fit in 32 bits; the tile's own place may not.
-    plane = capacity.to(tl.int64) * WIDTH
+    plane = tl.cast(capacity, tl.int64) * WIDTH
     pre_tile = pre + first.to(tl.int64) * WIDTH
     # Entries of no list: backward may read what stands there, so it must be numbers.
     if block == BLOCKS:

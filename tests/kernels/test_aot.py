@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from bench.kernels import __main__ as command
-from bench.kernels import ahead, cases
+from bench.kernels import ahead, cases, check
 from sptc.codegen import aot
 from sptc.codegen.aot import Resources
 from sptc.codegen.launch import Launch
@@ -44,6 +44,18 @@ def test_every_template_compiles_within_bounds(target):
     assert products >= {"attention_forward", "attention_backward_q", "attention_backward_kv", "ffn_up", "grouped_product", "grouped_outer"}
     assert {row.template for row in rows if row.used.matrix_instructions} == products
     assert all(0 < row.used.registers <= KNOWN[target].registers for row in rows)
+
+
+def test_sizes_of_one_compile():
+    """Triton turns an integer argument of 1 into a constant, which has no methods; the interpreter does not."""
+    first = {}
+    for case in check.CASES:
+        for launch in ahead.launches(case, KNOWN["sm_90"]):
+            first.setdefault(launch.spec.template, launch)
+    assert first.keys() == ahead.templates()
+    for launch in first.values():
+        ones = {name: 1 if isinstance(value, int) else value for name, value in launch.arguments.items()}
+        aot.compile_ahead(replace(launch, arguments=ones), KNOWN["sm_90"])
 
 
 def a_launch(template="attention_forward", target="sm_90"):

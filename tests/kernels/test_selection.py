@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from sptc.codegen.block_lists import list_width
 from sptc.codegen.kernels import selection
 from sptc.codegen.kernels.mask import KernelMask
+from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.launch import recorded
 from sptc.codegen.reference import attention as reference
 from sptc.codegen.tiling import Tiling, using
@@ -150,3 +151,18 @@ def test_default_blocks_leave_a_choice_and_grow_with_length():
         for n, (query_block, key_block) in zip((1024, 4096, 32768), sizes[1:], strict=True):
             assert query_block + 2 * key_block <= density * n
     assert selection.default_blocks(5, 3, 0.1) == (5, 3)
+
+
+@pytest.mark.parametrize("switch", ["old", "new", None])
+def test_product_precision_follows_torch(switch):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        if switch == "old":
+            matmul.allow_tf32 = True
+        elif switch == "new":
+            matmul.fp32_precision = "tf32"
+        assert product_precision(torch.float32) == ("ieee" if switch is None else "tf32")
+        assert product_precision(torch.bfloat16) == "tf32"
+    finally:
+        matmul.fp32_precision = before
