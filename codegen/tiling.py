@@ -51,7 +51,11 @@ class Table:
 
     def fitting(self, target: Target, **facts: int) -> tuple[Tiling, ...]:
         """Candidates that fit `target`, best first."""
-        return self._fitting(target, tuple(sorted(facts.items())))
+        return self._fitting(target, tuple(sorted(facts.items())), spills=False)
+
+    def running(self, target: Target, **facts: int) -> tuple[Tiling, ...]:
+        """Candidates that `target` has the shared memory for: with too many registers a kernel is slow, or the estimate of them wrong."""
+        return self._fitting(target, tuple(sorted(facts.items())), spills=True)
 
     def choose(self, target: Target, **facts: int) -> Tiling:
         """The candidate that was measured best on this very device (`codegen/tune.py`), else the first that fits.
@@ -66,7 +70,7 @@ class Table:
         for template, only, tiling in _forced.get():
             if template == self.template and only in (None, question.facts):
                 return tiling
-        rows = self._fitting(target, question.facts)
+        rows = self._fitting(target, question.facts, spills=False)
         if not rows:
             known = ", ".join(f"{key}={value}" for key, value in facts.items())
             raise TilingError(
@@ -76,16 +80,17 @@ class Table:
         return question.answer() or rows[0]
 
     @functools.lru_cache(maxsize=256)  # noqa: B019  tables live as long as the process; a launch must not wait for sympy
-    def _fitting(self, target: Target, facts: Facts) -> tuple[Tiling, ...]:
+    def _fitting(self, target: Target, facts: Facts, spills: bool) -> tuple[Tiling, ...]:
         rows = self.candidates.get(target.name, self.candidates[""])
-        return tuple(tiling for tiling in rows if self._fits(tiling, target, dict(facts)))
+        return tuple(tiling for tiling in rows if self._fits(tiling, target, dict(facts), spills))
 
-    def _fits(self, tiling: Tiling, target: Target, facts: Mapping[str, int]) -> bool:
+    def _fits(self, tiling: Tiling, target: Target, facts: Mapping[str, int], spills: bool) -> bool:
         values = {**tiling.values(), "warp_size": target.warp_size, **facts}
-        shared, registers = (
-            int(expr.subs({symbol: values[symbol.name] for symbol in expr.free_symbols})) for expr in (self.shared_memory, self.registers)
-        )
-        return shared <= target.shared_memory and registers <= target.registers
+
+        def needs(expr: sympy.Expr) -> int:
+            return int(expr.subs({symbol: values[symbol.name] for symbol in expr.free_symbols}))
+
+        return needs(self.shared_memory) <= target.shared_memory and (spills or needs(self.registers) <= target.registers)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class Question:
     facts: Facts
 
     def candidates(self) -> tuple[Tiling, ...]:
-        return self.table.fitting(self.target, **dict(self.facts))
+        """What is worth measuring: an estimate of registers decides only where nothing was measured."""
+        return self.table.running(self.target, **dict(self.facts))
 
     def answer(self) -> Tiling | None:
         """The candidate measured best, if one was, on this device, and it still is a candidate."""
