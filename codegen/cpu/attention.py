@@ -28,7 +28,7 @@ def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[i
     the L kept keys for them, so that it has a choice left.
     """
     kept = max(1, math.ceil(density * m))
-    query_block, key_block = (32 if kept <= 256 else 64), 16
+    query_block, key_block = (32 if kept < 128 else 64), 16
     if own:
         half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2
         query_block, key_block = min(query_block, max(half, 16)), min(key_block, max(half // 2, 8))
@@ -103,9 +103,6 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Seque
     grad, out = prepared.ready(grad_out), prepared.ready(out).contiguous()
     sources = prepared.q, prepared.k, prepared.v
     grads = [torch.empty(x.shape, dtype=call.dtype) if wanted else None for x, wanted in zip(sources, need, strict=True)]
-    for total in grads[1:]:
-        if total is not None:  # of keys and values: added to, where queries are written once
-            total.zero_()
     named = {f"grad_{name}": g for name, g in zip("qkv", grads, strict=True) if g is not None}
     prepared.run(True, out=out, lse=lse.contiguous(), grad_out=grad, **named)
     grad_q, grad_k, grad_v = (

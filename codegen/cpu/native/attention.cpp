@@ -40,7 +40,7 @@ struct Call {
     REAL *out, *lse;  // contiguous [b, h, n, d_v] and [b, h, n]
     const REAL* grad_out;
     Strides grad_step;
-    REAL *grad_q, *grad_k, *grad_v;  // contiguous, or null where not needed; those of k and v start as zeros
+    REAL *grad_q, *grad_k, *grad_v;  // contiguous, or null where not needed
 };
 
 static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { return x + b * s.b + h * s.h + row * s.row; }
@@ -201,10 +201,11 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     REAL *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded), *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
     pack(at(c.grad_out, c.grad_step, x.b, x.h, x.first), c.grad_step.row, x.rows, x.padded, c.d_v, g, g_t);
     for (i64 i = 0; i < x.padded; i++) {
-        REAL sum = 0;
+        Vector sum = {};
         if (i < x.rows)
-            for (i64 j = 0; j < c.d_v; j++) sum += g[i * c.d_v + j] * c.out[(row + i) * c.d_v + j];
-        delta[i] = sum;
+            for (i64 j = 0; j < c.d_v; j += LANES) sum += load(g + i * c.d_v + j) * load(c.out + (row + i) * c.d_v + j);
+        delta[i] = 0;
+        for (i64 l = 0; l < LANES; l++) delta[i] += sum[l];
         lse[i] = i < x.rows && c.lse[row + i] > -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
     }
     if (c.grad_q || c.grad_k) product<false>(x.keys, x.padded, c.d_v, s.v.data(), c.d_v, 1, g_t, x.padded, slope, x.padded);
@@ -227,7 +228,9 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
 }
 
 static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s) {
-    const i64 group = c.heads / c.key_heads;
+    const i64 group = c.heads / c.key_heads, keys_before = (b * c.key_heads + key_head) * c.m;
+    if (backward && c.grad_k) memset(c.grad_k + keys_before * c.d, 0, c.m * c.d * sizeof(REAL));
+    if (backward && c.grad_v) memset(c.grad_v + keys_before * c.d_v, 0, c.m * c.d_v * sizeof(REAL));
     for (i64 tile = 0; tile < c.tiles; tile++) {
         const i64 list = (b * c.key_heads + key_head) * c.tiles + tile;
         i64 keys = 0;
