@@ -168,7 +168,9 @@ class CpuMask:
 
 
 def _four(x: Tensor) -> Tensor:
-    return x[(None,) * (4 - x.dim())]
+    """[.., .., n, m] with axes that were broadcast at size 1: nothing is worth computing for each of many copies."""
+    x = x[(None,) * (4 - x.dim())]
+    return x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in zip(x.shape, x.stride(), strict=True))]
 
 
 def _shown(bias: Tensor) -> Tensor:

@@ -25,12 +25,22 @@ _TYPES = {
     torch.float64: "double",
 }
 _FUNCTIONS = {"//": "quotient", "%": "remainder_of"}
-_SOURCE = """#include <cstdint>
+_SOURCE = """#include <cmath>
+#include <cstdint>
+#include <type_traits>
 
 typedef int64_t i64;
 
-static inline i64 quotient(i64 a, i64 b) {{ return a / b - (a % b != 0 && (a < 0) != (b < 0)); }}
-static inline i64 remainder_of(i64 a, i64 b) {{ return a - b * quotient(a, b); }}
+// Rounds down. By 0 it is 0 for integers: a division that a mask never gets to must not end the process.
+template <class A, class B>
+static inline auto quotient(A a, B b) {{
+    if constexpr (std::is_integral_v<A> && std::is_integral_v<B>)
+        return b == 0 ? i64(0) : i64(a / b - (a % b != 0 && (a < 0) != (b < 0)));
+    else
+        return std::floor(a / b);
+}}
+template <class A, class B>
+static inline auto remainder_of(A a, B b) {{ return a - b * quotient(a, b); }}
 
 // {text}
 extern "C" void fill(const i64* x, i64 b, i64 h, i64 first, i64 rows, i64 k, uint8_t* out) {{
@@ -96,7 +106,9 @@ class _Writer:
             case Element(position, indices):
                 start = len(self.kinds) + sum(rank for _, rank in self.kinds[:position])
                 terms = [f"{self.number(index)} * x[{start + axis}]" for axis, index in enumerate(indices)]
-                return f"((const {_TYPES[self.kinds[position][0]]}*)x[{position}])[{' + '.join(terms) or 0}]"
+                dtype = self.kinds[position][0]
+                element = f"((const {_TYPES[dtype]}*)x[{position}])[{' + '.join(terms) or 0}]"
+                return element if dtype.is_floating_point else f"i64({element})"
             case Binary(operator, left, right) if operator in "+-*":
                 return f"({self.number(left)} {operator} {self.number(right)})"
             case Binary("//" | "%" as operator, left, right):

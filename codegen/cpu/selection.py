@@ -68,7 +68,7 @@ def select_blocks(
     if code_sums.numel():
         call.sums, call.counts = code_sums.data_ptr(), code_counts.data_ptr()
     library, pairs = native("selection", **REAL[torch.float32]), b * h_kv
-    step = b if statistics else max(1, pairs // (4 * worker_count()))  # statistics of a head add up in one order
+    step = max(1, b) if statistics else max(1, pairs // (4 * worker_count()))  # statistics of a head add up in one order
 
     def work(starts: Iterator[int]) -> None:
         for start in starts:

@@ -42,9 +42,27 @@ def _check_heads(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None)
         raise TypeError(f"mask must be bool, got {mask.dtype}; pass an additive mask as bias")
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias must be floating point, got {bias.dtype}; pass a boolean mask as mask")
+    scores = (*q.shape[:3], k.shape[2])
     for name, operand in (("mask", mask), ("bias", bias)):
-        if operand is not None and operand.dim() > 4:
-            raise ValueError(f"{name} must be broadcastable to [b, h, n, m], got {list(operand.shape)}")
+        if operand is not None and (
+            operand.dim() > 4 or any(size not in (1, wanted) for size, wanted in zip(operand.shape[::-1], scores[::-1], strict=False))
+        ):
+            raise ValueError(f"{name} must be broadcastable to {list(scores)}, got {list(operand.shape)}")
+
+
+def _check_lists(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, dropout_p: float, seed: Tensor | None, query_block: int
+) -> None:
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must be [b, h_kv, m, d_v] with the k of {list(k.shape)}, got {list(v.shape)}")
+    lists = (*k.shape[:2], block_count(q.shape[2], query_block))
+    if ids.dtype != torch.int32 or counts.dtype != torch.int32 or ids.shape[:3] != lists or counts.shape != lists:
+        raise ValueError(
+            f"ids and counts must be int32 of {[*lists, 'width']} and {[*lists]}, got {ids.dtype} {list(ids.shape)}, "
+            f"{counts.dtype} {list(counts.shape)}; they are those of this query_block"
+        )
+    if not 0.0 <= dropout_p <= 1.0 or (dropout_p > 0.0 and seed is None):
+        raise ValueError(f"dropout needs a probability in [0, 1] and a seed, got {dropout_p} and {seed}")
 
 
 def _check_selector(q: Tensor, k: Tensor, codebooks: Tensor | None, selector: str, statistics: bool) -> None:
@@ -109,6 +127,7 @@ def _select_fake(
 def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> cpu.Call:
     predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = operands
     _check_heads(q, k, mask, bias)
+    _check_lists(q, k, v, ids, counts, dropout_p, seed, query_block)
     parse(predicate).check(tensors, sizes)
     blocks = _cpu_mask(q, k, predicate, tensors, sizes, mask, bias, query_block, key_block)
     return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale)

@@ -66,8 +66,10 @@ torch.library.register_autograd("sptc::route", _route_backward, lib=lib)
 # Routed FFN
 
 
-def _check(x: Tensor, up: Sequence[Tensor], up_bias: Sequence[Tensor], biased: Sequence[int], low: Sequence[Tensor], up_B: Sequence[Tensor],
-           adapted: Sequence[int], down: Tensor, offsets: Tensor, activation: str) -> None:  # fmt: skip
+def _check(
+    x: Tensor, up: Sequence[Tensor], up_bias: Sequence[Tensor], biased: Sequence[int], low: Sequence[Tensor], up_B: Sequence[Tensor],
+    adapted: Sequence[int], down: Tensor, down_A: Tensor | None, tokens: Tensor, offsets: Tensor, activation: str,
+) -> None:  # fmt: skip
     arity, hidden, blocks = parse(activation).arity, down.shape[0], offsets.shape[0] - 1
     if len(up) != arity:
         raise ValueError(f"sptc::routed_ffn: {activation!r} reads {arity} up projections, got {len(up)}")
@@ -76,26 +78,31 @@ def _check(x: Tensor, up: Sequence[Tensor], up_bias: Sequence[Tensor], biased: S
     for w in up:
         if tuple(w.shape) != (hidden, x.shape[1]):
             raise ValueError(f"sptc::routed_ffn: an up weight is {list(w.shape)}, expected [{hidden}, {x.shape[1]}]")
+    operands = [*up, *up_bias, *low, *up_B, down, *([] if down_A is None else [down_A])]
+    if any(w.dtype != x.dtype for w in operands):
+        raise TypeError(f"sptc::routed_ffn: operands are of {sorted({str(w.dtype) for w in operands})}, x of {x.dtype}; cast them to one")
+    if tokens.dtype != torch.int32 or offsets.dtype != torch.int32 or not tokens.is_contiguous():
+        raise TypeError(f"sptc::routed_ffn: tokens and offsets must be contiguous int32, got {tokens.dtype} and {offsets.dtype}")
     if len(biased) != len(up_bias) or not len(low) == len(up_B) == len(adapted):
         raise ValueError("sptc::routed_ffn: biased goes with up_bias, and adapted with low and up_B, one entry each")
 
 
 def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, up, up_bias, biased, low, up_B, adapted, down, _, _, offsets, *_, activation = args
-    _check(x, up, up_bias, biased, low, up_B, adapted, down, offsets, activation)
+    x, up, up_bias, biased, low, up_B, adapted, down, down_A, tokens, offsets, *_, activation = args
+    _check(x, up, up_bias, biased, low, up_B, adapted, down, down_A, tokens, offsets, activation)
     return cpu.routed_ffn(*args)
 
 
 def forward_on_kernels(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`sptc::routed_ffn` by launches of emitted kernels."""
-    x, up, up_bias, biased, low, up_B, adapted, down, _, _, offsets, *_, activation = args
-    _check(x, up, up_bias, biased, low, up_B, adapted, down, offsets, activation)
+    x, up, up_bias, biased, low, up_B, adapted, down, down_A, tokens, offsets, *_, activation = args
+    _check(x, up, up_bias, biased, low, up_B, adapted, down, down_A, tokens, offsets, activation)
     return kernels.routed_ffn(*args)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, up, up_bias, biased, low, up_B, adapted, down, down_A, tokens, offsets, *_, activation = args
-    _check(x, up, up_bias, biased, low, up_B, adapted, down, offsets, activation)
+    _check(x, up, up_bias, biased, low, up_B, adapted, down, down_A, tokens, offsets, activation)
     low_out = x.new_empty(0) if down_A is None else x.new_empty((x.shape[0], down_A.shape[0]))
     pre = x.new_empty((len(up), tokens.shape[0], down.shape[0] // (offsets.shape[0] - 1)))
     return x.new_empty((x.shape[0], down.shape[1])), low_out, pre

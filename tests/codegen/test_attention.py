@@ -114,6 +114,69 @@ def test_attention_equals_reference(name, sizes):
     assert got[0].is_contiguous() and got[1].is_contiguous()
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_in_fp32(name):
+    """Heads as wide as models have them, tiles of several chunks of queries, the exponential and the transposes of floats."""
+    b, h, h_kv, n, m, d, d_v, query_block, key_block = 1, 4, 2, 203, 231, 40, 32, 100, 16
+    q, k, v, grad = (
+        heads(*shape, torch.float32, seed) for seed, shape in enumerate([(b, h, n, d), (b, h_kv, m, d), (b, h_kv, m, d_v), (b, h, n, d_v)])
+    )
+    spec = operands(name, b, h, n, m)
+    ids, counts, *_ = select(q.double(), k.double(), None, spec, "pooled", 0.4, query_block, key_block, True)
+    rest = (torch.tensor(5), 0.2, 0.3, query_block, key_block)
+    exact = [x.double() for x in (q, k, v, grad)]
+    want = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), *exact)
+    got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)
+    assert_close(got[0].double(), want[0], 2e-6, "out")
+    for x, gradient in got[2].items():
+        assert_close(gradient.double(), want[2][x], 5e-6, x)
+
+
+@pytest.mark.parametrize("name", ["padding", "boolean row", "bias row"])
+def test_what_a_hidden_key_holds_does_not_matter(name):
+    b, h, n = 2, 2, 40
+    q, k, v = (heads(b, h, n, 8, torch.float32, seed) for seed in range(3))
+    spec = operands(name, b, h, n, n)
+    hidden = ~as_mask(spec).allowed((b, h, n, n), q.device).any(2)  # [b, h, m]: from every query
+    assert hidden.any()
+    ids, counts, *_ = select(q, k, None, spec, "pooled", 1.0, 8, 8, False)
+    want = ops.sparse_attention(q, k, v, ids, counts, *spec, None, 0.0, 0.3, 8, 8)[0]
+    for value in (torch.inf, torch.nan):
+        got = ops.sparse_attention(q, k.masked_fill(hidden.unsqueeze(-1), value), v, ids, counts, *spec, None, 0.0, 0.3, 8, 8)[0]
+        assert torch.equal(got, want)
+
+
+def test_operands_of_wrong_shapes_are_errors():
+    q, k, v = (heads(1, 2, 40, 8, torch.float32, seed) for seed in range(3))
+    everything = ("True", [], [], None, None)
+    ids, counts, *_ = select(q, k, None, everything, "pooled", 1.0, 8, 8, False)
+    rest = (None, 0.0, 0.3, 8, 8)
+    for wrong in (
+        (q, k, v[:, :, :10], ids, counts, *everything, *rest),
+        (q, k, v, ids.long(), counts, *everything, *rest),
+        (q, k, v, ids, counts, *everything, None, 0.0, 0.3, 16, 8),
+        (q, k, v, ids, counts, "True", [], [], torch.ones(40, 20, dtype=torch.bool), None, *rest),
+        (q, k, v, ids, counts, *everything, None, 1.5, 0.3, 8, 8),
+        (q, k, v, ids, counts, *everything, None, 0.5, 0.3, 8, 8),
+    ):
+        with pytest.raises(ValueError, match=r"must be|needs"):
+            ops.sparse_attention(*wrong)
+
+
+@pytest.mark.parametrize(
+    "text", ["(t0[b, k] // 2) == (t0[b, q] // 2)", "t0[b, k] % 3 < 2", "((k - q) // 3) % 2 == 0", "(k - 20) % (0 - 3) >= 0 - 1"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8], ids=str)
+def test_predicates_divide_as_python_does(text, dtype):
+    q, k, v = (heads(2, 1, 24, 8, seed=seed) for seed in range(3))
+    tensor = torch.arange(-10 if dtype.is_signed else 0, 38 if dtype.is_signed else 48).view(2, 24).to(dtype)
+    spec = (text, [tensor / 4 if dtype.is_floating_point else tensor], [], None, None)
+    ids, counts, *_ = select(q, k, None, ("True", [], [], None, None), "pooled", 1.0, 8, 8, False)
+    rest = (None, 0.0, 0.3, 8, 8)
+    want = reference.sparse_attention(q, k, v, ids, counts, as_mask(spec), *rest)[0]
+    assert_close(ops.sparse_attention(q, k, v, ids, counts, *spec, *rest)[0], want, 1e-12, "out")
+
+
 @pytest.mark.parametrize("name", ["none", "causal", "causal padding", "boolean"])
 @pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
 def test_full_lists_equal_dense_attention(name, sizes):

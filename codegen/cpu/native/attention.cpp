@@ -47,7 +47,7 @@ static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { 
 
 // A run of adjacent keys of a list: one block.
 struct Run {
-    i64 first, count, slot, block;
+    i64 first, count, block;
 };
 
 struct Scratch {
@@ -107,8 +107,9 @@ static void hide(const Call& c, const std::vector<Run>& runs, i64 b, i64 h, i64 
         for (i64 j = 0; j < run.count; j++, row += padded) {
             const i64 key = run.first + j;
             if (c.key_bias) {
-                const Vector bias = spread(c.key_bias[b * c.bias_b + key_head * c.bias_h + key]);
-                for (i64 i = 0; i < padded; i += LANES) store(row + i, load(row + i) + bias);
+                const REAL bias = c.key_bias[b * c.bias_b + key_head * c.bias_h + key];
+                // A hidden key counts nothing, whatever its score is.
+                for (i64 i = 0; i < padded; i += LANES) store(row + i, bias == -INF ? spread(bias) : load(row + i) + bias);
             }
             if (ask) {
                 c.fill(c.fill_operands, b, h, first, rows, key, shown);
@@ -120,7 +121,7 @@ static void hide(const Call& c, const std::vector<Run>& runs, i64 b, i64 h, i64 
             }
             if (c.bias.data) {  // masked values are -inf in it
                 const REAL* p = (const REAL*)c.bias.data + b * c.bias.b + h * c.bias.h + first * c.bias.q + key * c.bias.k;
-                for (i64 i = 0; i < rows; i++) row[i] += p[i * c.bias.q];
+                for (i64 i = 0; i < rows; i++) row[i] = p[i * c.bias.q] == -INF ? -INF : row[i] + p[i * c.bias.q];
             }
         }
     }
@@ -206,7 +207,7 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
             for (i64 j = 0; j < c.d_v; j += LANES) sum += load(g + i * c.d_v + j) * load(c.out + (row + i) * c.d_v + j);
         delta[i] = 0;
         for (i64 l = 0; l < LANES; l++) delta[i] += sum[l];
-        lse[i] = i < x.rows && c.lse[row + i] > -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
+        lse[i] = i < x.rows && c.lse[row + i] != -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
     }
     if (c.grad_q || c.grad_k) product<false>(x.keys, x.padded, c.d_v, s.v.data(), c.d_v, 1, g_t, x.padded, slope, x.padded);
     const REAL kept = c.drops ? keep_scale(c) : 1;
@@ -214,7 +215,9 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
         REAL *p = scores + i * x.padded, *t = slope + i * x.padded;
         const uint8_t* keep = c.drops ? s.keep.data() + i * x.padded : nullptr;
         for (i64 j = 0; j < x.padded; j += LANES) {
-            const Vector weight = exponential(load(p + j) - load(lse + j));
+            Vector weight = exponential(load(p + j) - load(lse + j));
+            if (j + LANES > x.rows)
+                for (i64 l = std::max<i64>(0, x.rows - j); l < LANES; l++) weight[l] = 0;  // zero times an infinite key would be NaN
             Vector passed = spread(kept);
             if (keep)
                 for (i64 l = 0; l < LANES; l++) passed[l] = j + l < x.rows && keep[j + l] ? kept : 0;
@@ -237,7 +240,7 @@ static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s)
         s.runs.clear();
         for (i64 slot = 0; slot < c.counts[list]; slot++) {
             const i64 block = c.ids[list * c.width + slot], first = block * c.key_block, count = std::min(c.key_block, c.m - first);
-            s.runs.push_back({first, count, slot, block});
+            s.runs.push_back({first, count, block});
             keys += count;
         }
         take(s.k, keys * c.d), take(s.v, keys * c.d_v);

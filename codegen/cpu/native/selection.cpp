@@ -121,11 +121,13 @@ static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL*
                             store(p, e);
                             total += e;
                         }
-                    const Vector share = counted / total;
+                    // A query whose scores are not finite has no say; its tile has other queries.
+                    Vector share = counted / total;
+                    for (i64 i = 0; i < LANES; i++) share[i] = std::isfinite(share[i]) && std::isfinite(total[i]) ? share[i] : 0;
                     for (i64 block = 0; block < c.blocks; block++)
                         if (open[block]) {
-                            const Vector weight = load(logits.data() + block * lanes + j) * share;
-                            for (i64 i = 0; i < LANES; i++) scores[tile * padded + block] += weight[i];
+                            const Vector weight = load(logits.data() + block * lanes + j);
+                            for (i64 i = 0; i < LANES; i++) scores[tile * padded + block] += share[i] > 0 ? weight[i] * share[i] : 0;
                         }
                 }
             }
