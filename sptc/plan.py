@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tabulate import tabulate
 
@@ -16,9 +16,6 @@ from sptc.cache import write_whole
 from sptc.config import Config, ConfigError
 
 VERSION = 1
-Measure = Literal["loss", "output"]
-# Which power of the errors adds over regions: changes of a loss add as they are, those of an output as squares, since they point anywhere.
-ADDITIVE: Mapping[Measure, int] = {"loss": 1, "output": 2}
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Choice:
 
     density: float
     seconds: float  # predicted, of the region in one step
-    error: float  # measured
+    error: float  # measured, relative, of the model's output
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,6 @@ class Plan:
 
     target: Mapping[str, float]  # {"speedup": 1.5} or {"max_error": 0.05}
     options: Mapping[str, Any]  # those that it was made with and is to be used with
-    measure: Measure  # what errors are relative changes of
     other_seconds: float  # predicted, of everything outside the regions
     regions: tuple[PlannedRegion, ...]
 
@@ -78,7 +74,7 @@ class Plan:
     @property
     def error(self) -> float:
         """Predicted from those of the regions."""
-        return combined((region.chosen.error for region in self.regions), self.measure)
+        return combined(region.chosen.error for region in self.regions)
 
     def graphs(self) -> list[set[str]]:
         """The keys of the regions of each captured graph."""
@@ -109,8 +105,6 @@ class Plan:
             raise ConfigError(f"option 'plan': {str(path)!r} is no plan of version {VERSION}; make one with sptc.plan")
         try:
             regions = tuple(_region(entry) for entry in data["regions"])
-            if data["measure"] not in ADDITIVE:
-                raise ValueError(f"unknown measure {data['measure']!r}")
             return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "regions"}, regions=regions)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"option 'plan': {str(path)!r} is not a whole plan ({error!r}); make it again with sptc.plan") from error
@@ -140,17 +134,16 @@ class Plan:
         headers = ("region", "density", "ms dense", "ms planned", "error")
         table = tabulate([*rows, ("elsewhere", "", other, other, ""), total], headers, disable_numparse=True, colalign=_ALIGN)
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
-        reached = f"{self.speedup:.2f}x by predicted times of forward and backward, {self.measure} off by {self.error:.2g}"
+        reached = f"{self.speedup:.2f}x by predicted times of forward and backward, output off by {self.error:.2g}"
         return f"{table}\n\nplanned for {wanted}: {reached}"
 
 
 _ALIGN = ("left", *("right",) * 4)
 
 
-def combined(errors: Iterable[float], measure: Measure) -> float:
-    """The error of several regions at once."""
-    power = ADDITIVE[measure]
-    return math.fsum(e**power for e in errors) ** (1 / power)
+def combined(errors: Iterable[float]) -> float:
+    """The error of several regions at once: changes point anywhere, so their squares add."""
+    return math.sqrt(math.fsum(e * e for e in errors))
 
 
 def _region(entry: Mapping[str, Any]) -> PlannedRegion:

@@ -1,9 +1,9 @@
 """`sptc.plan(model, example_inputs, speedup=1.5)`: densities by region for a budget of time or of error.
 
-Moves go from dense towards sparse, each time the one that adds the least error for a second saved (the error of an output squared: see
-`ADDITIVE`). Within a region only the lower convex hull of (seconds, error) matters, so the ratios rise along the way: the moves form one
-sequence, and every target is a prefix of it. Plans for rising targets are nested, the errors are the least that any plan of the same time
-has, and what a prefix saves beyond its target is part of one move: an exact search (the problem is a knapsack) could gain no more.
+Moves go from dense towards sparse, each time the one that adds the least squared error for a second saved. Within a region only the lower
+convex hull of (seconds, squared error) matters, so the ratios rise along the way: the moves form one sequence, and every target is a
+prefix of it. Plans for rising targets are nested, the errors are the least that any plan of the same time has, and what a prefix saves
+beyond its target is part of one move: an exact search (the problem is a knapsack) could gain no more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from sptc.capture import capture
 from sptc.config import Config
-from sptc.plan import ADDITIVE, Choice, Measure, Plan, PlannedRegion, combined
+from sptc.plan import Choice, Plan, PlannedRegion, combined
 from sptc.sensitivity import Measured, Sensitivity
 
 _NOT_PLANNED = {"plan", "dump", "on_error", "inductor", "attention.density", "ffn.density"}  # options that a plan does not repeat
@@ -40,8 +40,8 @@ def plan(
 
     `prepare` and `explain` take the option too; preparing with a plan gives no state to regions that it keeps dense.
     The batch runs once dense, then once for each region and density, without gradients and without dropout; nothing of the model changes.
-    The error of a region at a density is the relative change of the model's loss with this region alone sparse, or of all its floating
-    outputs as one vector if it returns no scalar. Changes of the loss add over regions, those of outputs add as squares. A prepared model
+    The error of a region at a density is the relative error of the floating tensors that the model returns (such as logits), with this
+    region alone sparse; of a model that returns only a loss, of what the loss is computed from. Squares of errors add. A prepared model
     is measured with its routers and codebooks, any other one with blocks chosen by weights and pooled keys; both can be planned, but
     preparing first measures what will run.
 
@@ -67,8 +67,8 @@ def plan(
     capture(model, example_inputs, sensitivity.on_graph, sensitivity.again)
     target = {"speedup": speedup} if speedup is not None else {"max_error": max_error}
     kept = {key: value for key, value in config.to_options().items() if key not in _NOT_PLANNED}
-    regions = choose(sensitivity.regions, sensitivity.other_seconds, sensitivity.measure, speedup, max_error)
-    return Plan({k: float(v) for k, v in target.items() if v is not None}, kept, sensitivity.measure, sensitivity.other_seconds, regions)
+    regions = choose(sensitivity.regions, sensitivity.other_seconds, speedup, max_error)
+    return Plan({k: float(v) for k, v in target.items() if v is not None}, kept, sensitivity.other_seconds, regions)
 
 
 def _check(speedup: float | None, max_error: float | None) -> None:
@@ -83,7 +83,6 @@ def _check(speedup: float | None, max_error: float | None) -> None:
 def choose(
     measured: Mapping[str, Measured],
     other_seconds: float,
-    measure: Measure,
     speedup: float | None = None,
     max_error: float | None = None,
 ) -> tuple[PlannedRegion, ...]:
@@ -93,7 +92,7 @@ def choose(
         PlanError: all moves together do not reach the speed-up.
     """
     choices = {key: _choices(m) for key, m in measured.items()}
-    moves = sorted((move for key, c in choices.items() for move in _moves(key, c, ADDITIVE[measure])), key=lambda move: move[:2])
+    moves = sorted((move for key, c in choices.items() for move in _moves(key, c)), key=lambda move: move[:2])
     chosen = {key: c[0] for key, c in choices.items()}
 
     def time() -> float:
@@ -103,7 +102,7 @@ def choose(
     for _, key, after in moves:
         if speedup is not None and dense / time() >= speedup:
             break
-        if max_error is not None and combined((c.error for c in {**chosen, key: after}.values()), measure) > max_error:
+        if max_error is not None and combined(c.error for c in {**chosen, key: after}.values()) > max_error:
             break
         chosen[key] = after
     seconds = time()
@@ -126,14 +125,14 @@ def _choices(measured: Measured) -> tuple[Choice, ...]:
     return (Choice(1.0, measured.seconds[1.0], 0.0), *sorted(tried, key=lambda c: -c.density))
 
 
-Move = tuple[float, str, Choice]  # error (to the additive power) added for a second saved, key, where to
+Move = tuple[float, str, Choice]  # squared error added for a second saved, key, where to
 
 
-def _moves(key: str, choices: Sequence[Choice], power: int) -> list[Move]:
+def _moves(key: str, choices: Sequence[Choice]) -> list[Move]:
     """The steps along the lower convex hull of one region, from dense on."""
     at, moves = choices[0], []
     while faster := [c for c in choices if c.seconds < at.seconds]:
-        ratios = [(c.error**power - at.error**power) / (at.seconds - c.seconds) for c in faster]
+        ratios = [(c.error**2 - at.error**2) / (at.seconds - c.seconds) for c in faster]
         ratio, _, at = min(zip(ratios, (c.seconds for c in faster), faster, strict=True), key=lambda step: step[:2])
         moves.append((ratio, key, at))
     return moves

@@ -24,12 +24,12 @@ from sptc.passes.decide import at_density, enabled
 from sptc.passes.frame import Frame, frames
 from sptc.passes.key import region_keys
 from sptc.passes.normalize import CHECKPOINT
+from sptc.passes.pattern import requires_grad, shape, value
 from sptc.passes.planned import region_facts
 from sptc.passes.remainder import remainder_seconds
 from sptc.passes.rewrite import sparse_form
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.plan import Measure
 from sptc.region import AttentionRegion, Region, Settings
 
 DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 1 / 2, 1 / 4)}
@@ -62,19 +62,19 @@ class Sensitivity:
     def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None) -> None:
         self.regions: dict[str, Measured] = {}
         self.other_seconds = 0.0
-        self.measure: Measure = "output"
         self._config = config
         self._progress = progress or (lambda done, of: None)
         self._graphs = 0
         self._densities: Mapping[str, float] = {}
         self._variants: list[tuple[str, float]] = []
         self._dense: list[Tensor] | None = None
+        self._before_loss: list[Tensor] = []  # of the run at hand
 
     def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         unit = run(captured_unit(gm, inputs, self._config), ANALYSIS)
         if unit.closed:
             raise SensitivityError(f"{unit.refusals[0].reason}; the time of its graph can't be predicted, so no plan can be made")
-        beside = _insert(unit)
+        beside, ends = _insert(unit), _before_scalars(unit)
         costs = _costs(unit, self._graphs, self.regions)
         other, self._graphs = remainder_seconds(unit), self._graphs + 1
 
@@ -82,7 +82,10 @@ class Sensitivity:
             if self._dense is None:
                 self._count(costs, other)
             with torch.no_grad():
-                return _Mixed(unit.gm, beside, self._densities).run(*args)
+                mixed = _Mixed(unit.gm, beside, self._densities, ends)
+                output = mixed.run(*args)
+                self._before_loss += mixed.seen
+                return output
 
         return call
 
@@ -96,11 +99,11 @@ class Sensitivity:
 
     def again(self, output: Any) -> bool:
         """Take note of a run's output; whether there is something left to try."""
-        values = _values(output)
+        values, self._before_loss = _values(output, self._before_loss), []
         if self._dense is None:
             if not all(bool(t.isfinite().all()) for t in values):
-                raise SensitivityError("the model's loss or output on the example batch is not finite, so its change can't be measured")
-            self.measure, self._dense = ("loss" if values[0].dim() == 0 else "output"), values
+                raise SensitivityError("what the model returns on the example batch is not finite, so its change can't be measured")
+            self._dense = values
             self._variants = [(key, density) for key, m in self.regions.items() for density in _faster(m.seconds)]
         else:
             ((key, density),) = self._densities.items()
@@ -128,13 +131,33 @@ def relative_error(values: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
     return math.sqrt(change / size) if size else math.inf if change else 0.0
 
 
-def _values(output: Any) -> list[Tensor]:
-    """The loss (the first scalar) if the model returns one, else every floating tensor."""
+def _values(output: Any, before_loss: list[Tensor]) -> list[Tensor]:
+    """The floating tensors that a model returns, its logits for example; if there is only a loss, what the loss is computed from.
+
+    A loss itself tells too little: on a few examples its changes are as often down as up, and a search among them finds the accidents.
+    """
     floating = [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     if not floating:
         raise SensitivityError("the model returns no floating tensor whose change could be measured; return the loss or the logits")
-    loss = next((t for t in floating if t.dim() == 0), None)
-    return floating if loss is None else [loss]
+    return [t for t in floating if t.dim()] or before_loss or floating
+
+
+def _before_scalars(unit: Unit) -> frozenset[Node]:
+    """The last floating tensors before they become the scalars that a graph returns; those with a gradient, if any has one."""
+    (output,) = unit.gm.graph.find_nodes(op="output")
+    found: set[Node] = set()
+    waiting = [node for node in output.all_input_nodes if shape(node) == () and isinstance(value(node), Tensor)]
+    seen = set(waiting)
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node in seen or not isinstance(value(node), Tensor):
+                continue
+            seen.add(node)
+            if shape(node) == ():
+                waiting.append(node)
+            elif value(node).is_floating_point():
+                found.add(node)
+    return frozenset(node for node in found if requires_grad(node)) or frozenset(found)
 
 
 def _costs(unit: Unit, graph: int, measured: dict[str, Measured]) -> dict[str, dict[float, float]]:
@@ -192,8 +215,10 @@ def _without_dropout(region: Region) -> Region:
 class _Mixed(fx.Interpreter):
     """Runs a normalized graph without dropout, checkpoint bodies included, with the sparse forms of the regions in `densities`."""
 
-    def __init__(self, gm: fx.GraphModule, beside: _Beside, densities: Mapping[str, float]) -> None:
+    def __init__(self, gm: fx.GraphModule, beside: _Beside, densities: Mapping[str, float], ends: frozenset[Node] = frozenset()) -> None:
         super().__init__(gm)
+        self.seen: list[Tensor] = []  # the values of `ends`
+        self._ends = ends
         self._beside = beside
         self._densities = densities
 
@@ -202,11 +227,11 @@ class _Mixed(fx.Interpreter):
             key, density = self._beside.owner[n]
             if self._densities.get(key) != density:
                 return None  # of a form that is not asked for
-        if n in self._beside.forms:
-            key, forms = self._beside.forms[n]
-            if key in self._densities:
-                return self.env[forms[self._densities[key]]]
-        return super().run_node(n)
+        key, forms = self._beside.forms.get(n, ("", {}))
+        result = self.env[forms[self._densities[key]]] if key in self._densities else super().run_node(n)
+        if n in self._ends:
+            self.seen.append(result)
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is CHECKPOINT:

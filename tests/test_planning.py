@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sptc
 from sptc.plan import combined
@@ -50,7 +50,7 @@ def gpt():
 
 def test_a_plan_reaches_its_target_and_compiles_as_it_says(gpt, tmp_path):
     model, inputs, plan = gpt
-    assert plan.speedup >= 1.2 and plan.measure == "loss"
+    assert plan.speedup >= 1.2
     assert {c.density for c in plan.regions[0].choices} == {1.0, 0.5, 0.25, 0.125, 0.0625}
     assert any(d < 1 for d in densities(plan).values())
     plan.save(tmp_path / "plan.json")
@@ -62,20 +62,37 @@ def test_a_plan_reaches_its_target_and_compiles_as_it_says(gpt, tmp_path):
     assert "\n" in str(plan) and all(r.key in str(plan) for r in plan.regions)
 
 
+class WithoutLoss(nn.Module):
+    """What the loss of a GPT is computed from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        model: Any = self.model
+        x = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
+        for block in model.blocks:
+            x = block(x)
+        return model.head(model.norm(x))[:, :-1]
+
+
 def test_the_error_of_a_region_is_that_of_a_compile_with_it_alone(gpt, tmp_path):
     model, inputs, plan = gpt
     region = next(r for r in plan.regions if "ffn" in r.key)
     alone = replace(plan, regions=tuple(replace(r, density=0.25 if r is region else 1.0) for r in plan.regions))
-    alone.save(tmp_path / "plan.json")
+    model = WithoutLoss(model)
+    renamed = replace(alone, regions=tuple(replace(r, key=f"model.{r.key}") for r in alone.regions))
+    renamed.save(tmp_path / "plan.json")
     compiled = torch.compile(model, backend=without_inductor(plan=str(tmp_path / "plan.json")))
     with torch.no_grad():
-        dense, sparse = model(**inputs), compiled(**inputs)
-    assert abs(sparse - dense) / dense == pytest.approx(alone.error, rel=1e-3) and alone.error > 0
+        dense, sparse = model(inputs["ids"]), compiled(inputs["ids"])
+    assert float((sparse - dense).norm() / dense.norm()) == pytest.approx(alone.error, rel=1e-4) and alone.error > 0
 
 
 def test_larger_targets_give_nested_plans(gpt):
     model, inputs, plan = gpt
-    plans = [replace(plan, regions=choose(as_measured(plan), plan.other_seconds, "loss", speedup=s)) for s in (1.05, 1.1, 1.2, 1.4)]
+    plans = [replace(plan, regions=choose(as_measured(plan), plan.other_seconds, speedup=s)) for s in (1.05, 1.1, 1.2, 1.4)]
     assert plans[2] == plan
     for slow, fast in itertools.pairwise(plans):
         assert slow.seconds >= fast.seconds and slow.error <= fast.error
@@ -121,14 +138,14 @@ def test_an_unprepared_or_prepared_model_is_left_as_it_was_and_prepared_by_plan(
         assert all(p.grad is None for p in wrapped.parameters())
 
     before = state()
-    bare = sptc.plan(model, inputs, speedup=1.2)
+    bare = sptc.plan(model, inputs, max_error=10.0)  # everything sparse
     check(before)
     bare.save(tmp_path / "bare.json")
     report = sptc.prepare(model, inputs, {"plan": str(tmp_path / "bare.json")})
     assert sorted(compiled_densities(report)) == sorted(by_key(bare))
-    assert any("spt" in name for name, _ in model.named_parameters())
+    assert all(density < 1 for density in densities(bare).values()) and any("spt" in name for name, _ in model.named_parameters())
     before = state()
-    prepared = sptc.plan(model, inputs, speedup=1.2)
+    prepared = sptc.plan(model, inputs, max_error=10.0)
     check(before)
     assert densities(prepared).keys() == densities(bare).keys() and prepared != bare  # its own routers and codebooks choose
 
@@ -167,8 +184,7 @@ def test_targets_that_make_no_sense_or_are_out_of_reach():
         sptc.plan(lambda x: model(x).argmax(-1), x, speedup=1.1)
 
 
-@pytest.mark.parametrize("measure", ["loss", "output"])
-def test_no_other_choice_of_the_same_time_has_a_smaller_error(measure):
+def test_no_other_choice_of_the_same_time_has_a_smaller_error():
     draw = random.Random(0)
     for _ in range(30):
         measured = {}
@@ -179,9 +195,9 @@ def test_no_other_choice_of_the_same_time_has_a_smaller_error(measure):
             measured[key] = Measured({}, {0}, seconds, errors)
         every = [[(m.seconds[d], m.errors.get(d, 0.0)) for d in m.seconds] for m in measured.values()]
         for allowed in (0.3, 0.6, 1.0):
-            chosen = [r.chosen for r in choose(measured, 1.0, measure, max_error=allowed)]
-            error, seconds = combined((c.error for c in chosen), measure), sum(c.seconds for c in chosen)
+            chosen = [r.chosen for r in choose(measured, 1.0, max_error=allowed)]
+            error, seconds = combined(c.error for c in chosen), sum(c.seconds for c in chosen)
             assert error <= allowed
             mixes = [mix for mix in itertools.product(*every) if sum(s for s, _ in mix) <= seconds + 1e-12]
-            best = min(combined((e for _, e in mix), measure) for mix in mixes)
+            best = min(combined(e for _, e in mix) for mix in mixes)
             assert error == pytest.approx(best)
