@@ -210,3 +210,4 @@ torch.library.register_autograd("sptc::sparse_attention", _attention_backward, s
 torch.library.register_autograd("sptc::sparse_attention_backward", _no_second_backward, lib=_lib)
 autocast.register(_lib, "select_blocks", ("q", "k"))
 autocast.register(_lib, "sparse_attention", ("q", "k", "v"))
+autocast.register(_lib, "sparse_attention_backward", ())  # its dtypes are those of forward

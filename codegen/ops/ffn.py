@@ -156,3 +156,4 @@ torch.library.register_fake("sptc::routed_ffn", _forward_fake, lib=lib)
 torch.library.register_fake("sptc::routed_ffn_backward", _backward_fake, lib=lib)
 torch.library.register_autograd("sptc::routed_ffn", _backward, setup_context=_setup_context, lib=lib)
 autocast.register(lib, "routed_ffn", ("x", "up", "up_bias", "low", "up_B", "down", "down_A"))
+autocast.register(lib, "routed_ffn_backward", ())  # its dtypes are those of forward

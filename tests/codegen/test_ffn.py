@@ -372,3 +372,13 @@ def test_errors_say_what_is_wrong(change, message):
 def test_route_rejects_too_many_blocks():
     with pytest.raises(ValueError, match="active=5"):
         ops.route(torch.zeros(3, 4), 5)
+
+
+def test_backward_under_autocast_keeps_the_dtypes_of_forward():
+    args, named = make(replace(CASES["lora everywhere"], tokens=40), torch.float32)
+    outputs = ops.routed_ffn(*args)[:2]
+    want = backward(outputs, named)
+    outputs = ops.routed_ffn(*args)[:2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = backward(outputs, named)
+    assert all(torch.equal(got[name], grad) for name, grad in want.items())
