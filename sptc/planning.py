@@ -49,6 +49,7 @@ def plan(
         model: a module or a function, compiled or not, in the mode to be compiled: in train mode with gradients, seconds are of forward
             and backward. The optimizer's step is not part of them.
         example_inputs: a batch as training will see it: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+            Many examples if the model returns few numbers for each, as a classifier does: a plan trusts what it measures.
         speedup: predicted time of the dense model over that of the planned one, above 1.
         max_error: the greatest predicted relative change, at least 0.
         options: as for `torch.compile(model, backend="spt", options=...)`; the plan keeps them. Densities in them have no effect.
