@@ -16,6 +16,7 @@ from torch import Tensor
 from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.cpu.products import Term, add_rows, multiply
 from sptc.codegen.expr import compile_activation
+from sptc.codegen.ffn_need import Need
 from sptc.codegen.random import keep_runs
 
 
@@ -143,32 +144,6 @@ def routed_ffn(
     share(_ranges(tokens, offsets, x.shape[0]), work)
     pre[:, int(offsets[-1]) :].zero_()
     return y.to(x.dtype), low_out.to(x.dtype), pre
-
-
-@dataclass(frozen=True)
-class Need:
-    """Which gradients are wanted; the order is that of `sptc::routed_ffn_backward`'s `need`."""
-
-    x: bool
-    up: tuple[bool, ...]
-    up_bias: tuple[bool, ...]
-    low: tuple[bool, ...]
-    up_B: tuple[bool, ...]
-    down: bool
-    down_A: bool
-    scale: bool
-
-    @classmethod
-    def read(cls, need: Sequence[bool], ups: int, biases: int, adapters: int) -> Need:
-        """Raises ValueError if `need` has not one entry for each gradient."""
-        if len(need) != ups + biases + 2 * adapters + 4:
-            raise ValueError(f"need has {len(need)} entries, expected {ups + biases + 2 * adapters + 4}")
-        flags = iter(need)
-
-        def take(n: int) -> tuple[bool, ...]:
-            return tuple(next(flags) for _ in range(n))
-
-        return cls(next(flags), take(ups), take(biases), take(adapters), take(adapters), next(flags), next(flags), next(flags))
 
 
 def routed_ffn_backward(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sptc.codegen.cpu.ffn import Need
+from sptc.codegen.ffn_need import Need
 from sptc.codegen.kernels.ffn_tiles import GRAD_HIDDEN, OUTER, PRODUCT, SUM, UP
 from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.kernels.route import Index, invert

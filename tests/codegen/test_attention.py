@@ -7,49 +7,15 @@ import torch.nn.functional as F
 import sptc.codegen.ops  # noqa: F401
 from sptc.codegen.block_lists import list_width
 from sptc.codegen.reference import attention as reference
+from tests.attention_cases import MASKS, heads, operands
 
 ops = torch.ops.sptc
-
-
-def heads(b, h, length, d, dtype=torch.float64, seed=0):
-    """Strided as in a model: [b, length, h, d] transposed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(b, length, h, d, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
 
 
 def codebooks(h_kv, d, subspaces=2, codewords=5):
     return torch.randn(h_kv, subspaces, codewords, d // subspaces, generator=torch.Generator().manual_seed(9))
 
 
-def operands(name, b, h, n, m):
-    """predicate, tensors, sizes, mask, bias."""
-    generator = torch.Generator().manual_seed(4)
-    padding = torch.arange(m) < torch.randint(1, m + 1, (b, 1), generator=generator)
-    documents = torch.randint(0, 4, (b, max(n, m)), generator=generator).sort().values
-    scattered = torch.rand(b, 1, n, m, generator=generator) > 0.6
-    bias = torch.randn(1, h, n, m, generator=generator, dtype=torch.float64)
-    hidden = torch.where(padding[:, None, None], 0.0, torch.finfo(torch.float32).min).to(torch.float32)
-    return {
-        "none": ("True", [], [], None, None),
-        "causal": ("k <= q", [], [], None, None),
-        "aligned": ("k <= q + s0", [], [m - n], None, None),
-        "window": ("(k <= q) & (k > q - s0)", [], [7], None, None),
-        "padding": ("t0[b, k]", [padding], [], None, None),
-        "causal padding": ("(k <= q) & t0[b, k]", [padding], [], None, None),
-        "documents": ("(t0[b, q] == t0[b, k]) & (k <= q)", [documents], [], None, None),
-        "per head": ("(k + h) % 3 != 0", [], [], None, None),
-        "nothing": ("k < 0", [], [], None, None),
-        "left padding": ("(k <= q) & t0[b, k]", [padding.flip(1)], [], None, None),
-        "boolean": ("True", [], [], scattered, None),
-        "boolean row": ("k <= q", [], [], padding[:, None, None].expand(b, 1, n, m), None),
-        "bias": ("True", [], [], None, bias.masked_fill(bias > 1, -torch.inf)),
-        "bias row": ("k <= q", [], [], None, hidden),
-        "all": ("(k <= q + 3) & t0[b, k]", [padding], [], scattered, bias),
-    }[name]
-
-
-MASKS = ["none", "causal", "aligned", "window", "padding", "causal padding", "documents", "per head", "nothing", "left padding"]
-MASKS += ["boolean", "boolean row", "bias", "bias row", "all"]
 SIZES = [  # b, h, h_kv, n, m, d, d_v, query_block, key_block
     (2, 2, 2, 37, 37, 8, 8, 8, 4),
     (1, 4, 2, 19, 45, 4, 6, 4, 8),

@@ -2,19 +2,13 @@
 //
 // Scores stand transposed, [keys, queries]: softmax then runs along the vectors of queries, without a sum across lanes, and every product
 // reads keys and values as they were gathered. One call computes some (batch row, key head) pairs in one thread.
-#include "product.h"
+#include "heads.h"
 
 #include <algorithm>
 #include <vector>
 
-constexpr i64 CHUNK = 64;  // queries at a time: their scores stay in the cache
-
 // Fills out[i] for queries q .. q + rows - 1 and one key.
 typedef void (*Fill)(const void* operands, i64 b, i64 h, i64 q, i64 rows, i64 k, uint8_t* out);
-
-struct Strides {
-    i64 b, h, row;  // of elements; within a row they are adjacent
-};
 
 struct Operand {  // of a mask, broadcastable to [b, h, n, m]
     const void* data;
@@ -42,8 +36,6 @@ struct Call {
     Strides grad_step;
     REAL *grad_q, *grad_k, *grad_v;  // contiguous, or null where not needed
 };
-
-static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { return x + b * s.b + h * s.h + row * s.row; }
 
 // A run of adjacent keys of a list: one block.
 struct Run {

@@ -1,14 +1,8 @@
 // Selection of key blocks: codeword histograms or pooled scores, then the best blocks of each tile. codegen/cpu/selection.py calls it.
-#include "product.h"
+#include "heads.h"
 
 #include <algorithm>
 #include <vector>
-
-constexpr i64 CHUNK = 64;  // queries at a time
-
-struct Strides {
-    i64 b, h, row;  // of elements; within a row they are adjacent
-};
 
 // Every field has 8 bytes, in the order of `_Call` in selection.py.
 struct Call {
@@ -26,8 +20,6 @@ struct Call {
     REAL *sums, *counts;  // statistics of every q_stride-th query and k_stride-th key, or null
     int32_t *ids, *lengths;
 };
-
-static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { return x + b * s.b + h * s.h + row * s.row; }
 
 static const uint8_t* visible(const Call& c, i64 b, i64 head) {
     return c.visible ? c.visible + b * c.visible_b + head * c.visible_h : nullptr;

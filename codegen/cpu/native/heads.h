@@ -1,0 +1,12 @@
+// Tensors [b, h, rows, size] of any strides, as attention and selection read them.
+#pragma once
+
+#include "product.h"
+
+constexpr i64 CHUNK = 64;  // queries at a time: their scores stay in the cache
+
+struct Strides {
+    i64 b, h, row;  // of elements; within a row they are adjacent
+};
+
+static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { return x + b * s.b + h * s.h + row * s.row; }
