@@ -111,7 +111,7 @@ def _medians(functions: tuple[Callable[[], None], ...], rounds: int) -> list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--selector", choices=("pq", "pooled"), default="pq")
+    parser.add_argument("--selector", choices=("pq", "pooled"), default="pooled")
     parser.add_argument("--blocks", help="T,B instead of the recommended ones; several separated by spaces")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

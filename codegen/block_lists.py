@@ -14,6 +14,7 @@ import torch
 from torch import SymInt, Tensor
 
 STATISTICS_ROWS = 256  # of a head over the whole batch: enough for 16 codewords a step, and cheap beside attention
+_LONGEST_RUN = 16  # queries that share a mean: shorter ones cost more and choose little better (docs/quality.md)
 
 
 @overload
@@ -28,6 +29,11 @@ def block_count(length: int | SymInt, block: int) -> int | SymInt:
 def statistics_stride(batch: int, length: int) -> int:
     """Codebook statistics look at rows 0, stride, 2 * stride, ... of each sequence."""
     return max(1, min(batch * length // STATISTICS_ROWS, length))
+
+
+def query_run(query_block: int) -> int:
+    """Queries of a tile that the pooled selector stands for by their mean: the largest divisor of `query_block` up to 16."""
+    return max(run for run in range(1, min(query_block, _LONGEST_RUN) + 1) if query_block % run == 0)
 
 
 def owned_blocks(n: int | SymInt, m: int | SymInt, query_block: int, key_block: int) -> int | SymInt:

@@ -185,7 +185,7 @@ def _check_options(marked: _Marked, region: Region, config: Config) -> None:
                 f"option 'ffn.blocks' is {config.ffn_blocks}, but the router of {where} was prepared for {blocks} blocks; "
                 "leave the option out, or prepare a fresh model with it"
             )
-    elif config.attention_selector != "pq":
+    elif "attention.selector" in config.given and config.attention_selector != "pq":
         raise ConfigError(
             f"option 'attention.selector' is {config.attention_selector!r}, but {where} was prepared with codebooks, which only 'pq' uses; "
             "leave the option out, or prepare a fresh model with it"

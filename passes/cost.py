@@ -28,6 +28,7 @@ _LOADING = 48  # rows whose products take as long as bringing the weights near: 
 _ROUTED_ROWS = 512  # of a block, where the rate of routed products was measured
 _CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
 _CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
+_POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
 _SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
 
 
@@ -170,9 +171,8 @@ def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCos
         codewords = 16 * _ceil(s.d, 8)
         products = vectors * codewords * s.d
         return 2 * products, 4 * vectors * (s.d + codewords), products / device.coded
-    blocks = _ceil(s.m, settings.key_block)
-    products = s.b * s.h * s.n * blocks * s.d
-    return 2 * products, 4 * (vectors * s.d + 3 * s.b * s.h * s.n * blocks), products / device.pooled
+    pairs = s.b * s.h * _ceil(s.n, sympy.Min(settings.query_block, _POOLED_QUERIES)) * s.m
+    return 2 * pairs * s.d, 4 * (vectors * s.d + pairs), pairs * s.d / device.pooled
 
 
 def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:

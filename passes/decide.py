@@ -184,7 +184,7 @@ def _ffn_settings(unit: Unit, state: State | None, density: float) -> FfnSetting
 
 
 def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:
-    """Codebooks select by pq; without them only pooled keys are possible."""
+    """Codebooks select by pq; without them only pooled queries are possible."""
     config = unit.config
     n, m = optimization_hint(shape(region.q)[-2]), optimization_hint(shape(region.k)[-2])
     query_block, key_block = unit.device.default_blocks(n, m, density, region.mask.causal)
@@ -192,7 +192,7 @@ def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None
         density,
         config.attention_query_block or query_block,
         config.attention_key_block or key_block,
-        "pq" if isinstance(state, CodebookState) and config.attention_selector == "pq" else "pooled",
+        "pq" if isinstance(state, CodebookState) else "pooled",
     )
 
 

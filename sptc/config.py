@@ -29,7 +29,7 @@ class Config:
     attention_density: float = _option("attention.density", 0.125, "share of keys kept, in (0, 1]")
     attention_query_block: int | None = _option("attention.query_block", None, "queries a tile; None: from shapes and device")
     attention_key_block: int | None = _option("attention.key_block", None, "keys a block; None: from shapes and device")
-    attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pq", "how blocks of keys are chosen")
+    attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pooled", "how blocks of keys are chosen")
     ffn_enabled: bool = _option("ffn.enabled", True, "rewrite FFN regions")
     ffn_density: float = _option("ffn.density", 0.5, "share of blocks active for a token, in (0, 1]")
     ffn_blocks: int = _option("ffn.blocks", 8, "blocks of hidden units")

@@ -47,7 +47,7 @@ class DeviceCosts:
     exponentials: float
     sparse_attention: float  # FLOPs of sptc::sparse_attention at density 1/8, gathers and softmax included
     sparse_attention_backward: float
-    pooled: float  # (query, key block) pairs of the pooled selector, for one element of the head size
+    pooled: float  # (mean query, key) pairs of the pooled selector, for one element of the head size
     coded: float  # (vector, codeword) pairs of the pq selector, for one element of the head size
     routed: float  # rate of sptc::routed_ffn, gathers included, as a share of gemm
     op_seconds: float  # a small operator

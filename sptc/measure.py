@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from sptc.codegen.block_lists import query_run
+
 _SECONDS = 0.06  # for one measurement: the least of the times that fit
 _HEAD = 64  # size of an attention head
 
@@ -41,7 +43,7 @@ class _Bench:
     @classmethod
     def of(cls, device: torch.device) -> _Bench:
         if device.type == "cpu":
-            return cls(device, torch.float32, 4, 1024, 2048, (64, 32), (1024, 512, 2048), (1024, 768, 3072), 1 << 23, 1 << 18)
+            return cls(device, torch.float32, 4, 1024, 1024, (32, 16), (1024, 512, 2048), (1024, 768, 3072), 1 << 23, 1 << 18)
         return cls(device, torch.bfloat16, 32, 4096, 8192, (128, 64), (8192, 4096, 4096), (8192, 2048, 8192), 1 << 25, 1 << 21)
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,7 +147,7 @@ def _sparse_attention(bench: _Bench) -> dict[str, float]:
     pooled, coded, forward, backward = (_rest(time, fixed) for time, fixed in zip(times, least, strict=True))
     flops = 4 * heads * n * (n // 8) * _HEAD
     return {
-        "pooled": heads * n * (n // blocks[1]) * _HEAD / pooled,
+        "pooled": heads * (n // query_run(blocks[0])) * n * _HEAD / pooled,
         "coded": 2 * heads * n * 8 * 16 * _HEAD / coded,
         "sparse_attention": flops / forward,
         "sparse_attention_backward": 2.5 * flops / backward,

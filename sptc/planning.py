@@ -42,7 +42,7 @@ def plan(
     The batch runs once dense, then once for each region and density, without gradients and without dropout; nothing of the model changes.
     The error of a region at a density is the relative error of the floating tensors that the model returns (such as logits), with this
     region alone sparse; of a model that returns only a loss, of what the loss is computed from. Squares of errors add. A prepared model
-    is measured with its routers and codebooks, any other one with blocks chosen by weights and pooled keys; both can be planned, but
+    is measured with its routers and codebooks, any other one with blocks chosen by weights and pooled queries; both can be planned, but
     preparing first measures what will run.
 
     Args:

@@ -175,8 +175,8 @@ def _notes(unit: Unit) -> Iterator[str]:
     rewritten = [d.region for d in unit.decisions if d.rewrite]
     bare = [r for r in rewritten if r not in unit.states]
     attention, ffn = sum(r.kind == "attention" for r in bare), sum(r.kind == "ffn" for r in bare)
-    if attention:
-        yield f"{_regions(attention, 'attention')} by pooled keys; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
+    if attention and unit.config.attention_selector == "pq":
+        yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
         yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
     for region, state in unit.states.items():

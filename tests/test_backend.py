@@ -170,7 +170,7 @@ def test_an_unprepared_model_says_once_what_prepare_adds(caplog):
     with caplog.at_level(logging.WARNING, "sptc"):
         for length in (19, 18):
             torch._dynamo.reset()
-            torch.compile(model, backend=without_inductor(**SPARSE))(x[:, :length])
+            torch.compile(model, backend=without_inductor(**SPARSE, **{"attention.selector": "pq"}))(x[:, :length])
     said = [r.getMessage() for r in caplog.records if "sptc.prepare" in r.getMessage()]
     assert len(said) == 2 and "codebooks" in said[0] and "routers" in said[1]
 

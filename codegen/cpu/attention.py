@@ -22,16 +22,15 @@ from sptc.codegen.cpu.predicate_source import Fill, fill
 
 
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
-    """(query_block, key_block) for n queries and m keys on a CPU.
+    """(query_block, key_block) for n queries and m keys on a CPU, the same for tiles that own blocks and others.
 
-    Small tiles choose better and look ahead less; below these sizes they cost time. A tile that owns blocks (`own`) gets at most half of
-    the L kept keys for them, so that it has a choice left.
+    Small tiles choose better and look ahead less; below 16 queries they cost time. A causal tile should spend at most a quarter of the keys
+    that it keeps on itself (docs/quality.md).
     """
     kept = max(1, math.ceil(density * m))
-    query_block, key_block = (32 if kept < 128 else 64), 16
-    if own:
-        half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2
-        query_block, key_block = min(query_block, max(half, 16)), min(key_block, max(half // 2, 8))
+    quarter = 1 << max(0, (kept // 4).bit_length() - 1)  # the greatest power of two in L / 4
+    query_block = min(64, max(16, quarter))
+    key_block = 16 if query_block > 16 else 8
     return min(query_block, max(n, 1)), min(key_block, max(m, 1))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sptc.codegen.block_lists import block_count, list_width, statistics_stride
+from sptc.codegen.block_lists import block_count, list_width, query_run, statistics_stride
 from sptc.codegen.cpu.compiler import REAL, native
 from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
@@ -22,7 +22,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k")),
         *((name, _STRIDES) for name in ("q_step", "k_step")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "n", "m", "d", "query_block", "key_block")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "n", "m", "d", "query_block", "key_block", "run")),
         *((name, ctypes.c_int64) for name in ("tiles", "blocks", "width")),
         ("scale", ctypes.c_double),
         ("own", ctypes.c_int64),
@@ -56,7 +56,8 @@ def select_blocks(
         code_sums, code_counts = torch.zeros(words.shape), torch.zeros(words.shape[:3])
     call = _Call(
         q=q.data_ptr(), k=k.data_ptr(), q_step=_STRIDES(*q.stride()[:3]), k_step=_STRIDES(*k.stride()[:3]), batch=b, heads=q.shape[1],
-        key_heads=h_kv, n=n, m=m, d=d, query_block=mask.query_block, key_block=mask.key_block, tiles=tiles, blocks=blocks, width=width,
+        key_heads=h_kv, n=n, m=m, d=d, query_block=mask.query_block, key_block=mask.key_block,
+        run=query_run(mask.query_block), tiles=tiles, blocks=blocks, width=width,
         scale=scale, own=own and mask.query_block > 1, allowed=allowed.data_ptr(), allowed_steps=_steps(allowed),
         ids=ids.data_ptr(), lengths=counts.data_ptr(),
     )  # fmt: skip

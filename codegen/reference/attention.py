@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from sptc.codegen.block_lists import block_count, list_width, lists_from_scores, nearest_first, owned, statistics_stride
+from sptc.codegen.block_lists import block_count, list_width, lists_from_scores, nearest_first, owned, query_run, statistics_stride
 from sptc.codegen.random import keep_mask
 from sptc.predicate import parse
 
@@ -78,7 +78,6 @@ def select_blocks(
     """ids, counts, code_sums, code_counts of `sptc::select_blocks`."""
     (b, h, n, _), (h_kv, m), group = q.shape, k.shape[1:3], q.shape[1] // k.shape[1]
     shape = (b, h, n, m)
-    tiles, blocks = block_count(n, query_block), block_count(m, key_block)
     pairs = _blocked(mask.allowed(shape, q.device), query_block, key_block).flatten(-2).any(-1)  # [b, h, tiles, blocks]
     allowed = pairs.unflatten(1, (h_kv, group)).any(2)
     visible = mask.visible(shape, q.device).unflatten(1, (h_kv, group)).any(2)  # [b, h_kv, m]
@@ -91,13 +90,14 @@ def select_blocks(
         q_histogram = _runs(q_hot.unflatten(2, (group, n)).sum(2).flatten(3), query_block).sum(3)
         scores = q_histogram @ _runs(k_hot.flatten(3), key_block).sum(3).mT
     else:
-        weight = _runs(visible.unsqueeze(-1).to(q.dtype), key_block)  # [b, h_kv, blocks, key_block, 1]
-        means = (_runs(k, key_block) * weight).sum(3) / weight.sum(3).clamp(min=1)
-        logits = (scale * queries @ means.mT).unflatten(2, (group, n))  # [b, h_kv, group, n, blocks]
-        logits = _runs(logits.transpose(2, 3).flatten(3), query_block).unflatten(-1, (group, blocks))
-        logits = logits.masked_fill(~allowed[:, :, :, None, None], -math.inf)
-        within = torch.arange(tiles * query_block, device=q.device).view(tiles, query_block, 1, 1) < n
-        scores = (logits.softmax(-1).nan_to_num(0.0) * within).sum((3, 4))
+        run = query_run(query_block)
+        within = torch.arange(block_count(n, run) * run, device=q.device).view(-1, run, 1) < n
+        means = _runs(q, run).sum(3) / within.sum(1)  # [b, h, runs, d]
+        open_keys = allowed.repeat_interleave(query_block // run, 2)[:, :, : means.shape[2]].repeat_interleave(key_block, 3)[..., :m]
+        open_keys = (open_keys & visible.unsqueeze(2)).repeat_interleave(group, 1)
+        logits = scale * means @ k.masked_fill(~visible.unsqueeze(-1), 0.0).repeat_interleave(group, 1).mT
+        weights = logits.masked_fill(~open_keys, -math.inf).softmax(-1).nan_to_num(0.0)
+        scores = _blocked(weights, query_block // run, key_block).sum((-2, -1)).unflatten(1, (h_kv, group)).sum(2)
 
     width = int(list_width(n, m, density, query_block, key_block, own))
     must = owned(n, m, query_block, key_block, q.device) if own and query_block > 1 else None

@@ -186,7 +186,7 @@ def test_shapes_of_the_state_win_over_defaults_and_contradict_options():
         assert isinstance(caught.value.inner_exception, ConfigError) and f"'ffn.blocks' is {blocks}" in str(caught.value)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"attention.selector.*'pooled'.*layers.0"):
-        bound(model, Config(attention_selector="pooled"))
+        bound(model, Config.from_options({"attention.selector": "pooled"}))
 
 
 class Broken(nn.Module):

@@ -1,4 +1,4 @@
-// Selection of key blocks: codeword histograms or pooled scores, then the best blocks of each tile. codegen/cpu/selection.py calls it.
+// Selection of key blocks: codeword histograms or pooled queries, then the best blocks of each tile. codegen/cpu/selection.py calls it.
 #include "heads.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 struct Call {
     const REAL *q, *k;
     Strides q_step, k_step;
-    i64 batch, heads, key_heads, n, m, d, query_block, key_block, tiles, blocks, width;
+    i64 batch, heads, key_heads, n, m, d, query_block, key_block, run, tiles, blocks, width;
     double scale;
     i64 own;
     const uint8_t* visible;  // [.., .., m], or null
@@ -76,56 +76,71 @@ static void agreements(const Call& c, i64 b, i64 head, REAL* scores, i64 padded)
     product<false>(c.tiles, padded, all, queries.data(), all, 1, keys.data(), padded, scores, padded);
 }
 
-// scores [tiles, padded]: softmax of queries against the means of visible keys, over allowed blocks, summed over each tile.
-static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL* scores, i64 padded) {
-    const i64 group = c.heads / c.key_heads;
-    const uint8_t* shown = visible(c, b, head);
-    std::vector<REAL> means(c.blocks * c.d), q_t(c.d * CHUNK), logits(c.blocks * CHUNK);
-    for (i64 block = 0; block < c.blocks; block++) {
-        i64 count = 0;
-        REAL* mean = means.data() + block * c.d;
-        for (i64 key = block * c.key_block; key < std::min(c.m, (block + 1) * c.key_block); key++) {
-            if (shown && !shown[key]) continue;
-            count++;
-            const REAL* x = at(c.k, c.k_step, b, head, key);
+// to [size, lanes]: means of `count` runs from the first_run-th of head h, times the scale; zeros past them.
+static void run_means(const Call& c, i64 b, i64 h, i64 first_run, i64 count, i64 lanes, REAL* plain, REAL* to) {
+    for (i64 i = 0; i < count; i++) {
+        const i64 first = (first_run + i) * c.run, stop = std::min(c.n, first + c.run);
+        REAL* mean = plain + i * c.d;
+        std::fill(mean, mean + c.d, 0);
+        for (i64 row = first; row < stop; row++) {
+            const REAL* x = at(c.q, c.q_step, b, h, row);
             for (i64 j = 0; j < c.d; j++) mean[j] += x[j];
         }
-        for (i64 j = 0; j < c.d; j++) mean[j] *= (REAL)c.scale / std::max<i64>(count, 1);
+        for (i64 j = 0; j < c.d; j++) mean[j] *= (REAL)c.scale / (stop - first);
     }
+    transpose(plain, c.d, count, c.d, to, lanes);
+}
+
+// scores [tiles, padded]: softmax of run means over the visible keys of allowed blocks, summed over each block and tile.
+static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL* scores, i64 padded) {
+    const i64 group = c.heads / c.key_heads, runs = (c.n + c.run - 1) / c.run, runs_per_tile = c.query_block / c.run;
+    const uint8_t* shown = visible(c, b, head);
+    std::vector<REAL> plain(CHUNK * c.d), means(c.d * CHUNK), logits(c.key_block * CHUNK), largest(c.blocks * CHUNK), sums(c.blocks * CHUNK);
     std::fill(scores, scores + c.tiles * padded, 0);
     for (i64 h = head * group; h < (head + 1) * group; h++)
-        for (i64 tile = 0; tile < c.tiles; tile++) {
-            const uint8_t* open = allowed + tile * c.blocks;
-            const i64 stop = std::min(c.n, (tile + 1) * c.query_block);
-            for (i64 first = tile * c.query_block; first < stop; first += CHUNK) {
-                const i64 rows = std::min(CHUNK, stop - first), lanes = up_to(rows, LANES);
-                pack(at(c.q, c.q_step, b, h, first), c.q_step.row, rows, lanes, c.d, nullptr, q_t.data());
-                product<false>(c.blocks, lanes, c.d, means.data(), c.d, 1, q_t.data(), lanes, logits.data(), lanes);
+        for (i64 first = 0; first < runs; first += CHUNK) {
+            const i64 count = std::min(CHUNK, runs - first), lanes = up_to(count, LANES);
+            const i64 first_tile = first / runs_per_tile, last_tile = (first + count - 1) / runs_per_tile;
+            run_means(c, b, h, first, count, lanes, plain.data(), means.data());
+            for (i64 block = 0; block < c.blocks; block++) {
+                REAL *most = largest.data() + block * lanes, *sum = sums.data() + block * lanes;
+                std::fill(most, most + lanes, -INF);
+                std::fill(sum, sum + lanes, 0);
+                bool open = false;
+                for (i64 tile = first_tile; tile <= last_tile; tile++) open |= allowed[tile * c.blocks + block];
+                if (!open) continue;
+                const i64 key = block * c.key_block, keys = std::min(c.key_block, c.m - key);
+                product<false>(keys, lanes, c.d, at(c.k, c.k_step, b, head, key), c.k_step.row, 1, means.data(), lanes, logits.data(), lanes);
                 for (i64 j = 0; j < lanes; j += LANES) {
-                    Vector most = spread(-INF), total = Vector{}, counted;
-                    for (i64 i = 0; i < LANES; i++) counted[i] = j + i < rows;
-                    for (i64 block = 0; block < c.blocks; block++)
-                        if (open[block]) most = greater(load(logits.data() + block * lanes + j), most);
-                    for (i64 block = 0; block < c.blocks; block++)
-                        if (open[block]) {
-                            REAL* p = logits.data() + block * lanes + j;
-                            const Vector e = exponential(load(p) - most);
-                            store(p, e);
-                            total += e;
-                        }
-                    // A query whose scores are not finite has no say; its tile has other queries.
-                    Vector share = counted / total;
-                    for (i64 i = 0; i < LANES; i++) share[i] = std::isfinite(share[i]) && std::isfinite(total[i]) ? share[i] : 0;
-                    for (i64 block = 0; block < c.blocks; block++)
-                        if (open[block]) {
-                            const Vector weight = load(logits.data() + block * lanes + j);
-                            for (i64 i = 0; i < LANES; i++) scores[tile * padded + block] += share[i] > 0 ? weight[i] * share[i] : 0;
-                        }
+                    Vector high = spread(-INF), total = Vector{};
+                    for (i64 i = 0; i < keys; i++)
+                        if (!shown || shown[key + i]) high = greater(load(logits.data() + i * lanes + j), high);
+                    for (i64 i = 0; i < keys; i++)
+                        if (!shown || shown[key + i]) total += exponential(load(logits.data() + i * lanes + j) - high);
+                    store(most + j, high);
+                    store(sum + j, total);
+                }
+                for (i64 i = 0; i < count; i++)
+                    if (!allowed[(first + i) / runs_per_tile * c.blocks + block]) most[i] = -INF, sum[i] = 0;
+            }
+            for (i64 j = 0; j < lanes; j += LANES) {
+                Vector most = spread(-INF), total = Vector{};
+                for (i64 block = 0; block < c.blocks; block++) most = greater(load(largest.data() + block * lanes + j), most);
+                for (i64 block = 0; block < c.blocks; block++) {
+                    const Vector weight =
+                        load(sums.data() + block * lanes + j) * exponential(load(largest.data() + block * lanes + j) - most);
+                    store(sums.data() + block * lanes + j, weight);
+                    total += weight;
+                }
+                for (i64 i = j; i < std::min(count, j + LANES); i++) {
+                    // A run whose scores are not finite has no say; its tile has other runs.
+                    const REAL share = 1 / total[i - j];
+                    if (!(std::isfinite(total[i - j]) && std::isfinite(share))) continue;
+                    REAL* into = scores + (first + i) / runs_per_tile * padded;
+                    for (i64 block = 0; block < c.blocks; block++) into[block] += sums[block * lanes + i] * share;
                 }
             }
         }
-    for (i64 i = 0; i < c.tiles * padded; i++)
-        if (!std::isfinite(scores[i])) scores[i] = 0;
 }
 
 struct Candidate {
