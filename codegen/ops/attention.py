@@ -12,7 +12,6 @@ from sptc.codegen.block_lists import block_count, list_width
 from sptc.codegen.cpu import attention as cpu
 from sptc.codegen.cpu import selection as cpu_selection
 from sptc.codegen.cpu.mask import CpuMask
-from sptc.codegen.cpu.parallel import apart
 from sptc.codegen.kernels import attention as kernels
 from sptc.codegen.kernels import selection as kernel_selection
 from sptc.codegen.kernels.mask import KernelMask
@@ -94,7 +93,7 @@ def _select_cpu(
     _check_heads(q, k, mask, bias)
     _check_selector(q, k, codebooks, selector, statistics)
     operands = _cpu_mask(q, k, predicate, mask_tensors, mask_sizes, mask, bias, query_block, key_block)
-    return apart(cpu_selection.select_blocks, q, k, codebooks, operands, selector, density, scale, own, statistics)
+    return cpu_selection.select_blocks(q, k, codebooks, operands, selector, density, scale, own, statistics)
 
 
 def select_on_kernels(
@@ -134,7 +133,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operand
 
 
 def _attention_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return apart(cpu.forward, _call(*args))
+    return cpu.forward(_call(*args))
 
 
 def attention_on_kernels(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +152,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor
 
 def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *operands, need = rest
-    return apart(cpu.backward, _call(q, k, v, *operands), grad_out, out, lse, need)
+    return cpu.backward(_call(q, k, v, *operands), grad_out, out, lse, need)
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

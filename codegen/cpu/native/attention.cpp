@@ -126,13 +126,26 @@ struct Chunk {
 
 static bool masked(const Call& c) { return c.key_bias || c.fill || c.boolean.data || c.bias.data; }
 
+// Products with the keys of a list read large blocks where they lie; the rows of small ones are gathered first.
+static bool in_place(const Call& c) { return c.key_block >= 8; }
+
+// scores [keys, padded] = the list's rows of x [m, size] times columns [size, padded]. gathered: the same rows, where in_place says no.
+static void with_keys(const Call& c, const Scratch& s, const Chunk& chunk, const REAL* x, i64 step, const REAL* gathered, i64 size,
+                      const REAL* columns, REAL* scores) {
+    if (!in_place(c)) return product<false>(chunk.keys, chunk.padded, size, gathered, size, 1, columns, chunk.padded, scores, chunk.padded);
+    for (const Run& run : s.runs) {
+        product<false>(run.count, chunk.padded, size, x + run.first * step, step, 1, columns, chunk.padded, scores, chunk.padded);
+        scores += run.count * chunk.padded;
+    }
+}
+
 static void score(const Call& c, Scratch& s, const Chunk& x, bool keep_queries) {
     REAL *q_t = take(s.q_t, c.d * x.padded), *q = keep_queries ? take(s.q, x.padded * c.d) : nullptr;
     pack(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, x.padded, c.d, q, q_t);
     REAL* scores = take(s.scores, x.keys * x.padded);
     const Vector scale = spread((REAL)c.scale);
     for (i64 i = 0; i < c.d * x.padded; i += LANES) store(q_t + i, load(q_t + i) * scale);
-    product<false>(x.keys, x.padded, c.d, s.k.data(), c.d, 1, q_t, x.padded, scores, x.padded);
+    with_keys(c, s, x, at(c.k, c.k_step, x.b, x.h / (c.heads / c.key_heads), 0), c.k_step.row, s.k.data(), c.d, q_t, scores);
     if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
     if (c.drops) {
         if ((i64)s.keep.size() < x.keys * x.padded) s.keep.resize(x.keys * x.padded);
@@ -201,7 +214,8 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
         for (i64 l = 0; l < LANES; l++) delta[i] += sum[l];
         lse[i] = i < x.rows && c.lse[row + i] != -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
     }
-    if (c.grad_q || c.grad_k) product<false>(x.keys, x.padded, c.d_v, s.v.data(), c.d_v, 1, g_t, x.padded, slope, x.padded);
+    if (c.grad_q || c.grad_k)
+        with_keys(c, s, x, at(c.v, c.v_step, x.b, x.h / (c.heads / c.key_heads), 0), c.v_step.row, s.v.data(), c.d_v, g_t, slope);
     const REAL kept = c.drops ? keep_scale(c) : 1;
     for (i64 i = 0; i < x.keys; i++) {
         REAL *p = scores + i * x.padded, *t = slope + i * x.padded;
@@ -235,9 +249,8 @@ static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s)
             s.runs.push_back({first, count, block});
             keys += count;
         }
-        take(s.k, keys * c.d), take(s.v, keys * c.d_v);
-        gather(c.k, c.k_step, b, key_head, s.runs, c.d, s.k.data());
-        gather(c.v, c.v_step, b, key_head, s.runs, c.d_v, s.v.data());
+        if (backward || !in_place(c)) gather(c.k, c.k_step, b, key_head, s.runs, c.d, take(s.k, keys * c.d));
+        if (!backward || !in_place(c)) gather(c.v, c.v_step, b, key_head, s.runs, c.d_v, take(s.v, keys * c.d_v));
         const i64 stop = std::min(c.n, (tile + 1) * c.query_block);
         for (i64 h = key_head * group; h < (key_head + 1) * group; h++)
             for (i64 first = tile * c.query_block; first < stop; first += CHUNK) {
