@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 SLOT_TENSORS = 3  # every slot contributes this many tensors to a mark
 CODEWORDS = 16  # E: codewords of a subspace (PAPER.md, Sparse MHA)
 SUBVECTOR = 8  # elements of a sub-vector (PAPER.md)
+RIDGE = 1e-2  # of the mean square of a router's inputs, in the regression that it starts from
 CODEBOOK_DECAY = 0.9  # of a codeword in `step`; the rest comes from the mean of its vectors
 
 _library = torch.library.Library("sptc", "FRAGMENT")
@@ -274,26 +275,31 @@ def fit_codebooks(vectors: Tensor, iterations: int = 8, seed: int = 0) -> Tensor
     return codebooks.contiguous()
 
 
-def start_router(up: Tensor, x: Tensor, blocks: int, rms: float = 0.1) -> tuple[Tensor, Tensor]:
-    """The start of a router: the mean row of each block of the up projection, centred over blocks, with small logits on the example batch.
+def fit_router(x: Tensor, norms: Tensor, rms: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The start of a router: ridge regression of how much each block adds to a token's output, from the token.
 
-    The rows give each block a direction that its units react to. Centring removes what all blocks share; the bias removes each block's
-    mean logit, so that blocks begin evenly used; logits of RMS `rms` make the scale 2p of a chosen block begin near 1, so that the model
-    starts close to the pretrained one.
+    Norms are centred over the blocks of a token: which block adds more than others is what chooses. Logits get the RMS `rms` on the batch:
+    at 1 the scale 2p of chosen blocks begins above 1, which makes up for some of what the others would add (docs/quality.md).
 
     Args:
-        up: [d_ff, d] weight of the first up projection (the gate, if gated); blocks divides d_ff.
         x: [N, d] inputs of the region on the example batch.
+        norms: [N, G], the L2 norm of each block's output.
 
     Returns:
-        weight [blocks, d] and bias [blocks], in up's dtype.
+        weight [G, d] and bias [G], fp32.
     """
-    rows = up.detach().to(torch.float32).reshape(blocks, -1, up.shape[-1]).mean(1)
-    weight = rows - rows.mean(0)
-    logits = x.detach().to(torch.float32) @ weight.T  # [N, G]
-    bias = -logits.mean(0)
-    spread, level = (t.square().mean().sqrt() for t in (logits + bias, logits))
-    # One token, or blocks alike: no spread to go by.
-    floor = torch.maximum(1e-2 * level, torch.full_like(level, torch.finfo(torch.float32).tiny))
+    target = norms.detach().double()
+    target = target - target.mean(1, keepdim=True)
+    bias = target.mean(0)
+    points = x.detach().double()
+    centre = points.mean(0)
+    points = points - centre
+    gram = points.T @ points
+    power = gram.diagonal().mean()
+    ridge = torch.where(power > 0, RIDGE * power, 1.0) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(gram + ridge, points.T @ (target - bias)).T  # [G, d]
+    spread = (points @ weight.T + bias).square().mean().sqrt()
+    # Blocks that add alike, as far as the batch shows: no spread to go by.
+    floor = (1e-3 * norms.double().square().mean().sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
     scale = rms / torch.maximum(spread, floor)
-    return (scale * weight).to(up.dtype), (scale * bias).to(up.dtype)
+    return (scale * weight).float(), (scale * (bias - weight @ centre)).float()

@@ -16,8 +16,8 @@ from sptc.passes.frame import Frame, frames, input_index, outermost, parameter
 from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import shape
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Projection, Refusal, Region, RouterState
-from sptc.state import Codebook, Router, fit_codebooks, start_router
+from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Refusal, Region, RouterState
+from sptc.state import Codebook, Router, fit_codebooks, fit_router
 
 SAMPLED_ROWS = 4096  # tokens of an FFN, or vectors of a key head, that the start of the state is computed from
 
@@ -30,12 +30,13 @@ class FfnSample:
 
     down: str  # owner-local name of the down weight
     blocks: int
-    up: Tensor | None = None  # [d_ff, d]
+    dtype: torch.dtype | None = None  # of the down weight
     inputs: list[Tensor] = field(default_factory=list)  # [N, d] each
+    norms: list[Tensor] = field(default_factory=list)  # [N, blocks] each: what every block adds to a token's output
 
     def slot(self) -> Router:
-        assert self.up is not None
-        return Router(*start_router(self.up, torch.cat(self.inputs), self.blocks), self.down)
+        weight, bias = fit_router(torch.cat(self.inputs), torch.cat(self.norms))
+        return Router(weight.to(self.dtype), bias.to(self.dtype), self.down)
 
 
 @dataclass
@@ -119,14 +120,25 @@ class Trial:
         sample = self.samples.setdefault(owner, {}).setdefault(down, FfnSample(down, decision.settings.blocks))
         assert isinstance(sample, FfnSample)
 
+        seen: dict[str, Tensor] = {}
+
         def see_input(value: Tensor) -> None:
             sample.inputs.append(_evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0))
 
-        def see_weight(value: Tensor) -> None:
-            sample.up = _weight(region.ups[0], value)
+        def see_hidden(value: Tensor) -> None:
+            seen["hidden"] = _evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0)
+
+        def see_down(value: Tensor) -> None:
+            sample.dtype = value.dtype
+            seen["down"] = value.detach() if region.down.transposed else value.detach().T
+
+        def see_output(_: Tensor) -> None:
+            sample.norms.append(_block_norms(seen.pop("hidden"), seen.pop("down"), sample.blocks))
 
         yield region.x, see_input
-        yield region.ups[0].weight, see_weight
+        yield region.down.x, see_hidden
+        yield region.down.weight, see_down
+        yield region.y, see_output
 
     def _refuse(self, region: Region, reason: str) -> None:
         self.refusals.append(Refusal(region.kind, "state", region.y, f"no trainable state: {reason}", region.site))
@@ -201,10 +213,10 @@ class _Watching(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _weight(up: Projection, value: Tensor) -> Tensor:
-    """The projection as [d_ff, d]."""
-    weight = value.T if up.transposed else value
-    return (weight if up.rows is None else weight[up.rows[0] : up.rows[1]]).detach()
+def _block_norms(hidden: Tensor, down: Tensor, blocks: int) -> Tensor:
+    """hidden [N, d_ff], down [d_ff, d] -> [N, blocks]: the L2 norm of what each block of hidden units adds to the output."""
+    parts = zip(hidden.float().chunk(blocks, 1), down.float().chunk(blocks), strict=True)
+    return torch.stack([(units @ weights).norm(dim=1) for units, weights in parts], 1)
 
 
 def _vectors(value: Tensor, key_heads: int) -> Tensor:
