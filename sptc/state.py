@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SLOT_TENSORS = 3  # every slot contributes this many tensors to a mark
 CODEWORDS = 16  # E: codewords of a subspace (PAPER.md, Sparse MHA)
 SUBVECTOR = 8  # elements of a sub-vector (PAPER.md)
-RIDGE = 1e-2  # of the mean square of a router's inputs, in the regression that it starts from
+RIDGE = 0.3  # of the mean square of a router's inputs, in the regression that it starts from: for batches of few tokens
 CODEBOOK_DECAY = 0.9  # of a codeword in `step`; the rest comes from the mean of its vectors
 
 _library = torch.library.Library("sptc", "FRAGMENT")

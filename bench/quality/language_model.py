@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -42,14 +43,16 @@ class Pretraining:
     """What makes a pretrained model; equal settings on equal text give the same one."""
 
     shape: Shape = field(default_factory=Shape)
-    steps: int = 240
+    steps: int = 600
     batch: int = 8
     learning_rate: float = 2e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
     seed: int = 0
 
 
 MODELS = {
-    "10M": Pretraining(),
+    "10M": Pretraining(seed=1),
+    "10M-muon": Pretraining(optimizer="muon"),
     "4M": Pretraining(Shape(vocabulary=2048, width=256, hidden=704, layers=4, heads=4), steps=400, batch=4),
 }
 
@@ -122,8 +125,13 @@ def _train(settings: Pretraining, texts: Sequence[str]) -> Pretrained:
     held_out, train = pieces[-HELD_OUT:], pieces[:-HELD_OUT]
     torch.manual_seed(settings.seed)
     model = new_model(shape)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1)
+    optimizers = _optimizers(model, settings)
+    rates = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
+        )
+        for optimizer in optimizers
+    ]
     generator = torch.Generator().manual_seed(settings.seed)
     rounds = -(-settings.steps * settings.batch // len(train))
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
@@ -134,9 +142,10 @@ def _train(settings: Pretraining, texts: Sequence[str]) -> Pretrained:
             loss = _loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            rate.step()
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                rate.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
             bar.update()
     with torch.no_grad():
@@ -144,6 +153,19 @@ def _train(settings: Pretraining, texts: Sequence[str]) -> Pretrained:
     return Pretrained(tokenizer, shape, {name: value.detach() for name, value in model.state_dict().items()}, final)
 
 
+def _optimizers(model: LlamaForCausalLM, settings: Pretraining) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices of the layers, which gets further in few steps, and AdamW for the rest."""
+    rate = settings.learning_rate
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2 and settings.optimizer == "muon"]
+    inner = set(matrices)
+    rest = [p for p in model.parameters() if p not in inner]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
 def _loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        logits = model(input_ids=ids).logits
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())

@@ -13,23 +13,25 @@ Options = dict[str, Any] | None  # of sptc.prepare and torch.compile(backend="sp
 DENSE = "dense"
 
 # Each against `dense`, alone before together. Densities are the paper's, attention 1/8 and FFN 1/2, where nothing else is said.
+_ATTENTION: dict[str, Any] = {"ffn.enabled": False}
+_FFN: dict[str, Any] = {"attention.enabled": False}
 VARIANTS: dict[str, Options] = {
     DENSE: None,
     "paper": {},
-    "attention": {"ffn.enabled": False},
-    "ffn": {"attention.enabled": False},
-    "attention-pooled": {"ffn.enabled": False, "attention.selector": "pooled"},
-    "attention-16x16": {"ffn.enabled": False, "attention.query_block": 16, "attention.key_block": 16},
-    "attention-8x8": {"ffn.enabled": False, "attention.query_block": 8, "attention.key_block": 8},
-    "attention-keys": {"ffn.enabled": False, "attention.query_block": 1, "attention.key_block": 1},  # the paper's rule
-    "attention-1/4": {"ffn.enabled": False, "attention.density": 0.25},
-    "attention-1/2": {"ffn.enabled": False, "attention.density": 0.5},
-    "ffn-1/4": {"attention.enabled": False, "ffn.density": 0.25},
-    "ffn-3/4": {"attention.enabled": False, "ffn.density": 0.75},
-    "ffn-4-blocks": {"attention.enabled": False, "ffn.blocks": 4},
-    "ffn-16-blocks": {"attention.enabled": False, "ffn.blocks": 16},
-    "pooled": {"attention.selector": "pooled"},
-    "quarter": {"attention.density": 0.25},
+    "attention": _ATTENTION,
+    "ffn": _FFN,
+    "attention-pq": {**_ATTENTION, "attention.selector": "pq"},
+    "attention-pq-keys": {**_ATTENTION, "attention.selector": "pq", "attention.query_block": 1, "attention.key_block": 1},  # the paper's rule
+    "attention-32x16": {**_ATTENTION, "attention.query_block": 32, "attention.key_block": 16},
+    "attention-8x8": {**_ATTENTION, "attention.query_block": 8, "attention.key_block": 8},
+    "attention-1/4": {**_ATTENTION, "attention.density": 0.25},
+    "attention-1/16": {**_ATTENTION, "attention.density": 0.0625},
+    "ffn-1/4": {**_FFN, "ffn.density": 0.25},
+    "ffn-3/4": {**_FFN, "ffn.density": 0.75},
+    "ffn-4-blocks": {**_FFN, "ffn.blocks": 4},
+    "ffn-16-blocks": {**_FFN, "ffn.blocks": 16},
+    "ffn-32-blocks": {**_FFN, "ffn.blocks": 32},
+    "three-quarters": {"ffn.density": 0.75},
 }
 
 
