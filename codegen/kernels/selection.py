@@ -1,7 +1,7 @@
 """Selection of key blocks on a GPU: the kernels behind `sptc::select_blocks`.
 
-pq: codeword histograms of tiles and blocks, whose products count agreements. pooled: two passes over block means. Then the best allowed
-blocks of each tile. Nothing waits for the device.
+pq: codeword histograms of tiles and blocks, whose products count agreements. pooled: two passes of mean queries over the keys. Then the
+best allowed blocks of each tile. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sptc.codegen.block_lists import block_count, list_width, statistics_stride
+from sptc.codegen.block_lists import block_count, list_width, query_run, statistics_stride
 from sptc.codegen.kernels.mask import KernelMask
 from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.launch import Argument, launch
@@ -28,7 +28,7 @@ _LONGEST_CHUNK = 4096  # blocks that a program ranks at a time: 64-bit keys of m
 _MATRIX_SIDE = 16  # the least that a matrix product takes
 
 _ROWS, _COLUMNS, _WIDTH, _WORDS = sympy.symbols("ROWS COLUMNS WIDTH WORDS")
-_CHUNK, _WARPS, _WARP, _ITEM = sympy.symbols("CHUNK num_warps warp_size itemsize")
+_WARPS, _STAGES, _WARP, _ITEM = sympy.symbols("num_warps num_stages warp_size itemsize")
 _THREADS = _WARPS * _WARP
 _FIXED = 40  # registers for addresses, masks and loop counters
 
@@ -52,22 +52,24 @@ PAIRS = Table(
     registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS,
 )
 MEANS = Table(
-    "block_means",
+    "run_means",
     {"": (Tiling.of(4, 1, ROWS=64), Tiling.of(4, 1, ROWS=32))},
     shared_memory=4 * _ROWS * _WIDTH,
     registers=_FIXED + 2 * _ROWS * _WIDTH / _THREADS,
 )
+_HELD = _ITEM * (_ROWS + _COLUMNS) * _WIDTH / (4 * _THREADS)  # registers of the two operands of a product
+# There are few runs, so few rows: they have to keep a whole device busy.
 LOGSUMEXP = Table(
     "pooled_logsumexp",
-    {"": (Tiling.of(4, 2, ROWS=128, COLUMNS=64), Tiling.of(4, 2, ROWS=64, COLUMNS=32), Tiling.of(4, 1, ROWS=32, COLUMNS=32))},
-    shared_memory=_ITEM * _WIDTH * (_ROWS + sympy.Symbol("num_stages") * _COLUMNS),
-    registers=_FIXED + 2 * _ROWS * _COLUMNS / _THREADS + _ITEM * _ROWS * _WIDTH / (4 * _THREADS),
+    {"": (Tiling.of(4, 2, ROWS=32, COLUMNS=64), Tiling.of(4, 2, ROWS=64, COLUMNS=64), Tiling.of(4, 1, ROWS=16, COLUMNS=32))},
+    shared_memory=_ITEM * _WIDTH * (_ROWS + _STAGES * _COLUMNS),
+    registers=_FIXED + 2 * _ROWS * _COLUMNS / _THREADS + _HELD,
 )
 SCORES = Table(
     "pooled_scores",
-    {"": (Tiling.of(4, 2, ROWS=128, COLUMNS=64), Tiling.of(4, 2, ROWS=64, COLUMNS=32), Tiling.of(4, 1, ROWS=32, COLUMNS=32))},
-    shared_memory=_ITEM * _WIDTH * (sympy.Symbol("num_stages") * _ROWS + _COLUMNS) + 4 * _ROWS * _COLUMNS,
-    registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS + _ITEM * _COLUMNS * _WIDTH / (4 * _THREADS),
+    {"": (Tiling.of(4, 2, ROWS=64, COLUMNS=64), Tiling.of(4, 2, ROWS=128, COLUMNS=64), Tiling.of(4, 1, ROWS=16, COLUMNS=32))},
+    shared_memory=_ITEM * _WIDTH * (_STAGES * _ROWS + _COLUMNS) + 4 * _ROWS * _COLUMNS,
+    registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS + _HELD,
 )
 
 
@@ -301,54 +303,54 @@ def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, size
 
 
 def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: float, sizes: _Sizes) -> Tensor:
-    """fp32 [b, h_kv, tiles, blocks]: softmax of queries against block means of visible keys, summed over each tile and group."""
-    target, size, width = target_of(q.device), sizes.d, _side(sizes.d)
-    facts = {"WIDTH": width, "itemsize": q.element_size()}
-    means = torch.empty((sizes.b, sizes.h_kv, sizes.blocks, size), dtype=q.dtype, device=q.device)
+    """fp32 [b, h_kv, tiles, blocks]: softmax of the means of runs of queries against visible keys, summed over runs, group and keys."""
+    target, size, width, run = target_of(q.device), sizes.d, _side(sizes.d), query_run(sizes.query_block)
+    facts = {"WIDTH": width, "itemsize": k.element_size()}
+    runs, run_rows = block_count(sizes.n, run), _padded(run)
+    means = torch.empty((sizes.b, sizes.h, runs, size), dtype=k.dtype, device=q.device)
     tiling = MEANS.choose(target, **facts).values()
-    run_rows = min(_padded(sizes.key_block), tiling["ROWS"])
     _launch(
-        "block_means",
-        {"KEY_BLOCK": sizes.key_block, "SIZE": size, "WIDTH": width, "RUN_ROWS": run_rows, "VISIBLE": visible is not None},
+        "run_means",
+        {"RUN": run, "RUN_ROWS": run_rows, "SIZE": size, "WIDTH": width},
         tiling,
-        (block_count(sizes.blocks, tiling["ROWS"] // run_rows), sizes.h_kv, sizes.b),
+        (block_count(runs, tiling["ROWS"] // run_rows), sizes.h, sizes.b),
         q.device,
-        {
-            **_strided("k", k),
-            "means_ptr": means,
-            "keys": sizes.m,
-            "blocks": sizes.blocks,
-            **({} if visible is None else visible.arguments("visible")),
-        },
+        {**_strided("q", q), "means_ptr": means, "queries": sizes.n, "runs": runs},
     )
-    lse = torch.empty((sizes.b, sizes.h, sizes.n), dtype=torch.float32, device=q.device)
+    lse = torch.empty((sizes.b, sizes.h, runs), dtype=torch.float32, device=q.device)
+    runs_per_tile = sizes.query_block // run
     constants: dict[str, Constant] = {
-        "QUERY_BLOCK": sizes.query_block,
+        "RUNS_PER_TILE": runs_per_tile,
+        "KEY_BLOCK": sizes.key_block,
         "GROUP": sizes.group,
         "SIZE": size,
         "WIDTH": width,
-        "PRECISION": product_precision(q.dtype),
+        "VISIBLE": visible is not None,
+        "PRECISION": _pooled_precision(k),
     }
     arguments = {
-        **_strided("q", q),
         "means_ptr": means,
+        **_strided("k", k),
+        **({} if visible is None else visible.arguments("visible")),
         **pairs.arguments("pairs"),
         "lse_ptr": lse,
-        "queries": sizes.n,
+        "runs": runs,
+        "keys": sizes.m,
         "blocks": sizes.blocks,
-        "scale": scale,
+        "scale_log2": scale * math.log2(math.e),
     }
     tiling = LOGSUMEXP.choose(target, **facts).values()
-    _launch("pooled_logsumexp", constants, tiling, (block_count(sizes.n, tiling["ROWS"]), sizes.h, sizes.b), q.device, arguments)
+    _launch("pooled_logsumexp", constants, tiling, (block_count(runs, tiling["ROWS"]), sizes.h, sizes.b), q.device, arguments)
     scores = torch.empty((sizes.b, sizes.h_kv, sizes.tiles, sizes.blocks), dtype=torch.float32, device=q.device)
     tiling = SCORES.choose(target, **facts).values()
-    run_rows = min(_padded(sizes.query_block), tiling["ROWS"])
-    programs = block_count(sizes.tiles, tiling["ROWS"] // run_rows) * block_count(sizes.blocks, tiling["COLUMNS"])
+    tile_rows, block_columns = min(_padded(runs_per_tile), tiling["ROWS"]), min(_padded(sizes.key_block), tiling["COLUMNS"])
+    tile_groups = block_count(sizes.tiles, tiling["ROWS"] // tile_rows)
+    block_groups = block_count(sizes.blocks, tiling["COLUMNS"] // block_columns)
     _launch(
         "pooled_scores",
-        {**constants, "RUN_ROWS": run_rows},
+        {**constants, "TILE_ROWS": tile_rows, "BLOCK_COLUMNS": block_columns},
         tiling,
-        (programs, sizes.h_kv, sizes.b),
+        (tile_groups * block_groups, sizes.h_kv, sizes.b),
         q.device,
         {**arguments, "scores_ptr": scores, "tiles": sizes.tiles},
     )
@@ -418,6 +420,12 @@ def _strided(name: str, x: Tensor) -> dict[str, Argument]:
 def _first_row_if_alike(x: Tensor) -> Tensor:
     """An operand without the copies of its row along queries that broadcasting made."""
     return x[..., :1, :] if x.dim() > 1 and x.stride(-2) == 0 else x if x.dim() > 1 else x.view(1, -1)
+
+
+def _pooled_precision(x: Tensor) -> str:
+    """As the user has set torch's products; where that is fp32, what comes near it on matrix units."""
+    precision = product_precision(x.dtype)
+    return precision if precision == "tf32" else _code_precision(x)
 
 
 def _code_precision(x: Tensor) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from sptc.codegen.block_lists import list_width
+from sptc.codegen.block_lists import list_width, lists_from_scores
 from sptc.codegen.kernels import selection
 from sptc.codegen.kernels.mask import KernelMask
 from sptc.codegen.kernels.precision import product_precision
@@ -20,7 +20,7 @@ SMALL = {  # so that tiny inputs need several programs, several steps of a loop,
     "code_statistics": Tiling.of(4, 1, ROWS=32),
     "visible_keys": Tiling.of(4, 1, KEYS=16),
     "allowed_pairs": Tiling.of(4, 1, ROWS=16, COLUMNS=8),
-    "block_means": Tiling.of(4, 1, ROWS=8),
+    "run_means": Tiling.of(4, 1, ROWS=16),
     "pooled_logsumexp": Tiling.of(4, 1, ROWS=16, COLUMNS=16),
     "pooled_scores": Tiling.of(4, 1, ROWS=16, COLUMNS=16),
 }
@@ -65,22 +65,72 @@ def test_lists_equal_the_references(name, tiles):
     assert_same_lists(got, want)
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[3], want[3])
-    q, k = q.float(), k.float()  # in fp16 block means are rounded
+    q, k = q.float(), k.float()  # in fp16 the means of queries are rounded
     args = ("pooled", 0.3, 0.3, query_block, key_block, own, False)
     got = interpreted(q, k, None, spec, *args)
     assert_same_lists(got, as_reference(q, k, None, spec, *args))
     assert got[2].shape == got[3].shape == (0,)
 
 
-def test_half_precision_pools_up_to_rounding():
-    b, h, _, n, m, _, _, query_block, key_block = sizes = SIZES[0]
-    q, k, _ = inputs(sizes, torch.float16)
-    args = ("pooled", 0.3, 0.3, query_block, key_block, False, False)
-    got, want = (select(q, k, None, operands("none", b, h, n, m), *args) for select in (interpreted, as_reference))
-    weights = (0.3 * q.double() @ torch.stack([part.double().mean(2) for part in k.split(key_block, 2)], 2).mT).softmax(-1)
-    scores = torch.stack([part.sum(2) for part in weights.split(query_block, 2)], 2)
-    assert torch.equal(got[1], want[1])
-    torch.testing.assert_close(scores.gather(-1, got[0].long()).sum(-1), scores.gather(-1, want[0].long()).sum(-1), rtol=1e-3, atol=0)
+@pytest.fixture
+def pooled(monkeypatch):
+    """Scores of all (tile, block) pairs by the kernels, and by the reference in fp64."""
+
+    def scores(q, k, spec, query_block, key_block):
+        args = ("pooled", 0.3, 0.3, query_block, key_block, False, False)
+        with recorded(run=True) as launches:
+            interpreted(q, k, None, spec, *args)
+        with monkeypatch.context() as patch:
+            seen = []
+            patch.setattr(reference, "lists_from_scores", lambda scores, *rest: seen.append(scores) or lists_from_scores(scores, *rest))
+            as_reference(q, k, None, spec, *args)
+        return launches[-1].arguments["scores_ptr"].double(), seen[0]
+
+    return scores
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize(
+    "name, sizes",  # b, h, h_kv, n, m, d, query_block, key_block
+    [
+        ("per head", (2, 2, 2, 130, 59, 10, 48, 24)),  # 3 runs of 16; neither tiles nor blocks are powers of two
+        ("causal", (1, 4, 2, 71, 71, 4, 34, 32)),  # 17 runs of 2: more than the rows of a program
+        ("all", (2, 2, 1, 61, 70, 20, 13, 3)),  # one run of 13
+        ("window", (1, 2, 1, 75, 75, 6, 2, 7)),  # programs that start after the first block and end before the last
+        ("boolean row", (2, 2, 1, 19, 23, 4, 1, 1)),  # every query for itself
+    ],
+)
+def test_pooled_scores_equal_the_references(name, sizes, dtype, tolerance, pooled):
+    b, h, h_kv, n, m, d, query_block, key_block = sizes
+    q, k, _ = inputs((b, h, h_kv, n, m, d), dtype)
+    with contextlib.ExitStack() as stack:
+        for template in ("run_means", "pooled_logsumexp", "pooled_scores"):
+            stack.enter_context(using(template, SMALL[template]))
+        got, want = pooled(3 * q, k, operands(name, b, h, n, m), query_block, key_block)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["causal padding", "boolean row"])
+def test_what_is_not_finite_has_no_say_in_pooled_scores(name, value, pooled, tiles):
+    """Neither hidden keys, nor runs whose mean or logits are not finite; other runs of their tiles count as ever."""
+    b, h, n, query_block, key_block = 2, 2, 70, 32, 8
+    q, k, _ = inputs((b, h, 1, n, n, 4), torch.float32)
+    spec = operands(name, b, h, n, n)
+    visible = reference.Mask(*spec).visible((b, h, n, n), q.device).any(1, keepdim=True)
+    assert not visible.all()
+    finite, _ = pooled(q, k, spec, query_block, key_block)
+    hidden, want = pooled(q, k.masked_fill(~visible.unsqueeze(-1), value), spec, query_block, key_block)
+    assert torch.equal(hidden, finite)
+    torch.testing.assert_close(hidden, want, rtol=1e-5, atol=1e-6)
+
+    q, k = q.clone(), k.clone()
+    q[:, 0, 5, 1] = value  # the first of two runs of a tile
+    k[:, 0, 33, 2] = value  # seen by some tiles, and not by all
+    got, want = pooled(q, k, spec, query_block, key_block)
+    assert got.isfinite().all() and got[:, :, 0].any() and not torch.equal(got, finite)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("own", [False, True])
