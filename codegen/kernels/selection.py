@@ -57,7 +57,7 @@ MEANS = Table(
     shared_memory=4 * _ROWS * _WIDTH,
     registers=_FIXED + 2 * _ROWS * _WIDTH / _THREADS,
 )
-_HELD = _ITEM * (_ROWS + _COLUMNS) * _WIDTH / (4 * _THREADS)  # registers of the two operands of a product
+_HELD = _ITEM**2 / 2 * (_ROWS + _COLUMNS) * _WIDTH / (4 * _THREADS)  # registers of a product's operands: three products split fp32 in two
 # There are few runs, so few rows: they have to keep a whole device busy.
 LOGSUMEXP = Table(
     "pooled_logsumexp",
