@@ -14,7 +14,7 @@ import torch
 from torch import SymInt, Tensor
 
 STATISTICS_ROWS = 256  # of a head over the whole batch: enough for 16 codewords a step, and cheap beside attention
-_LONGEST_RUN = 16  # queries that share a mean: shorter ones cost more and choose little better (docs/quality.md)
+_LONGEST_RUN = 16  # queries that share a mean: a sixteenth of the products of exact scores
 
 
 @overload

@@ -1,7 +1,8 @@
 """A torch.compile backend that rewrites attention and FFN regions into sparse equivalents for fine-tuning.
 
 `torch.compile(model, backend="spt")` needs no import: the backend is an entry point. `prepare` before the optimizer is made adds trainable
-routers and codebooks; `explain` says what a compile would do; `report` says what it did; `plan` chooses densities for a budget.
+routers (and codebooks, for the selector "pq"); `explain` says what a compile would do; `report` says what it did; `plan` chooses densities
+for a budget.
 """
 
 from sptc.compiled import report

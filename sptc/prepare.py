@@ -28,7 +28,7 @@ class PrepareError(ValueError):
 
 
 def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | None = None) -> Report:
-    """Attach routers and codebooks to the modules whose FFN or attention will be rewritten.
+    """Attach routers, and codebooks with the selector "pq", to the modules whose FFN or attention will be rewritten.
 
     Call it after PEFT and before the optimizer, DistributedDataParallel and `torch.compile`, in the mode (train or eval) to be compiled:
 

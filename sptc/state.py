@@ -279,7 +279,7 @@ def fit_router(x: Tensor, norms: Tensor, rms: float = 1.0) -> tuple[Tensor, Tens
     """The start of a router: ridge regression of how much each block adds to a token's output, from the token.
 
     Norms are centred over the blocks of a token: which block adds more than others is what chooses. Logits get the RMS `rms` on the batch:
-    at 1 the scale 2p of chosen blocks begins above 1, which makes up for some of what the others would add (docs/quality.md).
+    at 1 the scale 2p of chosen blocks begins above 1, which makes up for some of what the others would add.
 
     Args:
         x: [N, d] inputs of the region on the example batch.

@@ -147,7 +147,7 @@ def test_an_unprepared_or_prepared_model_is_left_as_it_was_and_prepared_by_plan(
     before = state()
     prepared = sptc.plan(model, inputs, max_error=10.0)
     check(before)
-    assert densities(prepared).keys() == densities(bare).keys() and prepared != bare  # its own routers and codebooks choose
+    assert densities(prepared).keys() == densities(bare).keys() and prepared != bare  # its own routers choose
 
 
 def test_the_sensitive_region_keeps_more():

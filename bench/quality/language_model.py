@@ -51,7 +51,7 @@ class Pretraining:
 
 
 MODELS = {
-    "10M": Pretraining(seed=1),
+    "10M": Pretraining(seed=1),  # the results in the docs are of this one
     "10M-muon": Pretraining(optimizer="muon"),
     "4M": Pretraining(Shape(vocabulary=2048, width=256, hidden=704, layers=4, heads=4), steps=400, batch=4),
 }

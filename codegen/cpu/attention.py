@@ -24,8 +24,8 @@ from sptc.codegen.cpu.predicate_source import Fill, fill
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
     """(query_block, key_block) for n queries and m keys on a CPU, the same for tiles that own blocks and others.
 
-    Small tiles choose better and look ahead less; below 16 queries they cost time. A causal tile should spend at most a quarter of the keys
-    that it keeps on itself (docs/quality.md).
+    Small tiles choose better, look ahead less and cost time, much below 16 queries. A causal tile should spend at most a quarter of the
+    keys that it keeps on itself (docs/quality.md).
     """
     kept = max(1, math.ceil(density * m))
     quarter = 1 << max(0, (kept // 4).bit_length() - 1)  # the greatest power of two in L / 4

@@ -11,11 +11,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Barrier, Lock, local
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 _MOST_WORKERS = 8  # Python between kernels runs one thread at a time: with more cores, workers split their kernels again
@@ -29,20 +28,13 @@ def worker_count() -> int:
     return min(getattr(_here, "threads", 0) or torch.get_num_threads(), _MOST_WORKERS)
 
 
-def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `function` in a worker, where torch's kernels meet no barrier, and return what it returns."""
-    if worker_count() == 1 or hasattr(_here, "threads"):
-        return function(*args, **kwargs)
-    return _pool(torch.get_num_threads()).submit(function, *args, **kwargs).result()
-
-
 def share(items: Iterable[T], work: Callable[[Iterator[T]], None]) -> None:
     """Call `work` once in each worker with one common iterator over `items`; each item is taken once.
 
     What a failing worker raises is raised. Results must not depend on who takes which item.
     """
     if worker_count() > 1 and not hasattr(_here, "threads"):
-        return apart(share, items, work)
+        return _pool(torch.get_num_threads()).submit(share, items, work).result()
     common = iter(list(items))
     others = [_pool(_here.threads).submit(work, common) for _ in range(worker_count() - 1)]
     try:
