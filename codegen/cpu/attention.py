@@ -24,12 +24,12 @@ from sptc.codegen.cpu.predicate_source import Fill, fill
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
     """(query_block, key_block) for n queries and m keys on a CPU, the same for tiles that own blocks and others.
 
-    Small tiles choose better, look ahead less and cost time, much below 16 queries. A causal tile should spend at most a quarter of the
-    keys that it keeps on itself (docs/quality.md).
+    Small tiles choose better, look ahead less and cost time, much below 32 queries. A causal tile spends as many of the kept keys on itself
+    as it has queries: half of them here for tiles of up to 32, a quarter for those of 64 (docs/quality.md).
     """
     kept = max(1, math.ceil(density * m))
-    quarter = 1 << max(0, (kept // 4).bit_length() - 1)  # the greatest power of two in L / 4
-    query_block = min(64, max(16, quarter))
+    half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2
+    query_block = min(64, max(16, min(half, 32), half // 2))
     key_block = 16 if query_block > 16 else 8
     return min(query_block, max(n, 1)), min(key_block, max(m, 1))
 
