@@ -1,6 +1,7 @@
 """The routed FFN on a CPU: one block of hidden units at a time, from gathered tokens to their sum, so that a block stays in the cache.
 
-Products read the weights where they lie; the activation is computed in fp32 (fp64 for fp64 inputs). There is no loop over tokens.
+Products read the weights where they lie; the activation is computed in fp32 (fp64 for fp64 inputs), in one pass that scales by the
+router's score too. There is no loop over tokens.
 Threads share the work by tokens: each takes a range of them through all blocks, so that no two add to the same row.
 """
 
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sptc.codegen.cpu.activation import compile_activation
 from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.cpu.products import Term, add_rows, multiply
-from sptc.codegen.expr import compile_activation
 from sptc.codegen.ffn_need import Need
 from sptc.codegen.random import keep_runs
 
@@ -53,6 +54,10 @@ class _Range:
         for g, (start, end) in enumerate(self.bounds):
             if end > start:
                 yield _Block(slice(start, end), slice(g * width, (g + 1) * width), tokens[start:end])
+
+    def scratch(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the hidden units of any one block: its pages are met once, not once a block."""
+        return torch.empty((max(end - start for start, end in self.bounds), width), dtype=dtype)
 
 
 def _ranges(tokens: Tensor, offsets: Tensor, count: int) -> list[_Range]:
@@ -113,13 +118,14 @@ def routed_ffn(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, d_out], low_out [N, r] or [0], pre [k, entries, width]; see `sptc::routed_ffn` in docs/architecture.md."""
-    hidden, act = up[0].shape[0], compile_activation(activation)
+    hidden, act, wide = up[0].shape[0], compile_activation(activation), _wide(x.dtype)
     dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
     pre = x.new_empty((len(up), tokens.shape[0], hidden // (offsets.shape[0] - 1)))
     y = _sum(x.shape[0], down.shape[1], x.dtype)
     low_out = x.new_empty(0) if down_A is None else _sum(x.shape[0], down_A.shape[0], x.dtype)
+    factor = None if scale is None else scale.to(wide)
 
-    def compute(block: _Block) -> None:
+    def compute(block: _Block, a: Tensor) -> None:
         us = pre[:, block.entries].unbind(0)
         for i, u in enumerate(us):
             terms = [Term(x, up[i][block.units].t(), block.tokens)]
@@ -127,9 +133,7 @@ def routed_ffn(
                 j = adapted.index(i)
                 terms.append(Term(low[j], up_B[j][block.units].t(), block.tokens))
             multiply(u, terms, up_bias[biased.index(i)][block.units] if i in biased else None)
-        a = act.forward([_wide(u) for u in us])
-        if scale is not None:
-            a.mul_(scale[block.entries].unsqueeze(1))
+        act.forward([u.to(wide) for u in us], None if factor is None else factor[block.entries], a)
         a = dropout.apply(a, dropout.keep(block))
         add_rows(y, block.tokens, [Term(a.to(x.dtype), down[block.units])])
         if down_A is not None:
@@ -138,8 +142,9 @@ def routed_ffn(
 
     def work(ranges: Iterator[_Range]) -> None:
         for part in ranges:
+            scratch = part.scratch(pre.shape[2], wide)
             for block in part.blocks(tokens, hidden):
-                compute(block)
+                compute(block, scratch[: len(block.tokens)])
 
     share(_ranges(tokens, offsets, x.shape[0]), work)
     pre[:, int(offsets[-1]) :].zero_()
@@ -170,7 +175,7 @@ def routed_ffn_backward(
     need: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients in the order of `need`, [0] where not needed."""
-    hidden, act, dtype = up[0].shape[0], compile_activation(activation), x.dtype
+    hidden, act, dtype, wide = up[0].shape[0], compile_activation(activation), x.dtype, _wide(x.dtype)
     dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
     wanted = Need.read(need, len(up), len(up_bias), len(low))
 
@@ -186,48 +191,39 @@ def routed_ffn_backward(
     grad_low = [_sum(t.shape[0], t.shape[1], dtype) if flag else x.new_empty(0) for t, flag in zip(low, wanted.low, strict=True)]
     grad_B = [zeros(b, flag) for b, flag in zip(up_B, wanted.up_B, strict=True)]
     grad_down, grad_A = zeros(down, wanted.down), zeros(down_A, wanted.down_A)
-    grad_scale = torch.zeros(scale.shape, dtype=scale.dtype) if wanted.scale and scale is not None else x.new_empty(0)
+    grad_scale = torch.zeros(scale.shape, dtype=wide) if wanted.scale and scale is not None else None
+    factor = None if scale is None else scale.to(wide)
     through = None if down_A is None or grad_low_out is None else (down_A, grad_low_out)
-    needs_a = wanted.down or wanted.scale or (wanted.down_A and through is not None)
+    needs_a = wanted.down or (wanted.down_A and through is not None)
     needs_u = wanted.x or any((*wanted.up, *wanted.up_bias, *wanted.low, *wanted.up_B))
 
-    def compute(block: _Block, part: int) -> None:
-        us = [_wide(u) for u in pre[:, block.entries].unbind(0)]
-        s = None if scale is None else scale[block.entries].unsqueeze(1)
+    def compute(block: _Block, part: int, a: Tensor, grads: list[Tensor]) -> None:
+        us = [u.to(wide) for u in pre[:, block.entries].unbind(0)]
+        s = None if factor is None else factor[block.entries]
         keep, lora_keep = dropout.keep(block), lora_dropout.keep(block) if through else None
-        if needs_a:
-            a = act.forward(us)
+        if needs_u or grad_scale is not None:
+            grad_hidden(grads[0], block, keep, lora_keep)
+            act.backward(us, s, grads, a if needs_a else None, None if grad_scale is None else grad_scale[block.entries])
+        elif needs_a:
+            act.forward(us, None, a)
+        rows = None if s is None else s.unsqueeze(1)
         if wanted.down:
-            h = dropout.apply(a if s is None else a * s, keep)
+            h = dropout.apply(a if rows is None else a * rows, keep)
             torch.mm(h.to(dtype).t(), grad_y.index_select(0, block.tokens), out=grad_down[part][block.units])
-        terms, late = [Term(grad_y, down[block.units].t(), block.tokens)], None
-        if through is not None:
-            adapter, low_grad = through[0][:, block.units], through[1]
-            if wanted.down_A:
-                low_rows = low_grad.index_select(0, block.tokens)
-                scaled = low_rows if s is None else (low_rows * s).to(dtype)  # r columns are cheaper to scale than a block of units
-                grad_A[part][:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
-            late = Term(low_grad, adapter, block.tokens)
-            if lora_keep is None:
-                terms, late = [*terms, late], None
-        grad = _wide(_product(terms, len(block.tokens)))
-        if late is not None:
-            grad += lora_dropout.apply(_wide(_product([late], len(block.tokens))), lora_keep)
-        grad = dropout.apply(grad, keep)
-        if wanted.scale:
-            grad_scale[block.entries] = torch.linalg.vecdot(grad, a).to(grad_scale.dtype)
+        if wanted.down_A and through is not None:
+            low_rows = through[1].index_select(0, block.tokens)
+            scaled = low_rows if rows is None else (low_rows * rows).to(dtype)  # r columns are cheaper to scale than a block of units
+            grad_A[part][:, block.units] = scaled.t() @ lora_dropout.apply(dropout.apply(a, keep), lora_keep).to(dtype)
         if not needs_u:
             return
-        if s is not None:
-            grad.mul_(s)
-        grad_us = [g.to(dtype) for g in act.backward(us, grad)]
+        grad_us = [grad.to(dtype) for grad in grads]
         if wanted.x:
             add_rows(grad_x, block.tokens, [Term(g, w[block.units]) for g, w in zip(grad_us, up, strict=True)])
         if any(wanted.up):
-            rows = x.index_select(0, block.tokens)
+            inputs = x.index_select(0, block.tokens)
         for i, g in enumerate(grad_us):
             if wanted.up[i]:
-                torch.mm(g.t(), rows, out=grad_up[i][part][block.units])
+                torch.mm(g.t(), inputs, out=grad_up[i][part][block.units])
         for j, i in enumerate(biased):
             if wanted.up_bias[j]:
                 grad_bias[j][part][block.units] = grad_us[i].sum(0)
@@ -237,30 +233,49 @@ def routed_ffn_backward(
             if wanted.up_B[j]:
                 torch.mm(grad_us[i].t(), low[j].index_select(0, block.tokens), out=grad_B[j][part][block.units])
 
+    def grad_hidden(grad: Tensor, block: _Block, keep: Tensor | None, lora_keep: Tensor | None) -> None:
+        """Fill `grad` with the gradient in scale * act(us): through down, and through its adapter."""
+        terms, late = [Term(grad_y, down[block.units].t(), block.tokens)], None
+        if through is not None:
+            late = Term(through[1], through[0][:, block.units], block.tokens)
+            if lora_keep is None:
+                terms, late = [*terms, late], None
+        multiply(grad, terms)
+        if late is not None:
+            adapted_grad = torch.empty_like(grad)
+            multiply(adapted_grad, [late])
+            grad += lora_dropout.apply(adapted_grad, lora_keep)
+        if keep is not None:
+            grad.copy_(dropout.apply(grad, keep))
+
     def work(ranges: Iterator[_Range]) -> None:
         for part in ranges:
+            scratch = [part.scratch(pre.shape[2], wide) for _ in range(len(up) + 1)]
             for block in part.blocks(tokens, hidden):
-                compute(block, part.index)
+                a, *grads = (t[: len(block.tokens)] for t in scratch)
+                compute(block, part.index, a, grads)
 
     share(parts, work)
     shared = [
         [total[0] if len(parts) == 1 else total.sum(0) for total in totals] for totals in (grad_up, grad_bias, grad_B, [grad_down, grad_A])
     ]
     sums = [total.to(dtype) for total in (grad_x, *grad_low)]
-    return [sums[0], *shared[0], *shared[1], *sums[1:], *shared[2], *shared[3], grad_scale]
+    return [
+        sums[0],
+        *shared[0],
+        *shared[1],
+        *sums[1:],
+        *shared[2],
+        *shared[3],
+        x.new_empty(0) if grad_scale is None or scale is None else grad_scale.to(scale.dtype),
+    ]
 
 
 def _sum(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Where the blocks of a token are added up, one after the other; `index_add_` on a CPU goes through its rows in order."""
-    return torch.zeros((rows, columns), dtype=dtype if dtype == torch.float64 else torch.float32)
+    return torch.zeros((rows, columns), dtype=_wide(dtype))
 
 
-def _product(terms: Sequence[Term], rows: int) -> Tensor:
-    out = terms[0].a.new_empty((rows, terms[0].w.shape[1]))
-    multiply(out, terms)
-    return out
-
-
-def _wide(t: Tensor) -> Tensor:
-    """In the dtype the activation is computed in."""
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the activation is computed in."""
+    return dtype if dtype == torch.float64 else torch.float32

@@ -50,8 +50,8 @@ class _Call(ctypes.Structure):
 
 
 def multiply(out: Tensor, terms: Sequence[Term], bias: Tensor | None = None) -> None:
-    """out [rows, columns] = bias + the sum of `terms`, in one thread."""
-    if out.dtype in REAL:
+    """out [rows, columns] = bias + the sum of `terms`, in one thread. `out` may be fp32 for 16-bit terms."""
+    if terms[0].a.dtype in REAL:
         _native(out, terms, len(out), bias=bias)
         return
     total = sum(_rows(term) @ term.w for term in terms)
