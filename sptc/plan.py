@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class PlannedRegion:
     choices: tuple[Choice, ...]
 
     @property
+    def kind(self) -> str:
+        """As in its key: "attention" or "ffn"."""
+        return self.key.rpartition(":")[2].rstrip("0123456789")
+
+    @property
     def chosen(self) -> Choice:
         return self._at(self.density)
 
@@ -60,11 +65,11 @@ class Plan:
 
     @property
     def dense_seconds(self) -> float:
-        return self.other_seconds + sum(region.dense_seconds for region in self.regions)
+        return self.other_seconds + math.fsum(region.dense_seconds for region in self.regions)
 
     @property
     def seconds(self) -> float:
-        return self.other_seconds + sum(region.chosen.seconds for region in self.regions)
+        return self.other_seconds + math.fsum(region.chosen.seconds for region in self.regions)
 
     @property
     def speedup(self) -> float:
@@ -75,6 +80,24 @@ class Plan:
     def error(self) -> float:
         """Predicted from those of the regions."""
         return combined(region.chosen.error for region in self.regions)
+
+    def uniform(self, attention: float, ffn: float) -> Plan:
+        """The same regions at one density for each kind: what a plan is worth is its difference to that.
+
+        A region that would not be faster there than at a greater density, or that is never sparse, gets the least that was tried above.
+
+        Raises:
+            ValueError: no region of a kind was tried at its density.
+        """
+        wanted = {"attention": attention, "ffn": ffn}
+        for kind, density in wanted.items():
+            tried = {choice.density for region in self.regions if region.kind == kind for choice in region.choices}
+            if len(tried) > 1 and density not in tried:
+                known = ", ".join(f"{d:.4g}" for d in sorted(tried))
+                raise ValueError(f"nothing was measured of {kind} at density {density:g}, only at {known}")
+        least = [min(c.density for c in r.choices if c.density >= wanted[r.kind]) for r in self.regions]
+        regions = tuple(replace(region, density=density) for region, density in zip(self.regions, least, strict=True))
+        return replace(self, target={}, regions=regions)
 
     def graphs(self) -> list[set[str]]:
         """The keys of the regions of each captured graph."""
@@ -135,7 +158,7 @@ class Plan:
         table = tabulate([*rows, ("elsewhere", "", other, other, ""), total], headers, disable_numparse=True, colalign=_ALIGN)
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
         reached = f"{self.speedup:.2f}x by predicted times of forward and backward, output off by {self.error:.2g}"
-        return f"{table}\n\nplanned for {wanted}: {reached}"
+        return f"{table}\n\n{f'planned for {wanted}' if wanted else 'not planned'}: {reached}"
 
 
 _ALIGN = ("left", *("right",) * 4)

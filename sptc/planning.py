@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sptc.capture import capture
@@ -66,10 +67,9 @@ def plan(
         raise PlanError("option 'plan' is for applying a plan; leave it out to make one")
     sensitivity = Sensitivity(config, progress)
     capture(model, example_inputs, sensitivity.on_graph, sensitivity.again)
-    target = {"speedup": speedup} if speedup is not None else {"max_error": max_error}
     kept = {key: value for key, value in config.to_options().items() if key not in _NOT_PLANNED}
-    regions = choose(sensitivity.regions, sensitivity.other_seconds, speedup, max_error)
-    return Plan({k: float(v) for k, v in target.items() if v is not None}, kept, sensitivity.other_seconds, regions)
+    regions = tuple(PlannedRegion(key, tuple(sorted(m.graphs)), m.facts, 1.0, _choices(m)) for key, m in sensitivity.regions.items())
+    return replan(Plan({}, kept, sensitivity.other_seconds, regions), speedup=speedup, max_error=max_error)
 
 
 def _check(speedup: float | None, max_error: float | None) -> None:
@@ -81,23 +81,18 @@ def _check(speedup: float | None, max_error: float | None) -> None:
         raise PlanError(f"max_error must be a number of at least 0, got {max_error}")
 
 
-def choose(
-    measured: Mapping[str, Measured],
-    other_seconds: float,
-    speedup: float | None = None,
-    max_error: float | None = None,
-) -> tuple[PlannedRegion, ...]:
-    """The regions with densities for one target: as few moves as reach the speed-up, or as many as the error allows.
+def replan(plan: Plan, *, speedup: float | None = None, max_error: float | None = None) -> Plan:
+    """The plan for another target, by the figures of this one: as few moves as reach the speed-up, or as many as the error allows.
 
     Raises:
-        PlanError: all moves together do not reach the speed-up.
+        PlanError: as `plan`, by which nothing is measured here.
     """
-    choices = {key: _choices(m) for key, m in measured.items()}
-    moves = sorted((move for key, c in choices.items() for move in _moves(key, c)), key=lambda move: move[:2])
-    chosen = {key: c[0] for key, c in choices.items()}
+    _check(speedup, max_error)
+    moves = sorted((move for region in plan.regions for move in _moves(region.key, region.choices)), key=lambda move: move[:2])
+    chosen = {region.key: region.choices[0] for region in plan.regions}
 
     def time() -> float:
-        return other_seconds + math.fsum(c.seconds for c in chosen.values())
+        return plan.other_seconds + math.fsum(c.seconds for c in chosen.values())
 
     dense = time()
     for _, key, after in moves:
@@ -110,9 +105,11 @@ def choose(
     if speedup is not None and dense / seconds < speedup:
         raise PlanError(
             f"a speed-up of {speedup:g} is out of reach: with every region at the density that is fastest it is {_down(dense / seconds)} "
-            f"(predicted; {other_seconds / dense:.0%} of the dense time lies outside of attention and FFN)"
+            f"(predicted; {plan.other_seconds / dense:.0%} of the dense time lies outside of attention and FFN)"
         )
-    return tuple(PlannedRegion(key, tuple(sorted(m.graphs)), m.facts, chosen[key].density, choices[key]) for key, m in measured.items())
+    given = {"speedup": speedup, "max_error": max_error}
+    target = {key: float(value) for key, value in given.items() if value is not None}
+    return replace(plan, target=target, regions=tuple(replace(region, density=chosen[region.key].density) for region in plan.regions))
 
 
 def _down(value: float) -> str:

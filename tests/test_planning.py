@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sptc
-from sptc.plan import combined
-from sptc.planning import PlanError, choose
-from sptc.sensitivity import Measured, SensitivityError
+from sptc.plan import Choice, Plan, PlannedRegion, combined
+from sptc.planning import PlanError, replan
+from sptc.sensitivity import SensitivityError
 from tests.models.compiled import without_inductor
 from tests.models.gpt import Gpt
 from tests.models.zoo import CASES
@@ -92,7 +92,7 @@ def test_the_error_of_a_region_is_that_of_a_compile_with_it_alone(gpt, tmp_path)
 
 def test_larger_targets_give_nested_plans(gpt):
     model, inputs, plan = gpt
-    plans = [replace(plan, regions=choose(as_measured(plan), plan.other_seconds, speedup=s)) for s in (1.05, 1.1, 1.2, 1.4)]
+    plans = [replan(plan, speedup=s) for s in (1.05, 1.1, 1.2, 1.4)]
     assert plans[2] == plan
     for slow, fast in itertools.pairwise(plans):
         assert slow.seconds >= fast.seconds and slow.error <= fast.error
@@ -100,12 +100,27 @@ def test_larger_targets_give_nested_plans(gpt):
     assert sptc.plan(model, inputs, max_error=plan.error).seconds <= plan.seconds  # and, measured again, the same figures
 
 
-def as_measured(plan: sptc.Plan) -> dict[str, Measured]:
-    return {
-        r.key: Measured(
-            r.facts, set(r.graphs), {c.density: c.seconds for c in r.choices}, {c.density: c.error for c in r.choices if c.density < 1}
-        )
-        for r in plan.regions
+def test_as_fast_as_uniform_densities(gpt):
+    model, inputs, plan = gpt
+    uniform = plan.uniform(attention=0.125, ffn=0.5)
+    assert set(by_key(uniform)) == {(r.key.rpartition(":")[0], r.kind, {"attention": 0.125, "ffn": 0.5}[r.kind]) for r in plan.regions}
+    rows = sptc.explain(model, inputs, {"decline": "never"}).totals()
+    assert uniform.seconds == pytest.approx(plan.other_seconds + rows["seconds_after"]) and uniform.dense_seconds == plan.dense_seconds
+    assert replan(plan, speedup=uniform.speedup).speedup >= uniform.speedup > 1
+    assert replan(uniform, speedup=1.2) == plan
+    with pytest.raises(ValueError, match=r"ffn at density 0.6, only at 0.25, 0.5, 0.75, 1"):
+        plan.uniform(attention=0.125, ffn=0.6)
+
+
+def test_uniform_densities_of_a_region_that_is_not_faster_at_each():
+    dense, half = Choice(1.0, 2.0, 0.0), Choice(0.5, 1.0, 0.1)
+    short = PlannedRegion("a:attention0", (0,), {}, 1.0, (dense, half))
+    off = PlannedRegion("a:ffn0", (0,), {}, 1.0, (dense,))  # its kind is switched off
+    long = replace(short, key="b:attention0", choices=(dense, half, Choice(0.125, 0.5, 0.2)))
+    assert densities(Plan({}, {}, 0.0, (short, off, long)).uniform(0.125, 0.5)) == {
+        "a:attention0": 0.5,
+        "a:ffn0": 1.0,
+        "b:attention0": 0.125,
     }
 
 
@@ -187,15 +202,13 @@ def test_targets_that_make_no_sense_or_are_out_of_reach():
 def test_no_other_choice_of_the_same_time_has_a_smaller_error():
     draw = random.Random(0)
     for _ in range(30):
-        measured = {}
+        regions = []
         for key in "abc":
-            seconds, errors = {1.0: 1.0}, {}
-            for density in (0.5, 0.25, 0.125):
-                seconds[density], errors[density] = draw.uniform(0.1, 1.2), draw.uniform(0, 1)
-            measured[key] = Measured({}, {0}, seconds, errors)
-        every = [[(m.seconds[d], m.errors.get(d, 0.0)) for d in m.seconds] for m in measured.values()]
+            tried = [Choice(density, draw.uniform(0.1, 1.2), draw.uniform(0, 1)) for density in (0.5, 0.25, 0.125)]
+            regions.append(PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, 1.0, 0.0), *tried)))
+        every = [[(c.seconds, c.error) for c in r.choices] for r in regions]
         for allowed in (0.3, 0.6, 1.0):
-            chosen = [r.chosen for r in choose(measured, 1.0, max_error=allowed)]
+            chosen = [r.chosen for r in replan(Plan({}, {}, 1.0, tuple(regions)), max_error=allowed).regions]
             error, seconds = combined(c.error for c in chosen), sum(c.seconds for c in chosen)
             assert error <= allowed
             mixes = [mix for mix in itertools.product(*every) if sum(s for s, _ in mix) <= seconds + 1e-12]
