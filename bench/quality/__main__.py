@@ -9,14 +9,15 @@ import platform
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from tabulate import tabulate
 
-import sptc
 from bench.quality.diagnose import AttentionMeasure, FfnMeasure, Measure, diagnose
 from bench.quality.language_model import MODELS, pretrained
+from bench.quality.planned import prepare
 from bench.quality.plot import plot
 from bench.quality.results import FOLDER, done, load, path_of, save, table
 from bench.quality.tasks import BUDGETS, TASKS, Budget
@@ -106,10 +107,12 @@ def _diagnose(arguments: argparse.Namespace) -> None:
             if options is None:
                 raise SystemExit(f"nothing to measure: {DENSE!r} has no sparse region")
             torch.manual_seed(0)
-            objective = task.objective()
-            sptc.prepare(objective, batch, options)
-            measures = diagnose(objective, {key: value[:DIAGNOSED] for key, value in batch.items()}, options)
-            print(f"\n{name}, {label}: before training\n\n{regions_table(measures)}")
+            objective = task.objective().train()
+            with TemporaryDirectory() as folder:
+                options, planned = prepare(objective, batch, options, Path(folder))
+                measures = diagnose(objective, {key: value[:DIAGNOSED] for key, value in batch.items()}, options)
+            parts = [f"{name}, {label}: before training", *([str(planned)] if planned is not None else []), regions_table(measures)]
+            print("\n" + "\n\n".join(parts))
 
 
 def regions_table(measures: list[Measure]) -> str:

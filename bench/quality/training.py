@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 import sptc
 from bench.quality.diagnose import diagnose
+from bench.quality.planned import prepare
 from bench.quality.tasks import Budget, Examples, Inputs, Task
 from bench.quality.variants import Options
 from sptc.backend import compile_graph
@@ -51,6 +54,7 @@ class Record:
     losses: list[float] = field(default_factory=list)
     wall_seconds: list[float] = field(default_factory=list)  # of each step
     cpu_seconds: list[float] = field(default_factory=list)  # of each step, over all threads
+    plan: dict[str, Any] | None = None  # `Planned.to_dict`, of a run with a plan of its own
     rewritten: int = 0  # regions
     regions: list[dict[str, Any]] = field(default_factory=list)  # after training
     machine: dict[str, Any] = field(default_factory=dict)
@@ -64,18 +68,26 @@ def train(task: Task, record: Record) -> None:
 
     The seed decides the adapters' start and the order of the examples, the same for every variant.
     """
-    options, seed, budget = record.options, record.seed, record.budget
     torch._dynamo.reset()
-    torch.manual_seed(seed)
+    torch.manual_seed(record.seed)
     objective = task.objective().train()
-    order = example_order(len(task.train), budget, seed)
-    if options is not None:
-        sptc.prepare(objective, task.train.take(order[0]), options)
+    order = example_order(len(task.train), record.budget, record.seed)
+    with TemporaryDirectory() as folder:
+        options = record.options
+        if options is not None:
+            options, planned = prepare(objective, task.train.take(order[0]), options, Path(folder))
+            record.plan = None if planned is None else planned.to_dict()
+        _fine_tune(task, record, objective, options, order)
+
+
+def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Options, order: Tensor) -> None:
+    """Train and evaluate the prepared objective; `options` are the record's, with the file of the run's own plan."""
+    budget = record.budget
     optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=budget.learning_rate, weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: sptc.step(objective))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARM * budget.steps)))
     compiled = compile_objective(objective, options, record.compile)
-    with tqdm(total=budget.steps, desc=f"{task.name} {record.variant} seed {seed}", unit="step") as bar:
+    with tqdm(total=budget.steps, desc=f"{task.name} {record.variant} seed {record.seed}", unit="step") as bar:
         for step in range(budget.steps + 1):
             if step % budget.every == 0 or step == budget.steps:
                 last = step in (0, budget.steps)

@@ -11,6 +11,7 @@ from sptc.config import Config
 Options = dict[str, Any] | None  # of sptc.prepare and torch.compile(backend="spt"); None: dense
 
 DENSE = "dense"
+EQUAL_SPEED = "equal-speed"  # as the option "plan", no file: a plan made for the run, predicted to be as fast as the densities beside it
 
 # Each against `dense`, alone before together. Densities are the paper's, attention 1/8 and FFN 1/2, where nothing else is said.
 _ATTENTION: dict[str, Any] = {"ffn.enabled": False}
@@ -33,6 +34,7 @@ VARIANTS: dict[str, Options] = {
     "ffn-16-blocks": {**_FFN, "ffn.blocks": 16},
     "ffn-32-blocks": {**_FFN, "ffn.blocks": 32},
     "three-quarters": {"ffn.density": 0.75},
+    "planned": {"plan": EQUAL_SPEED},
 }
 
 

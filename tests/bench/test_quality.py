@@ -15,13 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from bench.quality import language_model, results, tasks
 from bench.quality.diagnose import AttentionMeasure, FfnMeasure, diagnose, sum_blocks
-from bench.quality.language_model import Pretrained, Pretraining, Shape
+from bench.quality.language_model import Pretrained, Pretraining, Shape, new_model
 from bench.quality.plot import plot
 from bench.quality.tasks import Budget, Examples, NextToken, Task
 from bench.quality.text import Split, documented_functions, library_halves
 from bench.quality.tokens import END, IGNORED, cut, pack, pairs, train_tokenizer
 from bench.quality.training import Point, Record, example_order, train
 from bench.quality.variants import VARIANTS, variant
+from tests.planning_device import DEVICE
 
 SHAPE = Shape(vocabulary=320, width=32, hidden=64, layers=1, heads=2, length=64)
 BUDGET = Budget(steps=6, batch=2, learning_rate=1e-2, every=3, held_out=4)
@@ -178,6 +179,28 @@ def test_runs_and_their_records(task: Task, tmp_path: Path) -> None:
     assert f"{dense.points[-1].loss:.4f}" in printed
     (figure,) = plot(list(loaded.values()), tmp_path, "cpu")
     assert figure.name == "lm-tiny-6steps.svg" and figure.stat().st_size > 5000
+
+
+def test_a_planned_run_is_as_fast_as_uniform_densities(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sptc.backend.calibrate", lambda *_: DEVICE)
+    deeper = replace(task, objective=lambda: NextToken(new_model(replace(SHAPE, layers=2))))
+    name, options = variant("planned")
+    run = Record("lm", "tiny", name, options, 0, replace(BUDGET, steps=1), "aot")
+    train(deeper, run)
+    results.save(tmp_path, run)
+    again = Record("lm", "tiny", name, variant("planned")[1], 0, replace(BUDGET, steps=1), "aot")  # its options name no file of the run
+    assert results.done(tmp_path, again)
+    (saved,) = results.load(tmp_path)
+    plan = saved.plan
+    assert plan is not None and plan["speedup"] >= plan["uniform_speedup"] > 1
+    assert plan["error"] > 0 and plan["uniform_error"] > 0
+    kinds = [key.rpartition(":")[2].rstrip("0") for key in plan["densities"]]
+    sparse = [kind for kind, density in zip(kinds, plan["densities"].values(), strict=True) if density < 1]
+    assert sorted(kinds) == ["attention"] * 2 + ["ffn"] * 2
+    assert saved.rewritten == len(sparse) and [region["kind"] for region in saved.regions] == sparse  # in the order of the model
+    assert saved.points[0].loss != pytest.approx(saved.dense_points[0].loss, rel=1e-6)
+    shares = [sum(region["shares"]) / 8 for region in saved.regions if region["kind"] == "ffn"]
+    assert shares == pytest.approx([density for key, density in plan["densities"].items() if "ffn" in key and density < 1], abs=1e-3)
 
 
 def test_regions_are_measured_against_dense(task: Task) -> None:
