@@ -123,7 +123,7 @@ def routed_ffn(
     pre = x.new_empty((len(up), tokens.shape[0], hidden // (offsets.shape[0] - 1)))
     y = _sum(x.shape[0], down.shape[1], x.dtype)
     low_out = x.new_empty(0) if down_A is None else _sum(x.shape[0], down_A.shape[0], x.dtype)
-    factor = None if scale is None else scale.to(wide)
+    factor = None if scale is None else scale.to(wide).contiguous()
 
     def compute(block: _Block, a: Tensor) -> None:
         us = pre[:, block.entries].unbind(0)
@@ -192,7 +192,7 @@ def routed_ffn_backward(
     grad_B = [zeros(b, flag) for b, flag in zip(up_B, wanted.up_B, strict=True)]
     grad_down, grad_A = zeros(down, wanted.down), zeros(down_A, wanted.down_A)
     grad_scale = torch.zeros(scale.shape, dtype=wide) if wanted.scale and scale is not None else None
-    factor = None if scale is None else scale.to(wide)
+    factor = None if scale is None else scale.to(wide).contiguous()
     through = None if down_A is None or grad_low_out is None else (down_A, grad_low_out)
     needs_a = wanted.down or (wanted.down_A and through is not None)
     needs_u = wanted.x or any((*wanted.up, *wanted.up_bias, *wanted.low, *wanted.up_B))

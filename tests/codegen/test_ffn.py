@@ -86,7 +86,8 @@ def make(case: Case, dtype=torch.float64, seed=0):
         tokens = torch.tensor([t for entries in lists for t in entries] + [7, 7, 7], dtype=torch.int32)
         offsets = torch.tensor([0, 5, 5, 5 + n, 9 + n], dtype=torch.int32)
     if case.scale:
-        named["scale"] = torch.rand(len(tokens), dtype=torch.float64).to(dtype)
+        step = 2 if case.layout == "conv1d" else 1  # apart in memory
+        named["scale"] = torch.rand(len(tokens) * step, dtype=torch.float64).to(dtype)[::step]
     for name, t in named.items():
         named[name] = t.detach().requires_grad_()
     args = (
