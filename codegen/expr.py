@@ -18,9 +18,6 @@ from sptc.codegen.recognize import recognize
 
 Operand = str | float  # the name of a value, or a number
 
-INFIX = frozenset({"add", "mul", "reciprocal", "pow"})
-"""Steps that a language writes with its operators."""
-
 BACKWARD = frozenset(
     f"{name}_backward"
     for name in (

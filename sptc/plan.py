@@ -15,6 +15,9 @@ from tabulate import tabulate
 from sptc.cache import write_whole
 from sptc.config import Config, ConfigError
 
+DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 1 / 2, 1 / 4)}
+"""What is tried of a region of each kind, besides dense."""
+
 VERSION = 1
 
 
@@ -84,17 +87,17 @@ class Plan:
     def uniform(self, attention: float, ffn: float) -> Plan:
         """The same regions at one density for each kind: what a plan is worth is its difference to that.
 
-        A region that would not be faster there than at a greater density, or that is never sparse, gets the least that was tried above.
+        A region that has no choice there (it would not be faster than at a greater density, its output is not finite, or it is never
+        sparse) gets its least choice above.
 
         Raises:
-            ValueError: no region of a kind was tried at its density.
+            ValueError: no region of a kind is tried at its density.
         """
         wanted = {"attention": attention, "ffn": ffn}
         for kind, density in wanted.items():
-            tried = {choice.density for region in self.regions if region.kind == kind for choice in region.choices}
-            if len(tried) > 1 and density not in tried:
-                known = ", ".join(f"{d:.4g}" for d in sorted(tried))
-                raise ValueError(f"nothing was measured of {kind} at density {density:g}, only at {known}")
+            if density not in (1.0, *DENSITIES[kind]):
+                known = ", ".join(f"{d:.4g}" for d in DENSITIES[kind])
+                raise ValueError(f"plans measure nothing of {kind} at density {density:g}, only at {known}")
         least = [min(c.density for c in r.choices if c.density >= wanted[r.kind]) for r in self.regions]
         regions = tuple(replace(region, density=density) for region, density in zip(self.regions, least, strict=True))
         return replace(self, target={}, regions=regions)

@@ -30,9 +30,9 @@ from sptc.passes.remainder import remainder_seconds
 from sptc.passes.rewrite import sparse_form
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
+from sptc.plan import DENSITIES
 from sptc.region import AttentionRegion, Region, Settings
 
-DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 1 / 2, 1 / 4)}
 _DROPOUT = frozenset({torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default})
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _ATTENTION_DROPOUT = 4  # position of dropout_p

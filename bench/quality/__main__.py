@@ -23,6 +23,7 @@ from bench.quality.results import FOLDER, done, load, path_of, save, table
 from bench.quality.tasks import BUDGETS, TASKS, Budget
 from bench.quality.training import DIAGNOSED, Record, example_order, train
 from bench.quality.variants import DENSE, VARIANTS, variant
+from sptc.planning import PlanError
 
 
 def main() -> None:
@@ -92,7 +93,11 @@ def _run(arguments: argparse.Namespace) -> None:
                 if done(arguments.out, record):
                     print(f"{path_of(arguments.out, record)} is there already; remove it to run it again")
                     continue
-                train(task, record)
+                try:
+                    train(task, record)
+                except PlanError as error:  # of this variant alone
+                    print(f"{name}, {label}, seed {seed}: {error}")
+                    continue
                 save(arguments.out, record)
     print(table(load(arguments.out), "wall"))
 

@@ -24,7 +24,7 @@ VARIANTS: dict[str, Options] = {
     "attention-pq": {**_ATTENTION, "attention.selector": "pq"},
     # The paper's rule.
     "attention-pq-keys": {**_ATTENTION, "attention.selector": "pq", "attention.query_block": 1, "attention.key_block": 1},
-    "attention-32x16": {**_ATTENTION, "attention.query_block": 32, "attention.key_block": 16},
+    "attention-16x8": {**_ATTENTION, "attention.query_block": 16, "attention.key_block": 8},
     "attention-8x8": {**_ATTENTION, "attention.query_block": 8, "attention.key_block": 8},
     "attention-1/4": {**_ATTENTION, "attention.density": 0.25},
     "attention-1/16": {**_ATTENTION, "attention.density": 0.0625},

@@ -6,7 +6,6 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,19 +53,19 @@ class _Call(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Activation:
-    """scale * act(u0, ...) and its gradients, in one thread. Tensors are [n, width], rows of adjacent elements, all fp32 or all fp64.
+    """scale * act(u0, ...) and its gradients, in one thread. Tensors are [n, width], rows of adjacent elements, all of one dtype.
 
     `scale`, [n] of that dtype, is a factor of each row; None: 1.
     """
 
-    arity: int
     text: str
+    library: ctypes.CDLL
 
     def forward(self, us: Sequence[Tensor], scale: Tensor | None, out: Tensor) -> None:
         """out = scale * act(us); `out` is contiguous, and none of `us`."""
         call = self._call(us, scale)
         call.value = out.data_ptr()
-        self._library(out.dtype).forward(ctypes.byref(call))
+        self.library.forward(ctypes.byref(call))
 
     def backward(
         self, us: Sequence[Tensor], scale: Tensor | None, grads: Sequence[Tensor], value: Tensor | None, grad_scale: Tensor | None
@@ -83,7 +82,7 @@ class Activation:
         call.grad = grads[0].data_ptr()
         call.grad_u[: len(grads)] = [grad.data_ptr() for grad in grads]
         call.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
-        self._library(grads[0].dtype).backward(ctypes.byref(call))
+        self.library.backward(ctypes.byref(call))
 
     def _call(self, us: Sequence[Tensor], scale: Tensor | None) -> _Call:
         rows, width = us[0].shape
@@ -91,23 +90,16 @@ class Activation:
         call.u[: len(us)] = [u.data_ptr() for u in us]
         return call
 
-    def _library(self, dtype: torch.dtype) -> Any:
-        return _library(self.text, dtype)
-
 
 @functools.lru_cache(maxsize=256)
-def compile_activation(text: str) -> Activation:
-    """The activation of a canonical text; compiled when it first runs in a dtype.
+def compile_activation(text: str, dtype: torch.dtype) -> Activation:
+    """The activation of a canonical text, for tensors of `dtype`.
 
     Raises:
         ExpressionError: `text` is no activation.
+        CompilerError: as `library`.
     """
-    return Activation(parse(text).arity, text)
-
-
-@functools.lru_cache(maxsize=256)
-def _library(text: str, dtype: torch.dtype) -> ctypes.CDLL:
-    return library(activation_source(text), REAL[dtype])
+    return Activation(text, library(activation_source(text), {**REAL[dtype], "MOST": str(MAX_UPS)}))
 
 
 def activation_source(text: str) -> str:

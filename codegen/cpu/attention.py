@@ -25,7 +25,7 @@ def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[i
     """(query_block, key_block) for n queries and m keys on a CPU, the same for tiles that own blocks and others.
 
     Small tiles choose better, look ahead less and cost time, much below 32 queries. A causal tile spends as many of the kept keys on itself
-    as it has queries: half of them here for tiles of up to 32, a quarter for those of 64 (docs/quality.md).
+    as it has queries: at most half of them in tiles of 32, a quarter in those of 64 (docs/quality.md); tiles of 16 are the least.
     """
     kept = max(1, math.ceil(density * m))
     half = 1 << max(0, (kept // 2).bit_length() - 1)  # the greatest power of two in L / 2

@@ -118,7 +118,8 @@ def routed_ffn(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, d_out], low_out [N, r] or [0], pre [k, entries, width]; see `sptc::routed_ffn` in docs/architecture.md."""
-    hidden, act, wide = up[0].shape[0], compile_activation(activation), _wide(x.dtype)
+    hidden, wide = up[0].shape[0], _wide(x.dtype)
+    act = compile_activation(activation, wide)
     dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
     pre = x.new_empty((len(up), tokens.shape[0], hidden // (offsets.shape[0] - 1)))
     y = _sum(x.shape[0], down.shape[1], x.dtype)
@@ -175,7 +176,8 @@ def routed_ffn_backward(
     need: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients in the order of `need`, [0] where not needed."""
-    hidden, act, dtype, wide = up[0].shape[0], compile_activation(activation), x.dtype, _wide(x.dtype)
+    hidden, dtype, wide = up[0].shape[0], x.dtype, _wide(x.dtype)
+    act, pre = compile_activation(activation, wide), pre.contiguous()
     dropout, lora_dropout = _Dropout(seed, dropout_p, hidden), _Dropout(lora_seed, lora_dropout_p, hidden)
     wanted = Need.read(need, len(up), len(up_bias), len(low))
 

@@ -146,4 +146,5 @@ def test_default_blocks_leave_a_choice_and_grow_with_length():
         assert sizes == sorted(sizes)
         for n, (query_block, key_block) in zip((512, 1024, 2048, 4096, 8192), sizes, strict=True):
             assert 2 * query_block <= max(density * n, 32) and key_block <= query_block
+    assert default_blocks(512, 512, 1 / 8, own=True) == (32, 16)
     assert default_blocks(5, 3, 0.1) == (5, 3)

@@ -193,6 +193,18 @@ def test_low_precision_is_as_good_as_dense_eager(name, dtype):
             assert error <= 2 * bound + torch.finfo(dtype).eps * true.abs().max(), label
 
 
+def test_a_scale_in_16_bits():
+    case = replace(CASES["lora everywhere"], tokens=65, d=48, hidden=96, out=40)
+    args, named = make(case, torch.bfloat16)
+    exact_args, exact = make(case)
+    for key, t in named.items():
+        exact[key].data.copy_(t)
+    found, wanted = ({**backward(ops.routed_ffn(*a)[:2], leaves)} for a, leaves in ((args, named), (exact_args, exact)))
+    assert "scale" in found
+    for label, true in wanted.items():
+        assert (found[label].double() - true).abs().max() <= 2e-2 * true.abs().max(), label
+
+
 def test_route_is_the_definition():
     torch.manual_seed(0)
     scores = torch.randn(37, 8)

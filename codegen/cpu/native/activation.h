@@ -1,11 +1,10 @@
 // Rows of the hidden units of an FFN through its activation and back: codegen/cpu/activation.py writes the activation below this.
+// MOST is the most up projections that there may be.
 //
 // Every row is read once: the activation, its gradients, the router's scale and that scale's gradient come out of one pass.
 #pragma once
 
 #include "elementary.h"
-
-constexpr int MOST = 8;  // up projections
 
 // Every field has 8 bytes, in the order of `_Call` in activation.py. All rows have adjacent elements.
 struct Call {
@@ -19,7 +18,7 @@ struct Call {
     REAL* grad_scale;    // [rows] or null
 };
 
-// Some adjacent elements as a vector; past the last one stands what keeps the activation finite.
+// Some adjacent elements as a vector; what stands past the last one is dropped.
 static inline Vector load_some(const REAL* p, i64 count) {
     REAL edge[LANES];
     for (int i = 0; i < LANES; i++) edge[i] = i < count ? p[i] : REAL(1);

@@ -1,4 +1,4 @@
-// Elementwise functions and "gradient times slope" of each, on vectors. Values and slopes are ATen's; nothing overflows on the way.
+// Elementwise functions and "gradient times slope" of each, on vectors. ATen's values and slopes for finite arguments, to a few ulp.
 //
 // Names and arguments are those of the steps of codegen/expr.py. NaN stays NaN: a comparison decides only what it is sure of.
 #pragma once
@@ -20,6 +20,7 @@ static inline Vector absolute(Vector x) {
     return y + REAL(0);  // -0 + 0 = 0
 }
 
+// One lane after the other: no activation that is common needs these to be fast.
 static inline Vector sqrt(Vector x) { return each([](REAL a) { return std::sqrt(a); }, x); }
 static inline Vector rsqrt(Vector x) { return REAL(1) / sqrt(x); }
 static inline Vector power(Vector x, REAL exponent) { return each([=](REAL a) { return std::pow(a, exponent); }, x); }
@@ -31,14 +32,16 @@ static inline Vector exp(Vector x) {  // `exponential` ends at e^88, before the 
 
 static inline Vector expm1(Vector x) {
     // By its series near 0, where the difference would cancel.
-    const Vector series = x * (1.0f + x * (1 / 2.f + x * (1 / 6.f + x * (1 / 24.f + x * (1 / 120.f + x * (1 / 720.f + x * (1 / 5040.f)))))));
+    const Vector high = 1 / 24.f + x * (1 / 120.f + x * (1 / 720.f + x * (1 / 5040.f)));
+    const Vector series = x * (1.0f + x * (1 / 2.f + x * (1 / 6.f + x * high)));
     return pick(absolute(x) < REAL(0.4), series, exp(x) - 1.0f);
 }
 
 // log(1 + x) for x in [0, 1] = 2 artanh(x / (2 + x)), by its series.
 static inline Vector log1p(Vector x) {
     const Vector s = x / (2.0f + x), t = s * s;
-    return 2.0f * s * (1.0f + t * (1 / 3.f + t * (1 / 5.f + t * (1 / 7.f + t * (1 / 9.f + t * (1 / 11.f + t * (1 / 13.f + t * (1 / 15.f))))))));
+    const Vector high = 1 / 9.f + t * (1 / 11.f + t * (1 / 13.f + t * (1 / 15.f)));
+    return 2.0f * s * (1.0f + t * (1 / 3.f + t * (1 / 5.f + t * (1 / 7.f + t * high))));
 }
 
 // erfc(z) / e^(-z^2) for z >= 0: a polynomial in t = 1 / (1 + 0.4 z), without a constant term, fitted on [0, 122]; relative error 1.3e-7.
