@@ -73,9 +73,9 @@ def route(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tens
 def budgets(keep: Sequence[bool], blocks: int, active: int) -> list[int]:
     """How many blocks each token gets, len(keep) * active in all.
 
-    A kept token gets as many as leave the others max(1, active // 2) each, the same for every kept one, at most all `blocks`. The others share
-    the rest as evenly as whole blocks allow, those with one more evenly spaced; none has more than `active`. So with none kept, with all kept,
-    and for `active` of 1 or `blocks`, every token gets `active`.
+    A kept token gets as many as leave the others max(1, active // 2) each, the same for every kept one, at most all `blocks`. The others
+    share the rest as evenly as whole blocks allow, those with one more evenly spaced; none has more than `active`. So with none kept, with
+    all kept, and for `active` of 1 or `blocks`, every token gets `active`.
     """
     kept = sum(keep)
     others = len(keep) - kept
