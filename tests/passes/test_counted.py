@@ -136,7 +136,7 @@ REFUSED = {
     "2 cross entropies": lambda y, t: cross_entropy(y.flatten(0, 1), t.flatten()) + cross_entropy(y[:, 0], t[:, 0]),
     "in place": in_place,
     "probabilities": lambda y, t: cross_entropy(y.flatten(0, 1), y.detach().softmax(-1).flatten(0, 1)),
-    "not computed from inputs": lambda y, t: cross_entropy(y.flatten(0, 1), y.argmax(-1).flatten()),
+    "the model's parameters or buffers": lambda y, t: cross_entropy(y.flatten(0, 1), y.argmax(-1).flatten()),
     "not a constant": lambda y, t: cross_entropy(y[:, ::2].flatten(0, 1), t[:, ::2].flatten()),
     "not those of the loss": lambda y, t: cross_entropy(y[:, 0], t[:, 0]),  # one label a sequence
     "no cross entropy": lambda y, t: y,
