@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
+from sptc.codegen.cpu.attention import default_blocks
+from sptc.device import calibrate
 from sptc.passes.counted import find_counted
 from sptc.region import Counted
 from tests.capture import capture
@@ -27,6 +29,7 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Routes:
     """Of each route that runs: the mask it is given, and how many blocks it gives each token."""
     from sptc.codegen.cpu import ffn
 
+    calibrate(torch.device("cpu"), default_blocks)  # measuring the device routes too
     seen: Routes = []
     route = ffn.route
 
