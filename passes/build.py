@@ -16,19 +16,20 @@ aten = torch.ops.aten
 
 
 class Builder:
-    """Inserts nodes before `anchor`; what they stand for in the user's model is the anchor's place."""
+    """Inserts nodes before `anchor`; what they stand for in the user's model is the place of `like`, by default the anchor's."""
 
-    def __init__(self, anchor: Node) -> None:
+    def __init__(self, anchor: Node, like: Node | None = None) -> None:
         self._anchor = anchor
-        self._fake_mode = detect_fake_mode([value(anchor)])
+        self._like = like or anchor
+        self._fake_mode = detect_fake_mode([value(self._like)])
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         graph = self._anchor.graph
         with graph.inserting_before(self._anchor):
             node = graph.call_function(target, args, kwargs)
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self._anchor.meta:
-                node.meta[key] = self._anchor.meta[key]
+            if key in self._like.meta:
+                node.meta[key] = self._like.meta[key]
         values = map_aggregate(args, value)  # type: ignore[arg-type]
         options = map_aggregate(kwargs, value)  # type: ignore[arg-type]
         assert self._fake_mode is not None

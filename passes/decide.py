@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_
 from sptc.device import DeviceCosts
 from sptc.hint import optimization_hint
 from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
+from sptc.passes.counted import find_counted, fits
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.planned import planned_densities
 from sptc.passes.unit import Unit
@@ -25,6 +26,7 @@ from sptc.region import (
     AttentionSettings,
     CodebookState,
     Cost,
+    Counted,
     Decision,
     FfnRegion,
     FfnSettings,
@@ -55,6 +57,8 @@ def decide(unit: Unit) -> Unit:
             continue
         regions.append(region)
     unit = replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals))
+    if unit.config.ffn_keep == "loss":
+        unit = replace(unit, counted=find_counted(unit.gm))
     planned = planned_densities(unit)
     return replace(unit, decisions=tuple(_decide(unit, region, planned.get(region)) for region in regions))
 
@@ -75,7 +79,7 @@ def at_density(unit: Unit, region: Region, density: float) -> tuple[Settings, Co
 def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple[Settings, Work, Work]:
     state = unit.states.get(region)
     if isinstance(region, FfnRegion):
-        ffn, routed = _ffn_shape(region, state, length), _ffn_settings(unit, state, density)
+        ffn, routed = _ffn_shape(region, state, length), _ffn_settings(unit, region, state, density)
         return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
     attention, settings = _attention_shape(region, length), _attention_settings(unit, region, state, density)
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
@@ -178,9 +182,11 @@ def _blocks(unit: Unit, state: State | None) -> int:
     return int(shape(state.weight)[0]) if isinstance(state, RouterState) else unit.config.ffn_blocks
 
 
-def _ffn_settings(unit: Unit, state: State | None, density: float) -> FfnSettings:
+def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: float) -> FfnSettings:
     blocks, kept = _blocks(unit, state), share(density)
-    return FfnSettings(blocks, -(-kept.numerator * blocks // kept.denominator))
+    active = -(-kept.numerator * blocks // kept.denominator)
+    keep = 1 < active < blocks and isinstance(unit.counted, Counted) and fits(unit.counted, region)
+    return FfnSettings(blocks, active, keep)
 
 
 def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 from torch.fx import Node
 
+from sptc.passes.counted import insert_mask
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, AttentionSettings, CodebookState, Decision, FfnSettings, Region, RouterState, Settings, State
+from sptc.region import (
+    AttentionRegion,
+    AttentionSettings,
+    CodebookState,
+    Counted,
+    Decision,
+    FfnSettings,
+    Region,
+    RouterState,
+    Settings,
+    State,
+)
 
 
 def rewrite(unit: Unit) -> Unit:
@@ -21,8 +33,9 @@ def rewrite(unit: Unit) -> Unit:
     chosen = [d for d in unit.decisions if d.rewrite]
     every = list(frames(unit.gm))
     by_graph = {frame.gm.graph: frame for frame in every}
+    keep = kept_tokens(unit, [d.settings for d in chosen])
     for decision in chosen:
-        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph)
+        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph, keep)
         decision.region.y.replace_all_uses_with(y)
     for decision in chosen:
         _erase(decision)
@@ -32,11 +45,25 @@ def rewrite(unit: Unit) -> Unit:
     return unit
 
 
-def sparse_form(region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame]) -> Node:
-    """Insert the sparse operators of a region before its `y`; returns the node that can replace `y`, which nothing uses yet."""
+def kept_tokens(unit: Unit, settings: Iterable[Settings]) -> Node | None:
+    """Insert the mask of the tokens that count in the loss into the outermost graph, if any of `settings` asks for it."""
+    if not any(isinstance(s, FfnSettings) and s.keep for s in settings):
+        return None
+    assert isinstance(unit.counted, Counted)
+    return insert_mask(unit.gm, unit.counted)
+
+
+def sparse_form(
+    region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], keep: Node | None = None
+) -> Node:
+    """Insert the sparse operators of a region before its `y`; returns the node that can replace `y`, which nothing uses yet.
+
+    `keep` is what `kept_tokens` returned; checkpoint bodies get it as an operand.
+    """
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
-        return rewrite_ffn(region, settings, state)
+        mask = hand_down(keep, by_graph[keep.graph], by_graph[region.y.graph]) if settings.keep and keep is not None else None
+        return rewrite_ffn(region, settings, state, mask)
     assert isinstance(settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
     return rewrite_attention(_with_mask_at_hand(region, by_graph), settings, state)
 

@@ -14,15 +14,15 @@ from sptc.region import FfnRegion, FfnSettings, Projection, RouterState
 BALANCE_WEIGHT = 1e-2  # weight of the load-balance loss (PAPER: auxiliary losses at 1e-2)
 
 
-def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | None) -> Node:
-    """Insert the routed FFN before `region.y`; returns the node that replaces it."""
+def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | None, keep: Node | None = None) -> Node:
+    """Insert the routed FFN before `region.y`; returns the node that replaces it. `keep` is bool [N], of the region's graph."""
     b = Builder(region.y)
     x = b.rows(region.x)
     weights = [_weight(b, up) for up in region.ups]
     if state is not None:
-        tokens, offsets, scale = _route_trained(b, x, settings, state)
+        tokens, offsets, scale = _route_trained(b, x, settings, state, keep)
     else:
-        tokens, offsets, scale = _route_by_weights(b, x, settings, weights[0])
+        tokens, offsets, scale = _route_by_weights(b, x, settings, weights[0], keep)
     biases = {i: _rows(b, up.bias, up.rows) for i, up in enumerate(region.ups) if up.bias is not None}
     adapters = {i: up for i, up in enumerate(region.ups) if up.lora is not None}
     down = region.down
@@ -56,10 +56,10 @@ def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | N
     return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
 
 
-def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterState) -> tuple[Node, Node, Node | None]:
+def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterState, keep: Node | None) -> tuple[Node, Node, Node | None]:
     """The paper's router: sigmoid scores choose the blocks and scale them (section 3), balanced by an auxiliary loss."""
     p = _scores(b, x, state)
-    lists = b.call(torch.ops.sptc.route.default, p, settings.active)
+    lists = b.call(torch.ops.sptc.route.default, p, settings.active, keep)
     tokens, offsets, index = (b.item(lists, i) for i in range(3))
     if settings.active == settings.blocks:
         return tokens, offsets, None
@@ -89,13 +89,13 @@ def _balance_loss(b: Builder, x: Node, offsets: Node, settings: FfnSettings, sta
     return b.call(aten.mul.Tensor, loss, b.cast(state.loss_scale, torch.float32))
 
 
-def _route_by_weights(b: Builder, x: Node, settings: FfnSettings, up: Node) -> tuple[Node, Node, None]:
+def _route_by_weights(b: Builder, x: Node, settings: FfnSettings, up: Node, keep: Node | None) -> tuple[Node, Node, None]:
     """Without trained state: a block's score is x times the mean of its rows of the first up projection; it does not scale."""
     rows = int(shape(up)[0])
     blocks = b.call(aten.unflatten.int, b.call(aten.detach.default, up), 0, [settings.blocks, rows // settings.blocks])
     router = b.call(aten.mean.dim, blocks, [1])
     scores = b.call(aten.linear.default, b.call(aten.detach.default, x), router)
-    lists = b.call(torch.ops.sptc.route.default, b.single(scores), settings.active)
+    lists = b.call(torch.ops.sptc.route.default, b.single(scores), settings.active, keep)
     return b.item(lists, 0), b.item(lists, 1), None
 
 

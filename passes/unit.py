@@ -10,7 +10,7 @@ from torch import fx
 
 from sptc.config import Config
 from sptc.plan import Plan
-from sptc.region import Decision, Refusal, Region, State
+from sptc.region import Counted, Decision, Refusal, Region, State
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Unit:
     regions: tuple[Region, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
+    counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked
     decisions: tuple[Decision, ...] = ()
     closed: bool = False  # a graph that can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

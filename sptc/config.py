@@ -33,6 +33,7 @@ class Config:
     ffn_enabled: bool = _option("ffn.enabled", True, "rewrite FFN regions")
     ffn_density: float = _option("ffn.density", 0.5, "share of blocks active for a token, in (0, 1]")
     ffn_blocks: int = _option("ffn.blocks", 8, "blocks of hidden units")
+    ffn_keep: Literal["loss"] | None = _option("ffn.keep", None, "'loss': tokens whose label counts get more blocks, of the same total")
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
     on_error: Literal["raise", "dense"] = _option("on_error", "raise", "on an unexpected failure: raise, or warn and compile dense")
@@ -97,7 +98,9 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         if value in typing.get_args(hint) and isinstance(value, str):
             return value
         raise ConfigError(f"option {key!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}, got {value!r}")
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    allowed = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if literal := next((a for a in allowed if typing.get_origin(a) is Literal), None):
+        return None if value is None else _checked(key, value, literal)
     plain = tuple(typing.get_origin(a) or a for a in allowed)
     if isinstance(value, bool) and bool not in plain:
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Node
 
@@ -146,10 +146,11 @@ class AttentionSettings:
 
 @dataclass(frozen=True)
 class FfnSettings:
-    """How a region's FFN becomes routed: `active` of `blocks` blocks of hidden units for each token."""
+    """How a region's FFN becomes routed: `active` of `blocks` blocks of hidden units for each token, on average if `keep`."""
 
     blocks: int
     active: int
+    keep: bool = False  # tokens that count in the loss get more blocks than others
 
     @property
     def density(self) -> float:
@@ -157,6 +158,40 @@ class FfnSettings:
 
 
 Settings = AttentionSettings | FfnSettings
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Undoes a view of the rows: sizes are numbers, or a dimension of an input or of what is computed from inputs; None: what is left."""
+
+    sizes: tuple[int | tuple[Node, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Undoes a slice of the rows: what was cut off does not count."""
+
+    dim: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Undoes a transposition."""
+
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How the mask of the tokens that count is computed."""
+
+    target: Node
+    ignored: int
+    chain: tuple[Node, ...]  # what computes the target from inputs, in order
+    undo: tuple[Reshape | Pad | Permute, ...]  # from the rows of the loss to those of the tokens
+    lead: tuple[Any, ...]  # sizes of the mask then
 
 
 @dataclass(frozen=True)

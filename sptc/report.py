@@ -9,8 +9,9 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from sptc.passes.normalize import graphs
+from sptc.passes.pattern import requires_grad
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, Decision, Kind, Refusal, Region, RouterState
+from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, Refusal, Region, RouterState
 
 Status = Literal["rewritten", "declined", "refused"]
 
@@ -179,9 +180,27 @@ def _notes(unit: Unit) -> Iterator[str]:
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
         yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
+    if unit.config.ffn_keep is not None:
+        yield from _routed_alike(unit)
     for region, state in unit.states.items():
         if isinstance(state, RouterState) and state.training and not state.trainable:
             yield f"the router of {region.site.module or 'the model'} is frozen: it chooses but does not learn"
+
+
+def _routed_alike(unit: Unit) -> Iterator[str]:
+    """Why regions go without the option ffn.keep; at density 1, and without a loss and gradients, there is nothing to say."""
+    chosen = [(d.region, d.settings) for d in unit.decisions if d.rewrite and isinstance(d.settings, FfnSettings)]
+    alike = [region for region, settings in chosen if not settings.keep and settings.active < settings.blocks]
+    if not alike:
+        return
+    if unit.counted is None:
+        reason = "their graph computes no cross entropy; compile the loss with the model" if any(requires_grad(r.y) for r in alike) else ""
+    elif isinstance(unit.counted, str):
+        reason = unit.counted
+    else:
+        reason = "their tokens are not those of the loss, or use one block each"
+    if reason:
+        yield f"option 'ffn.keep': {len(alike)} FFN region{'s route' if len(alike) != 1 else ' routes'} all tokens alike: {reason}"
 
 
 def _regions(count: int, kind: str) -> str:

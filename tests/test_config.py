@@ -31,6 +31,11 @@ def test_given_is_no_option(options):
         Config.from_options(options)
 
 
+def test_keep_is_optional():
+    assert Config().ffn_keep is None is Config.from_options({"ffn.keep": None}).ffn_keep
+    assert Config.from_options({"ffn.keep": "loss"}).to_options() == {"ffn.keep": "loss"}
+
+
 def test_an_int_is_a_fine_density():
     density = Config.from_options({"ffn.density": 1}).ffn_density
     assert density == 1.0 and isinstance(density, float)
@@ -48,6 +53,8 @@ def test_an_int_is_a_fine_density():
         ({"ffn.enabled": 1}, "'ffn.enabled' must be bool, got 1 (int)"),
         ({"attention.query_block": "64"}, "must be int or None"),
         ({"attention.selector": "topk"}, "must be one of 'pq', 'pooled', got 'topk'"),
+        ({"ffn.keep": "labels"}, "'ffn.keep' must be one of 'loss', got 'labels'"),
+        ({"ffn.keep": True}, "'ffn.keep' must be one of 'loss', got True"),
         ({"decline": None}, "must be one of 'auto', 'never', got None"),
         ({"inductor": []}, "'inductor' must be dict"),
         ({"dump": 3}, "'dump' must be str or None"),

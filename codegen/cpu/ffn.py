@@ -19,16 +19,16 @@ from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.cpu.products import Term, add_rows, multiply
 from sptc.codegen.ffn_need import Need
 from sptc.codegen.random import keep_runs
+from sptc.codegen.routing import chosen_pairs
 
 
-def route(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
+def route(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See `sptc.codegen.reference.ffn.route`."""
-    count, blocks = scores.shape
-    chosen = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
-    mask = torch.zeros((blocks, count), dtype=torch.bool).scatter_(0, chosen.t(), True)
-    block, token = mask.nonzero().unbind(1)
+    blocks = scores.shape[1]
+    pairs = chosen_pairs(scores, active, keep)
+    block, token = pairs.nonzero().unbind(1)
     offsets = torch.zeros(blocks + 1, dtype=torch.int32)
-    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
+    torch.cumsum(pairs.sum(1), 0, out=offsets[1:])
     return token.to(torch.int32), offsets, token * blocks + block
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.launch import Argument, launch
+from sptc.codegen.routing import chosen_pairs
 from sptc.codegen.spec import KernelSpec
 
 _ENTRIES = 256  # that a program of `invert_lists` places
 
 
-def route(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
+def route(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See `sptc.codegen.reference.ffn.route`.
 
     The lists are the places of the chosen pairs in a mask [G, N]. As their number is known, a search for the first place at which the
@@ -23,9 +24,7 @@ def route(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
     if count == 0:
         empty = scores.new_empty(0, dtype=torch.int64)
         return empty.to(torch.int32), torch.zeros(blocks + 1, dtype=torch.int32, device=scores.device), empty
-    chosen = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
-    mask = torch.zeros((blocks, count), dtype=torch.bool, device=scores.device).scatter_(0, chosen.t(), True)
-    reached = torch.cumsum(mask.view(-1), 0, dtype=torch.int32)
+    reached = torch.cumsum(chosen_pairs(scores, active, keep).view(-1), 0, dtype=torch.int32)
     wanted = torch.arange(1, count * active + 1, dtype=torch.int32, device=scores.device)
     place = torch.searchsorted(reached, wanted)
     block, token = place // count, place % count

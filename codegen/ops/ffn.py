@@ -21,7 +21,7 @@ _OPERANDS = (
 )
 
 lib = torch.library.Library("sptc", "FRAGMENT")
-lib.define("route(Tensor scores, int active) -> (Tensor tokens, Tensor offsets, Tensor index)")
+lib.define("route(Tensor scores, int active, Tensor? keep=None) -> (Tensor tokens, Tensor offsets, Tensor index)")
 lib.define(f"routed_ffn({_OPERANDS}) -> (Tensor y, Tensor low_out, Tensor pre)")
 lib.define(f"routed_ffn_backward(Tensor grad_y, Tensor? grad_low_out, {_OPERANDS}, Tensor pre, bool[] need) -> Tensor[]")
 
@@ -29,23 +29,25 @@ lib.define(f"routed_ffn_backward(Tensor grad_y, Tensor? grad_low_out, {_OPERANDS
 # Route: a choice, so it has no gradient
 
 
-def _check_route(scores: Tensor, active: int) -> None:
+def _check_route(scores: Tensor, active: int, keep: Tensor | None) -> None:
     if scores.dim() != 2 or not 1 <= active <= scores.shape[1]:
         raise ValueError(f"sptc::route chooses 1 to G of scores [N, G], got active={active} of scores {list(scores.shape)}")
+    if keep is not None and (keep.dtype != torch.bool or keep.dim() != 1 or keep.shape[0] != scores.shape[0]):
+        raise ValueError(f"sptc::route: keep must be bool [{scores.shape[0]}], got {keep.dtype} {list(keep.shape)}")
 
 
-def _route_cpu(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_route(scores, active)
-    return cpu.route(scores, active)
+def _route_cpu(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_route(scores, active, keep)
+    return cpu.route(scores, active, keep)
 
 
-def _route_on_kernels(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_route(scores, active)
-    return kernel_route.route(scores, active)
+def _route_on_kernels(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_route(scores, active, keep)
+    return kernel_route.route(scores, active, keep)
 
 
-def _route_fake(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_route(scores, active)
+def _route_fake(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_route(scores, active, keep)
     entries = scores.shape[0] * active
     return (
         scores.new_empty(entries, dtype=torch.int32),
@@ -54,8 +56,8 @@ def _route_fake(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _route_backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
-    return None, None
+def _route_backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
+    return None, None, None
 
 
 implement(lib, "route", _route_cpu, _route_on_kernels)

@@ -50,22 +50,40 @@ def activation(text: str, us: Sequence[Tensor]) -> Tensor:
     return value(expr)
 
 
-def route(scores: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `active` best blocks of each token, as lists of tokens by block.
+def route(scores: Tensor, active: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The best blocks of each token, as lists of tokens by block.
 
     Args:
         scores: [N, G]; ties go to the lower block, a NaN counts as the highest.
-        active: blocks a token uses, 1 to G.
+        active: blocks a token uses, 1 to G; on average if `keep` is given.
+        keep: bool [N], the tokens that get more blocks than the others (see `budgets`).
 
     Returns:
         tokens int32 [N * active] (ascending within a block), offsets int32 [G + 1], index int64 [N * active] = token * G + block.
     """
     count, blocks = scores.shape
-    chosen = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
-    lists = [[t for t in range(count) if g in chosen[t].tolist()] for g in range(blocks)]
+    shares = [active] * count if keep is None else budgets(keep.tolist(), blocks, active)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices.tolist()
+    lists = [[t for t in range(count) if g in order[t][: shares[t]]] for g in range(blocks)]
     offsets = torch.tensor([sum(map(len, lists[:g])) for g in range(blocks + 1)], dtype=torch.int32)
     index = torch.tensor([t * blocks + g for g, tokens in enumerate(lists) for t in tokens], dtype=torch.int64)
     return (index // blocks).to(torch.int32), offsets, index
+
+
+def budgets(keep: Sequence[bool], blocks: int, active: int) -> list[int]:
+    """How many blocks each token gets, len(keep) * active in all.
+
+    A kept token gets as many as leave the others max(1, active // 2) each, the same for every kept one, at most all `blocks`. The others
+    share the rest as evenly as whole blocks allow, those with one more evenly spaced; none has more than `active`. So with none kept, with
+    all kept, and for `active` of 1 or `blocks`, every token gets `active`.
+    """
+    kept = sum(keep)
+    others = len(keep) - kept
+    total = len(keep) * active
+    most = min(blocks, (total - others * max(1, active // 2)) // kept) if kept else 0
+    rest = total - kept * most
+    shares = iter([(i + 1) * rest // others - i * rest // others for i in range(others)])
+    return [most if flag else next(shares) for flag in keep]
 
 
 def routed_ffn(

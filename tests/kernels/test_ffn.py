@@ -56,6 +56,7 @@ CASES = {
     "three ups": Case(activation="u2*tanh(u0)*relu(u1)**2", ups=3, biased=(2, 0), adapted=(1,), scale=False, dropout=0.2, width=33),
     "full lists": Case(active=4, scale=False),
     "one token": Case(tokens=1, active=1, down_lora=True),
+    "tokens in different numbers of blocks": Case(lists="kept", down_lora=True, adapted=(0,)),
     "no tokens": Case(tokens=0, down_lora=True, adapted=(0,)),
     "one block": Case(blocks=1, active=1),
     "mixed lists": Case(lists="mixed", down_lora=True, adapted=(0,), lora_dropout=0.3, width=13),
@@ -99,8 +100,9 @@ def make(case: Case, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Ten
     named["down"] = down if case.layout == "conv1d" else down.t().contiguous().t()
     if case.down_lora:
         named["down_A"] = randn(case.rank, hidden, by=hidden**-0.5)
-    if case.lists == "route":
-        tokens, offsets, _ = cpu.route(torch.randn(n, case.blocks), case.active)
+    if case.lists in ("route", "kept"):
+        keep = torch.arange(n) % 3 == 1 if case.lists == "kept" else None
+        tokens, offsets, _ = cpu.route(torch.randn(n, case.blocks), case.active, keep)
     else:  # tokens 0 to 4 everywhere, an empty block, a block with all, one out of order, and a list longer than its content
         lists = [range(5), [], range(n), [12, 0, 3, 2]]
         tokens = torch.tensor([t for entries in lists for t in entries] + [7] * 40, dtype=torch.int32)
@@ -249,7 +251,7 @@ def test_launches_without_a_device(where: str) -> None:
         named |= {"scale": torch.empty(128)}
         scores = torch.empty(64, 4)
         with recorded() as launches:
-            tokens, offsets, index = route.route(scores, 2)
+            tokens, offsets, index = route.route(scores, 2, torch.empty(64, dtype=torch.bool))
             args = arguments(case, {name: t.bfloat16() for name, t in named.items()}, tokens, offsets)
             y, low_out, pre = ffn.routed_ffn(*args)
             grads = ffn.routed_ffn_backward(y, low_out, *args, pre, needed(args))

@@ -1,0 +1,207 @@
+"""Which tokens count in a graph's loss, for the option ffn.keep: those whose label its cross entropy does not ignore.
+
+Labels are inputs of the graph, so the mask is computed before the first layer. It has the shape of the loss's target; what the model did to
+the rows of its logits on their way to the loss (flattened them, cut off the last position of each sequence) is undone to reach its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+
+from sptc.passes.boundary import alias_sets, written_by
+from sptc.passes.build import Builder, aten
+from sptc.passes.frame import frames
+from sptc.passes.pattern import TRANSPARENT, VIEWS, argument, dtype, keeps_last_axis, op, same_size, shape, value
+from sptc.region import Counted, FfnRegion, Pad, Permute, Reshape
+
+_LOSSES = {f"aten.{name}.default" for name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "nll_loss_forward")}
+_ROW_BY_ROW = TRANSPARENT | {"aten.log_softmax.int", "aten._log_softmax.default", "aten.tanh.default"}
+_SCALINGS = {"aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"}
+_LONGEST = 64  # nodes that compute a target from inputs
+
+
+class _NotCounted(Exception):
+    """Why it is not known which tokens count."""
+
+
+def find_counted(gm: fx.GraphModule) -> Counted | str | None:
+    """Which tokens count in the loss of a graph, or why that is not known; None for a graph without a cross entropy."""
+    losses = [node for frame in frames(gm) for node in frame.gm.graph.nodes if op(node) in _LOSSES]
+    try:
+        return _counted(gm, losses) if losses else None
+    except _NotCounted as reason:
+        return str(reason)
+
+
+def fits(counted: Counted, region: FfnRegion) -> bool:
+    """Whether a region's tokens are those of the mask, by their sizes."""
+    lead = shape(region.x)[:-1]
+    if len(lead) == len(counted.lead):
+        return all(same_size(a, b) for a, b in zip(lead, counted.lead, strict=True))
+    return 1 in (len(lead), len(counted.lead)) and same_size(math.prod(lead), math.prod(counted.lead))
+
+
+def insert_mask(gm: fx.GraphModule, counted: Counted) -> Node:
+    """Insert what computes the mask, bool [N], after the inputs of the graph; returns its node."""
+    anchor = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    copies: dict[Node, Node] = {}
+    with gm.graph.inserting_before(anchor):
+        for node in counted.chain:
+            copies[node] = gm.graph.node_copy(node, lambda n: copies.get(n, n))
+    b = Builder(anchor, counted.target)
+
+    def size(given: int | tuple[Node, int] | None) -> Node | int:
+        if isinstance(given, tuple):
+            return b.size(copies.get(given[0], given[0]), given[1])
+        return -1 if given is None else given
+
+    mask = b.call(aten.ne.Scalar, copies.get(counted.target, counted.target), counted.ignored)
+    for step in counted.undo:
+        if isinstance(step, Reshape):
+            mask = b.call(aten.reshape.default, mask, [size(given) for given in step.sizes])
+        elif isinstance(step, Permute):
+            mask = b.call(aten.permute.default, mask, list(step.order))
+        else:
+            around = [0, 0] * (len(shape(mask)) - 1 - step.dim) + [step.before, step.after]
+            mask = b.call(aten.constant_pad_nd.default, mask, around, False)
+    return b.call(aten.reshape.default, mask, [-1])
+
+
+def _counted(gm: fx.GraphModule, losses: Sequence[Node]) -> Counted:
+    loss = losses[0]
+    if len(losses) > 1:
+        raise _NotCounted(f"the graph computes {len(losses)} cross entropies")
+    if loss.graph is not gm.graph:
+        raise _NotCounted("the loss is computed inside an activation checkpoint")
+    logits, target, ignored = loss.args[0], loss.args[1], argument(loss, 4, "ignore_index", -100)
+    target_dtype = dtype(target)
+    if not isinstance(logits, Node) or not isinstance(target, Node) or target_dtype is None or target_dtype.is_floating_point:
+        raise _NotCounted("the target of the loss holds probabilities, not labels")
+    if not isinstance(ignored, int):
+        raise _NotCounted("the loss's ignore_index is no constant")
+    if len(shape(logits)) != len(shape(target)) + 1 or not shape(target):
+        raise _NotCounted("the loss is of a single label")
+    chain = _from_inputs(gm, target)
+    known = [*gm.graph.find_nodes(op="placeholder"), *chain]
+    undo, lead = _undo(logits, known)
+    return Counted(target, ignored, chain, undo, lead)
+
+
+def _from_inputs(gm: fx.GraphModule, target: Node) -> tuple[Node, ...]:
+    """The nodes that compute `target` from inputs of the graph."""
+    found, pending = {target}, [target]
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+                raise _NotCounted("the target of the loss is computed from the model's parameters or buffers")
+        elif node.op == "get_attr":
+            if isinstance(getattr(gm, str(node.target), None), nn.Parameter):
+                raise _NotCounted("the target of the loss is computed from the model's parameters or buffers")
+        elif node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator) or _random(node):
+            raise _NotCounted(f"the target of the loss is computed by {op(node) or node.name}")
+        fresh = [n for n in node.all_input_nodes if n not in found]
+        found.update(fresh)
+        pending += fresh
+        if len(found) > _LONGEST:
+            raise _NotCounted("the target of the loss is not computed from inputs in a few steps")
+    written = [t for node in gm.graph.nodes for t in written_by(node)]
+    if written:
+        aliases = alias_sets(gm.graph)
+        if {aliases[t] for t in written} & {aliases[node] for node in found}:
+            raise _NotCounted("the target of the loss, or what it is computed from, is changed in place")
+    return tuple(node for node in gm.graph.nodes if node in found and node.op != "placeholder")
+
+
+def _random(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Reshape | Pad | Permute, ...], tuple[Any, ...]]:
+    """The steps from the rows of the loss's input back to those of what the logits were before views and slices, and their sizes then."""
+    node, axis, steps, projected = logits, 1, [], False  # axis: that of the classes
+
+    def lead(of: Node) -> tuple[Any, ...]:
+        return tuple(size for i, size in enumerate(shape(of)) if i != axis)
+
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        name, source = op(node), node.args[0]
+        last = axis == len(shape(node)) - 1
+        if name in _ROW_BY_ROW or (name in _SCALINGS and not isinstance(node.args[1], Node)):
+            pass
+        elif name == "aten.linear.default" and last and not projected:
+            projected, axis = True, len(shape(source)) - 1
+        elif (order := _order(node)) is not None:
+            axis_before = order[axis]
+            rows = [i for i in order if i != axis_before]  # of the mask's dimensions, which source's each is
+            axis = axis_before
+            if rows != sorted(rows):
+                steps.append(Permute(tuple(rows.index(i) for i in sorted(rows))))
+        elif name in VIEWS and last and keeps_last_axis(node) and len(shape(source)) > 1:
+            axis = len(shape(source)) - 1
+            steps.append(Reshape(_sizes(lead(source), known)))
+        elif name == "aten.slice.Tensor":
+            pad = _pad(node, axis)
+            if pad is not None:
+                steps.append(pad)
+        else:
+            break
+        node = source
+    return tuple(steps), lead(node)
+
+
+def _order(node: Node) -> tuple[int, ...] | None:
+    """Which dimension of its argument each dimension of a transposition is; None for other nodes."""
+    dims, name = len(shape(node)), op(node)
+    if name == "aten.permute.default":
+        return tuple(int(d) % dims for d in node.args[1])  # type: ignore[union-attr, arg-type]
+    if name not in ("aten.transpose.int", "aten.t.default") or dims < 2:
+        return None
+    a, b = (0, 1) if name == "aten.t.default" else (int(d) % dims for d in node.args[1:3])  # type: ignore[arg-type]
+    order = list(range(dims))
+    order[a], order[b] = b, a
+    return tuple(order)
+
+
+def _pad(node: Node, axis: int) -> Pad | None:
+    """What undoes a slice; None if no row was cut off."""
+    before, after = shape(node.args[0]), shape(node)
+    dim = int(argument(node, 1, "dim", 0)) % len(after)
+    if dim == axis or same_size(before[dim], after[dim]):
+        return None
+    start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
+    if isinstance(start, int) and start < 0:
+        start = _number(before[dim] + start)
+    rest = _number(before[dim] - after[dim])
+    if not isinstance(start, int) or rest is None or step != 1:
+        raise _NotCounted(f"{node.name} takes a part of the logits' rows whose place is not a constant")
+    return Pad(dim - (dim > axis), start, rest - start)
+
+
+def _number(size: Any) -> int | None:
+    """A size that is constant, if only after its symbols cancel out."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else None
+
+
+def _sizes(wanted: Sequence[Any], known: Sequence[Node]) -> tuple[int | tuple[Node, int] | None, ...]:
+    found = tuple(size if isinstance(size, int) else _dimension(size, known) for size in wanted)
+    if found.count(None) > 1:
+        raise _NotCounted("the sizes of the logits are not those of inputs")
+    return found
+
+
+def _dimension(size: torch.SymInt, known: Sequence[Node]) -> tuple[Node, int] | None:
+    for node in known:
+        for dim, other in enumerate(shape(node)):
+            if isinstance(value(node), torch.Tensor) and same_size(size, other):
+                return node, dim
+    return None
