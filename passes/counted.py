@@ -125,7 +125,8 @@ def _random(node: Node) -> bool:
 
 def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Reshape | Pad | Permute, ...], tuple[Any, ...]]:
     """The steps from the rows of the loss's input back to those of what the logits were before views and slices, and their sizes then."""
-    node, axis, steps, projected = logits, 1, [], False  # axis: that of the classes
+    node, axis, projected = logits, 1, False  # axis: that of the classes
+    steps: list[Reshape | Pad | Permute] = []
 
     def lead(of: Node) -> tuple[Any, ...]:
         return tuple(size for i, size in enumerate(shape(of)) if i != axis)
