@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +27,13 @@ from sptc.config import Config
 
 Compile = Literal["inductor", "aot"]
 WARM = 0.1  # share of the steps over which the learning rate rises; then it stays, so that a run's loss at any time is a fair one
+CLIP = 1.0  # the norm that gradients are clipped to
 DIAGNOSED = 4  # sequences of the example batch that regions are measured on
 
 
 @dataclass(frozen=True)
 class Point:
-    """Held-out loss and accuracy after some steps."""
+    """Held-out loss and accuracy after some steps, of the weights' running average (`Average`)."""
 
     step: int
     loss: float
@@ -83,7 +85,9 @@ def train(task: Task, record: Record) -> None:
 def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Options, order: Tensor) -> None:
     """Train and evaluate the prepared objective; `options` are the record's, with the file of the run's own plan."""
     budget = record.budget
-    optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=budget.learning_rate, weight_decay=0.0)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    average = Average(trained)
+    optimizer = torch.optim.AdamW(trained, lr=budget.learning_rate, weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: sptc.step(objective))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARM * budget.steps)))
     compiled = compile_objective(objective, options, record.compile)
@@ -92,10 +96,11 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
             if step % budget.every == 0 or step == budget.steps:
                 last = step in (0, budget.steps)
                 objective.eval()
-                if options is not None:
-                    record.points.append(evaluate(compiled, task.held_out, budget.batch, step))
-                if options is None or last:
-                    record.dense_points.append(evaluate(objective, task.held_out, budget.batch, step))
+                with average.applied():
+                    if options is not None:
+                        record.points.append(evaluate(compiled, task.held_out, budget.batch, step))
+                    if options is None or last:
+                        record.dense_points.append(evaluate(objective, task.held_out, budget.batch, step))
                 objective.train()
                 bar.set_postfix(held_out=f"{(record.points or record.dense_points)[-1].loss:.3f}")
             if step == budget.steps:
@@ -103,11 +108,13 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
             wall, cpu = time.perf_counter(), time.process_time()
             loss, _, counted = compiled(**task.train.take(order[step]))
             (loss / counted).backward()
+            nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             optimizer.zero_grad()
             record.wall_seconds.append(time.perf_counter() - wall)
             record.cpu_seconds.append(time.process_time() - cpu)
             schedule.step()
+            average.update()
             record.losses.append((loss / counted).item())
             bar.update()
     if options is None:
@@ -115,6 +122,45 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
     else:
         record.rewritten = sum(region.status == "rewritten" and region.graph == 0 for region in sptc.report(compiled).regions)
         record.regions = [measure.to_dict() for measure in diagnose(objective, task.train.take(order[0][:DIAGNOSED]), options)]
+
+
+class Average:
+    """The average of some parameters over the last ninth or so of the steps, at any step (polynomial decay, Shamir and Zhang 2013).
+
+    It stands for a learning rate that has fallen by then, which would be fair at the last step alone, and takes most of the scatter
+    between seeds away.
+    """
+
+    _DECAY = 8  # the n-th step has weight (_DECAY + 1) / (_DECAY + n): the first one all of it
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._mean = [p.detach().clone() for p in self._parameters]
+        self._steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step of the optimizer."""
+        self._steps += 1
+        weight = (self._DECAY + 1) / (self._DECAY + self._steps)
+        for mean, parameter in zip(self._mean, self._parameters, strict=True):
+            mean.lerp_(parameter, weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold their averages inside of the context."""
+        with torch.no_grad():
+            own = [p.clone() for p in self._parameters]
+            self._hold(self._mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._hold(own)
+
+    def _hold(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
 
 
 def compile_objective(objective: nn.Module, options: Options, how: Compile) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

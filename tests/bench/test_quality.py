@@ -20,7 +20,7 @@ from bench.quality.plot import plot
 from bench.quality.tasks import Budget, Examples, NextToken, Task
 from bench.quality.text import Split, documented_functions, library_halves
 from bench.quality.tokens import END, IGNORED, cut, pack, pairs, train_tokenizer
-from bench.quality.training import Point, Record, example_order, train
+from bench.quality.training import Average, Point, Record, example_order, train
 from bench.quality.variants import VARIANTS, variant
 from tests.planning_device import DEVICE
 
@@ -150,6 +150,23 @@ def test_every_variant_sees_the_same_order() -> None:
     assert sorted(order.flatten()[:7].tolist()) == list(range(7)) and sorted(order.flatten()[7:].tolist()) == list(range(7))
     assert torch.equal(order, example_order(7, replace(BUDGET, steps=7, batch=2), seed=3))
     assert not torch.equal(order, example_order(7, replace(BUDGET, steps=7, batch=2), seed=4))
+
+
+def test_the_average_is_of_the_last_ninth_of_the_steps() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([5.0]))
+    average = Average([parameter])
+    with average.applied():
+        assert parameter.item() == 5.0  # no step yet
+    for step in range(1, 901):
+        parameter.data.fill_(step)
+        average.update()
+        if step == 1:
+            with average.applied():
+                assert parameter.item() == 1.0  # nothing of the start
+    with pytest.raises(KeyError), average.applied():
+        assert parameter.item() == pytest.approx(900 - 900 / 10, rel=1e-3)  # weights as (n / 900)^8: their mean is 9 / 10 of the way
+        raise KeyError
+    assert parameter.item() == 900.0
 
 
 def test_runs_and_their_records(task: Task, tmp_path: Path) -> None:
