@@ -127,8 +127,7 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
 class Average:
     """The average of some parameters over the last ninth or so of the steps, at any step (polynomial decay, Shamir and Zhang 2013).
 
-    It stands for a learning rate that has fallen by then, which would be fair at the last step alone, and takes most of the scatter
-    between seeds away.
+    It stands for a learning rate that has fallen by then, which would be fair at the last step alone.
     """
 
     _DECAY = 8  # the n-th step has weight (_DECAY + 1) / (_DECAY + n): the first one all of it
