@@ -180,7 +180,7 @@ def _notes(unit: Unit) -> Iterator[str]:
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
         yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
-    if unit.config.ffn_keep is not None:
+    if unit.config.ffn_keep is not None and "ffn.keep" in unit.config.given:
         yield from _routed_alike(unit)
     for region, state in unit.states.items():
         if isinstance(state, RouterState) and state.training and not state.trainable:

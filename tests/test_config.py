@@ -31,9 +31,10 @@ def test_given_is_no_option(options):
         Config.from_options(options)
 
 
-def test_keep_is_optional():
-    assert Config().ffn_keep is None is Config.from_options({"ffn.keep": None}).ffn_keep
-    assert Config.from_options({"ffn.keep": "loss"}).to_options() == {"ffn.keep": "loss"}
+def test_keep_can_be_turned_off():
+    assert Config().ffn_keep == "loss"
+    off = Config.from_options({"ffn.keep": None})
+    assert off.ffn_keep is None and off.to_options() == {"ffn.keep": None}
 
 
 def test_an_int_is_a_fine_density():

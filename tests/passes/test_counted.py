@@ -159,6 +159,25 @@ def test_what_is_not_known_is_said(reason: str, routes: Routes, caplog: pytest.L
     assert [r.getMessage() for r in caplog.records].count(note) == 1
 
 
+def test_it_is_the_default_and_can_be_turned_off(routes: Routes) -> None:
+    model, inputs = llama()
+    default = {key: value for key, value in OPTIONS.items() if key != "ffn.keep"}
+    for options, masks in ((default, [shifted(inputs["labels"])] * 2), ({**OPTIONS, "ffn.keep": None}, [None, None])):
+        torch.compile(model, backend=without_inductor(**options))(**inputs)
+        torch.testing.assert_close([keep for keep, _ in routes], masks)
+        routes.clear()
+        torch.compiler.reset()
+
+
+def test_by_default_a_loss_that_cannot_be_read_is_no_news(routes: Routes) -> None:
+    model, inputs = llama()
+    options = {key: value for key, value in OPTIONS.items() if key != "ffn.keep"}
+    compiled = torch.compile(WithLoss(model, REFUSED["2 cross entropies"]), backend=without_inductor(**options))
+    compiled(inputs["input_ids"], inputs["labels"])
+    assert [keep for keep, _ in routes] == [None, None]
+    assert not any("ffn.keep" in note for note in sptc.report(compiled).notes)
+
+
 def test_evaluation_without_a_loss_has_nothing_to_say(routes: Routes) -> None:
     model, inputs = llama()
     compiled = torch.compile(WithLoss(model.eval(), lambda y, t: y), backend=without_inductor(**OPTIONS))
