@@ -82,10 +82,7 @@ class Ffn(nn.Module):
         tokens, offsets, index = ops.route(scores, self.case.active)
         scale = None
         if self.case.trained:
-            share = offsets.diff().to(scores.dtype) / tokens.shape[0]
-            mean = (scores / scores.sum(1, keepdim=True)).mean(0)
             scale = 2 * scores.reshape(-1).index_select(0, index)
-            scale = ops.attach_loss(scale, 1e-2 * self.case.blocks * (share * mean).sum())  # cheaper to copy than y
         biased = [i for i, up in enumerate(self.ups) if up.bias is not None]
         adapted = list(range(len(self.up_adapters)))
         y, low_out, _ = ops.routed_ffn(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import fx, nn
@@ -22,7 +23,7 @@ from sptc.passes.pattern import shape
 from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
-from sptc.state import MARK, SLOT_TENSORS, Slot, parse_layout
+from sptc.state import MARK, Slot, parse_layout
 
 _STEP = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
 _TABLES = {"_modules", "_parameters", "_buffers", "__dict__"}
@@ -115,8 +116,9 @@ def _before(mark: Node) -> Node:
 def _slots(frame: Frame, mark: Node) -> list[_Marked]:
     _, tensors, layout, training = mark.args
     slots = parse_layout(str(layout))
-    assert isinstance(tensors, Sequence) and len(tensors) == SLOT_TENSORS * len(slots), f"malformed mark {mark.format_node()}"
-    parts = (tuple(tensors[i * SLOT_TENSORS : (i + 1) * SLOT_TENSORS]) for i in range(len(slots)))
+    assert isinstance(tensors, Sequence) and len(tensors) == sum(slot.tensors for slot in slots), f"malformed mark {mark.format_node()}"
+    left = iter(tensors)
+    parts = [tuple(islice(left, slot.tensors)) for slot in slots]
     return [_Marked(mark, frame, slot, part, bool(training)) for slot, part in zip(slots, parts, strict=True)]  # type: ignore[arg-type]
 
 
@@ -193,12 +195,14 @@ def _check_options(marked: _Marked, region: Region, config: Config) -> None:
 
 
 def _state(marked: _Marked, frame: Frame, example_inputs: Sequence[Any]) -> State:
-    first, second, third = (hand_down(node, marked.frame, frame) for node in marked.tensors)
+    tensors = [hand_down(node, marked.frame, frame) for node in marked.tensors]
     if marked.slot.kind == "attention":
-        return CodebookState(first, second, third, marked.training)
+        codebooks, code_sums, code_counts = tensors
+        return CodebookState(codebooks, code_sums, code_counts, marked.training)
     index = input_index(outermost(marked.tensors[0], marked.frame))
     trainable = index is None or example_inputs[index].requires_grad
-    return RouterState(first, second, third, marked.training, trainable)
+    weight, bias = tensors
+    return RouterState(weight, bias, marked.training, trainable)
 
 
 def _without_region(marked: _Marked, regions: Sequence[Region], unit: Unit) -> list[Refusal]:

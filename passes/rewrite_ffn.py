@@ -11,8 +11,6 @@ from sptc.passes.build import Builder, aten
 from sptc.passes.pattern import dtype, shape
 from sptc.region import FfnRegion, FfnSettings, Projection, RouterState
 
-BALANCE_WEIGHT = 1e-2  # weight of the load-balance loss (PAPER: auxiliary losses at 1e-2)
-
 
 def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | None, keep: Node | None = None) -> Node:
     """Insert the routed FFN before `region.y`; returns the node that replaces it. `keep` is bool [N], of the region's graph."""
@@ -57,14 +55,12 @@ def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | N
 
 
 def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterState, keep: Node | None) -> tuple[Node, Node, Node | None]:
-    """The paper's router: sigmoid scores choose the blocks and scale them (section 3), balanced by an auxiliary loss."""
+    """The paper's router: sigmoid scores choose the blocks and scale them (section 3)."""
     p = _scores(b, x, state)
     lists = b.call(torch.ops.sptc.route.default, p, settings.active, keep)
     tokens, offsets, index = (b.item(lists, i) for i in range(3))
     if settings.active == settings.blocks:
         return tokens, offsets, None
-    if state.training:
-        p = b.call(torch.ops.sptc.attach_loss.default, p, _balance_loss(b, x, offsets, settings, state))
     doubled = b.call(aten.mul.Tensor, p, 2.0)
     scale = b.call(aten.index_select.default, b.call(aten.reshape.default, doubled, [-1]), 0, index)
     return tokens, offsets, scale
@@ -73,20 +69,6 @@ def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterStat
 def _scores(b: Builder, x: Node, state: RouterState) -> Node:
     logits = b.call(aten.linear.default, x, b.cast(state.weight, dtype(x)), b.cast(state.bias, dtype(x)))
     return b.call(aten.sigmoid.default, b.single(logits))
-
-
-def _balance_loss(b: Builder, x: Node, offsets: Node, settings: FfnSettings, state: RouterState) -> Node:
-    """G * sum_g f_g P_g: f the share of list entries of a block (no gradient), P its mean share of the scores; router parameters only."""
-    p = _scores(b, b.call(aten.detach.default, x), state)
-    share = b.call(aten.div.Tensor, p, b.call(aten.sum.dim_IntList, p, [-1], True))
-    mean = b.call(aten.mean.dim, share, [0])
-    ends = b.call(aten.slice.Tensor, offsets, 0, 1)
-    starts = b.call(aten.slice.Tensor, offsets, 0, 0, -1)
-    counts = b.cast(b.call(aten.sub.Tensor, ends, starts), torch.float32)
-    frequency = b.call(aten.div.Tensor, counts, b.call(aten.sum.default, counts))
-    loss = b.call(aten.sum.default, b.call(aten.mul.Tensor, frequency, mean))
-    loss = b.call(aten.mul.Tensor, loss, BALANCE_WEIGHT * settings.blocks)
-    return b.call(aten.mul.Tensor, loss, b.cast(state.loss_scale, torch.float32))
 
 
 def _route_by_weights(b: Builder, x: Node, settings: FfnSettings, up: Node, keep: Node | None) -> tuple[Node, Node, None]:

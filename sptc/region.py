@@ -116,7 +116,6 @@ class RouterState:
 
     weight: Node  # [G, d]
     bias: Node  # [G]
-    loss_scale: Node  # 0-d, multiplies the balance loss
     training: bool
     trainable: bool = True  # the router's parameters require a gradient
 

@@ -195,7 +195,7 @@ def _insert(unit: Unit) -> _Beside:
         state = unit.states.get(region)
         for settings in _candidates(unit, region):
             before = region.y.prev
-            # An untrained state gathers no statistics and adds no balance loss.
+            # An untrained state gathers no statistics.
             frozen = replace(state, training=False) if state is not None else None
             forms.setdefault(region.y, (key, {}))[1][settings.density] = sparse_form(
                 _without_dropout(region), settings, frozen, by_graph, keep

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-SLOT_TENSORS = 3  # every slot contributes this many tensors to a mark
 CODEWORDS = 16  # E: codewords of a subspace (PAPER.md, Sparse MHA)
 SUBVECTOR = 8  # elements of a sub-vector (PAPER.md)
 RIDGE = 0.3  # of the mean square of a router's inputs, in the regression that it starts from: for batches of few tokens
@@ -36,23 +35,7 @@ _library.impl("mark", _mark, "CompositeImplicitAutograd")
 MARK = torch.ops.sptc.mark.default
 
 
-class _SinglePrecisionBuffers(nn.Module):
-    """Buffers stay fp32 through `.half()` and `.to(bfloat16)`; they only move between devices.
-
-    Statistics overflow or lose counts in half precision, and codewords decide codes by small differences of distances.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _SinglePrecisionBuffers:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
-
-
-class Router(_SinglePrecisionBuffers):
+class Router(nn.Module):
     """State of an FFN region: p = sigmoid(x weight^T + bias) over G blocks of hidden units.
 
     Args:
@@ -62,24 +45,25 @@ class Router(_SinglePrecisionBuffers):
     """
 
     kind = "ffn"
-    loss_scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, down: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = nn.Parameter(bias.detach().clone())
-        self.register_buffer("loss_scale", torch.ones((), dtype=torch.float32, device=weight.device))
         self.down = down
 
     def tensors(self) -> list[Tensor]:
-        return [self.weight, self.bias, self.loss_scale]
+        return [self.weight, self.bias]
 
 
-class Codebook(_SinglePrecisionBuffers):
+class Codebook(nn.Module):
     """State of an attention region: codebooks of queries and keys, and what the compiled graph gathered since the last `step`.
 
     Args:
         codebooks: fp32 [h_kv, M, E, d / M].
+
+    All of it stays fp32 through `.half()` and `.to(bfloat16)` and only moves between devices: statistics overflow or lose counts in half
+    precision, and codewords decide codes by small differences of distances.
     """
 
     kind = "attention"
@@ -96,6 +80,15 @@ class Codebook(_SinglePrecisionBuffers):
 
     def tensors(self) -> list[Tensor]:
         return [self.codebooks, self.code_sums, self.code_counts]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     @torch.no_grad()
     def step(self) -> None:
@@ -154,9 +147,14 @@ class Slot:
     def index(self) -> int:
         return int(self.name[len(self.kind) :])
 
+    @property
+    def tensors(self) -> int:
+        """How many tensors it contributes to the mark: as many as `Router.tensors` or `Codebook.tensors` has."""
+        return 2 if self.kind == Router.kind else 3
+
 
 def parse_layout(layout: str) -> list[Slot]:
-    """The slots of a mark, in the order of its tensors (SLOT_TENSORS each)."""
+    """The slots of a mark, in the order of its tensors."""
     return [Slot(name, down) for name, _, down in (entry.partition(":") for entry in layout.split(",") if entry)]
 
 

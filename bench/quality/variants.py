@@ -33,8 +33,7 @@ VARIANTS: dict[str, Options] = {
     "ffn-4-blocks": {**_FFN, "ffn.blocks": 4},
     "ffn-16-blocks": {**_FFN, "ffn.blocks": 16},
     "ffn-32-blocks": {**_FFN, "ffn.blocks": 32},
-    "ffn-keep-loss": {**_FFN, "ffn.keep": "loss"},
-    "keep-loss": {"ffn.keep": "loss"},
+    "no-keep": {"ffn.keep": None},
     "three-quarters": {"ffn.density": 0.75},
     "planned": {"plan": EQUAL_SPEED},
 }

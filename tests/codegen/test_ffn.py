@@ -377,19 +377,17 @@ def test_opcheck(name):
         torch.library.opcheck(ops.routed_ffn_backward.default, (y, low_out if low_out.numel() else None, *plain, pre, need))
 
 
-def test_opcheck_route_and_loss():
+def test_opcheck_route():
     scores = torch.randn(7, 4, requires_grad=True)
     torch.library.opcheck(ops.route.default, (scores, 2))
     torch.library.opcheck(ops.route.default, (scores, 2, torch.arange(7) % 3 == 0))
-    torch.library.opcheck(ops.attach_loss.default, (torch.randn(3, 2, requires_grad=True), torch.tensor(2.0, requires_grad=True)))
 
 
 def block(x, up, down, router):
     scores = torch.sigmoid(x @ router.t())
     tokens, offsets, index = ops.route(scores, 2)
     scale = 2 * scores.reshape(-1).index_select(0, index)
-    y = ops.routed_ffn(x, [up], [], [], [], [], [], down.t(), None, tokens, offsets, scale, None, None, 0.0, 0.0, "gelu(u0)")[0]
-    return ops.attach_loss(y, (scores.mean(0) ** 2).sum())
+    return ops.routed_ffn(x, [up], [], [], [], [], [], down.t(), None, tokens, offsets, scale, None, None, 0.0, 0.0, "gelu(u0)")[0]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -405,14 +403,6 @@ def test_compiled_with_a_symbolic_number_of_tokens(backend):
         grad = torch.randn_like(want)
         for g, w in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
             torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
-
-
-def test_attach_loss():
-    x, w = torch.randn(3, 2, requires_grad=True), torch.randn(2, requires_grad=True)
-    y = ops.attach_loss(x, (w**2).sum())
-    assert torch.equal(y, x) and y.data_ptr() != x.data_ptr()
-    (3 * y).sum().backward()
-    assert torch.equal(x.grad, torch.full((3, 2), 3.0)) and torch.equal(w.grad, 2 * w.detach())
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_each_region_receives_the_tensors_of_its_owner_and_slot(checkpointed):
         state = unit.states[region]
         if region.kind == "ffn":
             slot = slots["ffn0" if len(region.ups) == 2 else "ffn1"]
-            nodes = (state.weight, state.bias, state.loss_scale)
+            nodes = (state.weight, state.bias)
             assert state.trainable
         else:
             index = attentions.get(region.site.owner, 0)
