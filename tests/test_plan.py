@@ -66,7 +66,7 @@ def test_a_plan_brings_its_options_and_its_own_blocks(tmp_path):
     plan = replace(plan, regions=tuple(replace(r, facts={**r.facts, "blocks": 4}) if "ffn" in r.key else r for r in plan.regions))
     plan.save(tmp_path / "plan.json")
     settings = [r.settings for r in sptc.explain(Gpt(), (IDS, IDS), {"plan": str(tmp_path / "plan.json")}).regions]
-    assert settings[2]["key_block"] == 3 and settings[3] == {"blocks": 4, "active": 2, "keep": False}
+    assert settings[2]["key_block"] == 3 and settings[3] == {"blocks": 4, "active": 2, "keep": True}
     with pytest.raises(ConfigError, match=r"'ffn.blocks' is 2, but the plan .* was made with 4"):
         explained(plan, tmp_path / "plan.json", **{"ffn.blocks": 2})
 
