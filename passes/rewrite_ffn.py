@@ -55,7 +55,7 @@ def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | N
 
 
 def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterState, keep: Node | None) -> tuple[Node, Node, Node | None]:
-    """The paper's router: sigmoid scores choose the blocks and scale them (section 3)."""
+    """The paper's router: sigmoid scores choose the blocks and scale them (section 3), without its balance loss."""
     p = _scores(b, x, state)
     lists = b.call(torch.ops.sptc.route.default, p, settings.active, keep)
     tokens, offsets, index = (b.item(lists, i) for i in range(3))

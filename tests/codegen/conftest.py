@@ -1,14 +1,24 @@
-"""Templates of a test's own, beside the real ones, and an empty kernel cache."""
+"""Templates of a test's own, beside the real ones, an empty kernel cache, and memory that starts as nan."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sptc.codegen import specialize as specialize_module
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    """Whatever an op leaves unwritten becomes a nan, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

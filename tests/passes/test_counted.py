@@ -20,7 +20,8 @@ from tests.capture import capture
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES, VOCABULARY
 
-OPTIONS = {"attention.enabled": False, "decline": "never", "ffn.keep": "loss"}
+DEFAULT = {"attention.enabled": False, "decline": "never"}
+OPTIONS = {**DEFAULT, "ffn.keep": "loss"}  # given, so that the report says what can't be read
 Routes = list[tuple[Tensor | None, list[int]]]
 
 
@@ -122,7 +123,7 @@ def test_at_density_one_it_is_dense() -> None:
 
 def test_a_prepared_model(routes: Routes) -> None:
     model, inputs = llama()
-    sptc.prepare(model, inputs, options={key: value for key, value in OPTIONS.items() if key != "ffn.keep"})
+    sptc.prepare(model, inputs, options=DEFAULT)
     compiled = torch.compile(model, backend=without_inductor(**OPTIONS))
     routes.clear()
     compiled(**inputs).loss.backward()
@@ -161,8 +162,7 @@ def test_what_is_not_known_is_said(reason: str, routes: Routes, caplog: pytest.L
 
 def test_it_is_the_default_and_can_be_turned_off(routes: Routes) -> None:
     model, inputs = llama()
-    default = {key: value for key, value in OPTIONS.items() if key != "ffn.keep"}
-    for options, masks in ((default, [shifted(inputs["labels"])] * 2), ({**OPTIONS, "ffn.keep": None}, [None, None])):
+    for options, masks in ((DEFAULT, [shifted(inputs["labels"])] * 2), ({**OPTIONS, "ffn.keep": None}, [None, None])):
         torch.compile(model, backend=without_inductor(**options))(**inputs)
         torch.testing.assert_close([keep for keep, _ in routes], masks)
         routes.clear()
@@ -171,8 +171,7 @@ def test_it_is_the_default_and_can_be_turned_off(routes: Routes) -> None:
 
 def test_by_default_a_loss_that_cannot_be_read_is_no_news(routes: Routes) -> None:
     model, inputs = llama()
-    options = {key: value for key, value in OPTIONS.items() if key != "ffn.keep"}
-    compiled = torch.compile(WithLoss(model, REFUSED["2 cross entropies"]), backend=without_inductor(**options))
+    compiled = torch.compile(WithLoss(model, REFUSED["2 cross entropies"]), backend=without_inductor(**DEFAULT))
     compiled(inputs["input_ids"], inputs["labels"])
     assert [keep for keep, _ in routes] == [None, None]
     assert not any("ffn.keep" in note for note in sptc.report(compiled).notes)
