@@ -4,12 +4,16 @@ Moves go from dense towards sparse, each time the one that adds the least square
 convex hull of (seconds, squared error) matters, so the ratios rise along the way: the moves form one sequence, and every target is a
 prefix of it. Plans for rising targets are nested, the errors are the least that any plan of the same time has, and what a prefix saves
 beyond its target is part of one move: an exact search (the problem is a knapsack) could gain no more.
+
+The squared errors that choose are halfway between those measured and the mean of the regions of the kind at that density. Measured ones
+are of the model before training, on one batch; plans that took them at their word starved the regions that seemed to bear it, and learned
+less (docs/quality.md). What a plan says of its error, and what `max_error` limits, is as measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +92,8 @@ def replan(plan: Plan, *, speedup: float | None = None, max_error: float | None 
         PlanError: as `plan`, by which nothing is measured here.
     """
     _check(speedup, max_error)
-    moves = sorted((move for region in plan.regions for move in _moves(region.key, region.choices)), key=lambda move: move[:2])
+    expected = expected_squares(plan.regions)
+    moves = sorted((move for region in plan.regions for move in _moves(region, expected)), key=lambda move: move[:2])
     chosen = {region.key: region.choices[0] for region in plan.regions}
 
     def time() -> float:
@@ -126,11 +131,26 @@ def _choices(measured: Measured) -> tuple[Choice, ...]:
 Move = tuple[float, str, Choice]  # squared error added for a second saved, key, where to
 
 
-def _moves(key: str, choices: Sequence[Choice]) -> list[Move]:
+def expected_squares(regions: Iterable[PlannedRegion]) -> dict[tuple[str, float], float]:
+    """Squared error to choose by, of each region (by key) and density: halfway from its own to the mean of the kind at that density."""
+    regions = list(regions)
+    of_kind: dict[tuple[str, float], list[float]] = {}
+    for region in regions:
+        for choice in region.choices:
+            of_kind.setdefault((region.kind, choice.density), []).append(choice.error**2)
+    mean = {where: math.fsum(squares) / len(squares) for where, squares in of_kind.items()}
+    return {(r.key, c.density): (c.error**2 + mean[r.kind, c.density]) / 2 for r in regions for c in r.choices}
+
+
+def _moves(region: PlannedRegion, squares: Mapping[tuple[str, float], float]) -> list[Move]:
     """The steps along the lower convex hull of one region, from dense on."""
-    at, moves = choices[0], []
-    while faster := [c for c in choices if c.seconds < at.seconds]:
-        ratios = [(c.error**2 - at.error**2) / (at.seconds - c.seconds) for c in faster]
+
+    def square(choice: Choice) -> float:
+        return squares[region.key, choice.density]
+
+    at, moves = region.choices[0], []
+    while faster := [c for c in region.choices if c.seconds < at.seconds]:
+        ratios = [(square(c) - square(at)) / (at.seconds - c.seconds) for c in faster]
         ratio, _, at = min(zip(ratios, (c.seconds for c in faster), faster, strict=True), key=lambda step: step[:2])
-        moves.append((ratio, key, at))
+        moves.append((ratio, region.key, at))
     return moves

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sptc
 from sptc.plan import Choice, Plan, PlannedRegion, combined
-from sptc.planning import PlanError, replan
+from sptc.planning import PlanError, expected_squares, replan
 from sptc.sensitivity import SensitivityError
 from tests.models.compiled import without_inductor
 from tests.models.gpt import Gpt
@@ -199,18 +199,27 @@ def test_targets_that_make_no_sense_or_are_out_of_reach():
         sptc.plan(lambda x: model(x).argmax(-1), x, speedup=1.1)
 
 
-def test_no_other_choice_of_the_same_time_has_a_smaller_error():
+def test_no_other_choice_of_the_same_time_has_a_smaller_expected_error():
     draw = random.Random(0)
     for _ in range(30):
         regions = []
         for key in "abc":
             tried = [Choice(density, draw.uniform(0.1, 1.2), draw.uniform(0, 1)) for density in (0.5, 0.25, 0.125)]
-            regions.append(PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, 1.0, 0.0), *tried)))
-        every = [[(c.seconds, c.error) for c in r.choices] for r in regions]
+            regions.append(PlannedRegion(f"{key}:ffn0", (0,), {}, 1.0, (Choice(1.0, 1.0, 0.0), *tried)))
+        squares = expected_squares(regions)
+        every = [[(c.seconds, squares[r.key, c.density]) for c in r.choices] for r in regions]
         for allowed in (0.3, 0.6, 1.0):
-            chosen = [r.chosen for r in replan(Plan({}, {}, 1.0, tuple(regions)), max_error=allowed).regions]
-            error, seconds = combined(c.error for c in chosen), sum(c.seconds for c in chosen)
-            assert error <= allowed
+            planned = replan(Plan({}, {}, 1.0, tuple(regions)), max_error=allowed).regions
+            assert combined(r.chosen.error for r in planned) <= allowed
+            seconds = sum(r.chosen.seconds for r in planned)
             mixes = [mix for mix in itertools.product(*every) if sum(s for s, _ in mix) <= seconds + 1e-12]
-            best = min(combined(e for _, e in mix) for mix in mixes)
-            assert error == pytest.approx(best)
+            assert sum(squares[r.key, r.density] for r in planned) == pytest.approx(min(sum(e for _, e in mix) for mix in mixes))
+
+
+def test_errors_to_choose_by_are_halfway_to_the_mean_of_the_kind():
+    dense = Choice(1.0, 1.0, 0.0)
+    low, high = (PlannedRegion(f"{k}:ffn0", (0,), {}, 1.0, (dense, Choice(0.5, 0.5, e))) for k, e in (("a", 1.0), ("b", 3.0)))
+    other = PlannedRegion("a:attention0", (0,), {}, 1.0, (dense, Choice(0.5, 0.5, 7.0)))
+    squares = expected_squares((low, high, other))
+    assert squares["a:ffn0", 0.5] == 3.0 and squares["b:ffn0", 0.5] == 7.0 and squares["a:attention0", 0.5] == 49.0
+    assert squares["a:ffn0", 1.0] == 0.0

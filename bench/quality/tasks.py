@@ -137,7 +137,7 @@ def adapted(base: Pretrained) -> nn.Module:
 
 TASKS: dict[str, Callable[[Budget, str], Task]] = {"classify": classify, "lm": lm, "answers": answers}
 BUDGETS = {
-    "classify": Budget(steps=120, batch=4, learning_rate=5e-4, every=40, held_out=192),
+    "classify": Budget(steps=120, batch=4, learning_rate=2e-4, every=40, held_out=192),
     "lm": Budget(steps=150),
     "answers": Budget(steps=100),
 }

@@ -35,6 +35,7 @@ VARIANTS: dict[str, Options] = {
     "ffn-32-blocks": {**_FFN, "ffn.blocks": 32},
     "no-keep": {"ffn.keep": None},
     "three-quarters": {"ffn.density": 0.75},
+    "16-blocks": {"ffn.blocks": 16},
     "planned": {"plan": EQUAL_SPEED},
 }
 
