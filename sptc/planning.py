@@ -5,15 +5,15 @@ convex hull of (seconds, squared error) matters, so the ratios rise along the wa
 prefix of it. Plans for rising targets are nested, the errors are the least that any plan of the same time has, and what a prefix saves
 beyond its target is part of one move: an exact search (the problem is a knapsack) could gain no more.
 
-The squared errors that choose are halfway between those measured and the mean of the regions of the kind at that density. Measured ones
-are of the model before training, on one batch; plans that took them at their word starved the regions that seemed to bear it, and learned
-less (docs/quality.md). What a plan says of its error, and what `max_error` limits, is as measured.
+The squared errors that choose are halfway between those measured and the mean of the regions of the kind at that density: measured ones
+are of one batch before training, too little to starve a region for. What a plan says of its error, and what `max_error` limits, is as
+measured. docs/quality.md has what such plans learn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ def plan(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Choose a density for each region: the least error at a speed-up, or the greatest speed-up within an error.
+    """Choose a density for each region: sparse where it harms least, as far as a speed-up needs or an error allows.
 
         sptc.plan(model, batch, speedup=1.5).save("plan.json")
         model.compile(backend="spt", options={"plan": "plan.json"})
@@ -131,9 +131,8 @@ def _choices(measured: Measured) -> tuple[Choice, ...]:
 Move = tuple[float, str, Choice]  # squared error added for a second saved, key, where to
 
 
-def expected_squares(regions: Iterable[PlannedRegion]) -> dict[tuple[str, float], float]:
+def expected_squares(regions: Sequence[PlannedRegion]) -> dict[tuple[str, float], float]:
     """Squared error to choose by, of each region (by key) and density: halfway from its own to the mean of the kind at that density."""
-    regions = list(regions)
     of_kind: dict[tuple[str, float], list[float]] = {}
     for region in regions:
         for choice in region.choices:
