@@ -170,6 +170,8 @@ def _misfit(marked: _Marked, region: Region, frame: Frame) -> str | None:
             problem = f"{name} has a router of shape {sizes}, but the FFN's input has {width} features"
         elif region.hidden % sizes[0]:
             problem = f"{name} has {sizes[0]} blocks, which do not divide the FFN's hidden size {region.hidden}"
+        elif shape(marked.tensors[-1])[0] != shape(region.y)[-1]:
+            problem = f"{name} adds {shape(marked.tensors[-1])[0]} features to an FFN whose output has {shape(region.y)[-1]}"
     else:
         heads, width = shape(region.k)[-3], shape(region.k)[-1]
         if len(sizes) != 4 or sizes[0] != heads or sizes[1] * sizes[3] != width:
@@ -201,8 +203,8 @@ def _state(marked: _Marked, frame: Frame, example_inputs: Sequence[Any]) -> Stat
         return CodebookState(codebooks, code_sums, code_counts, marked.training)
     index = input_index(outermost(marked.tensors[0], marked.frame))
     trainable = index is None or example_inputs[index].requires_grad
-    weight, bias = tensors
-    return RouterState(weight, bias, marked.training, trainable)
+    weight, bias, start_weight, start_bias, low, high, constant = tensors
+    return RouterState(weight, bias, start_weight, start_bias, low, high, constant, marked.training, trainable)
 
 
 def _without_region(marked: _Marked, regions: Sequence[Region], unit: Unit) -> list[Refusal]:

@@ -79,6 +79,7 @@ class FfnShape:
     up_ranks: int  # ranks of the adapters of the up projections, summed
     down_rank: int
     dtype: torch.dtype | None
+    stand_in_rank: int  # of what stands in for blocks that a token leaves out; 0 without prepared state
     trained_router: bool
     need_x: bool
     need_ups: int  # how many weights of up projections need a gradient
@@ -186,7 +187,10 @@ def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:
 def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
     """The router, then for each block its tokens' products; `active` of `blocks` of everything dense."""
     part, el, gemm = sympy.Rational(settings.active, settings.blocks), _element(s.dtype), device.rates(s.dtype).gemm
-    router = 2 * s.tokens * s.d * settings.blocks * (3 if s.trained_router and s.trains else 1)
+    router = 2 * s.tokens * s.d * settings.blocks
+    if s.stand_in_rank:  # what training adds to the router, and the stand-in; backward, twice as much again
+        added = router + 2 * s.tokens * (s.d + s.d_out) * s.stand_in_rank
+        router += added * (3 if s.trained_router and s.trains else 1)
     entries = s.tokens * settings.active
     gathers = el * entries * ((s.d + 3 * s.d_out) + (s.d_out + 3 * s.d) * s.needs_hidden)
     sorting = 16 * 4 * s.tokens * settings.blocks  # passes of a stable sort over the scores

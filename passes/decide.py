@@ -231,6 +231,7 @@ def _ffn_shape(region: FfnRegion, state: State | None, length: _Length) -> FfnSh
         up_ranks=sum(int(shape(lora.a)[0]) for lora in adapters),
         down_rank=int(shape(down.a)[0]) if down is not None else 0,
         dtype=dtype(region.y),
+        stand_in_rank=int(shape(state.low)[0]) if isinstance(state, RouterState) else 0,
         trained_router=isinstance(state, RouterState) and state.training,
         need_x=trains and requires_grad(region.x),
         need_ups=sum(trains and requires_grad(up.weight) for up in region.ups),

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from sptc.fit import STAND_IN_SCALING
 from sptc.passes.build import Builder, aten
 from sptc.passes.pattern import dtype, shape
-from sptc.region import FfnRegion, FfnSettings, Projection, RouterState
+from sptc.region import FfnRegion, FfnSettings, Lora, Projection, RouterState
 
 
 def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | None, keep: Node | None = None) -> Node:
@@ -17,10 +18,12 @@ def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | N
     b = Builder(region.y)
     x = b.rows(region.x)
     weights = [_weight(b, up) for up in region.ups]
+    scale: Node | None
     if state is not None:
         tokens, offsets, scale = _route_trained(b, x, settings, state, keep)
     else:
         tokens, offsets, scale = _route_by_weights(b, x, settings, weights[0], keep)
+    used = settings.density if keep is None else _used(b, x, settings, tokens)
     biases = {i: _rows(b, up.bias, up.rows) for i, up in enumerate(region.ups) if up.bias is not None}
     adapters = {i: up for i, up in enumerate(region.ups) if up.lora is not None}
     down = region.down
@@ -46,29 +49,62 @@ def rewrite_ffn(region: FfnRegion, settings: FfnSettings, state: RouterState | N
         region.activation,
     )
     y = b.item(out, 0)
+    if state is not None and settings.active < settings.blocks:
+        y = b.call(aten.add.Tensor, y, _stand_in(b, x, state, used))
     if down.bias is not None:
         y = b.call(aten.add.Tensor, y, down.bias)
     if lora is not None:
-        low_out = b.cast(b.item(out, 1), dtype(lora.b))
-        y = b.call(aten.add.Tensor, y, b.call(aten.mul.Tensor, b.call(aten.linear.default, low_out, lora.b), lora.scaling))
+        y = b.call(aten.add.Tensor, y, _adapter_output(b, b.item(out, 1), lora, used))
     return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
 
 
+def _used(b: Builder, x: Node, settings: FfnSettings, tokens: Node) -> Node:
+    """The share of its blocks that each token uses, fp32 [N, 1], where tokens differ in it."""
+    ones = b.call(aten.ones_like.default, tokens, dtype=torch.float32)
+    counts = b.call(aten.index_add.default, b.call(aten.new_zeros.default, ones, [b.size(x, 0)]), 0, tokens, ones)
+    return b.call(aten.unsqueeze.default, b.call(aten.div.Tensor, counts, settings.blocks), 1)
+
+
+def _adapter_output(b: Builder, low: Node, lora: Lora, used: Node | float) -> Node:
+    """What the adapter of the down projection adds, from `low` [N, r], its sum over the hidden units that a token uses.
+
+    Divided by their share, as what dropout keeps is, the sum is as large as over all units, so that an adapter moves the output as far, and
+    learns as fast, as in the dense FFN.
+    """
+    if isinstance(used, float):
+        scaled = b.call(aten.mul.Tensor, low, lora.scaling / used)
+    else:
+        scaled = b.call(aten.div.Tensor, b.call(aten.mul.Tensor, low, lora.scaling), used)
+    return b.call(aten.linear.default, b.cast(scaled, dtype(lora.b)), lora.b)
+
+
 def _route_trained(b: Builder, x: Node, settings: FfnSettings, state: RouterState, keep: Node | None) -> tuple[Node, Node, Node | None]:
-    """The paper's router: sigmoid scores choose the blocks and scale them (section 3), without its balance loss."""
-    p = _scores(b, x, state)
-    lists = b.call(torch.ops.sptc.route.default, p, settings.active, keep)
+    """Tokens and offsets of the lists, and the scale of each entry: None where all blocks are active, which is the dense FFN.
+
+    A block is chosen by all of its logit and scaled by what training has added to it (`sptc.state.Router`). The paper (section 3) scales by
+    2 sigmoid of the whole logit, without a start: for the few tokens of great norm, whose logits are great, that doubled the FFN's output.
+    """
+    start = b.call(aten.detach.default, b.single(_linear(b, x, state.start_weight, state.start_bias)))
+    added = b.single(_linear(b, x, state.weight, state.bias))
+    lists = b.call(torch.ops.sptc.route.default, b.call(aten.add.Tensor, start, added), settings.active, keep)
     tokens, offsets, index = (b.item(lists, i) for i in range(3))
     if settings.active == settings.blocks:
         return tokens, offsets, None
-    doubled = b.call(aten.mul.Tensor, p, 2.0)
-    scale = b.call(aten.index_select.default, b.call(aten.reshape.default, doubled, [-1]), 0, index)
-    return tokens, offsets, scale
+    scale = b.call(aten.mul.Tensor, b.call(aten.sigmoid.default, added), 2.0)
+    return tokens, offsets, b.call(aten.index_select.default, b.call(aten.reshape.default, scale, [-1]), 0, index)
 
 
-def _scores(b: Builder, x: Node, state: RouterState) -> Node:
-    logits = b.call(aten.linear.default, x, b.cast(state.weight, dtype(x)), b.cast(state.bias, dtype(x)))
-    return b.call(aten.sigmoid.default, b.single(logits))
+def _stand_in(b: Builder, x: Node, state: RouterState, used: Node | float) -> Node:
+    """What stands in for the blocks that a token leaves out, [N, d_out]: a low-rank linear map of x, times twice their share."""
+    y = _linear(b, _linear(b, x, state.low), state.high, state.constant)
+    if isinstance(used, float):
+        return b.call(aten.mul.Tensor, y, STAND_IN_SCALING * (1.0 - used))
+    share = b.call(aten.mul.Tensor, b.call(aten.rsub.Scalar, used, 1.0), STAND_IN_SCALING)
+    return b.call(aten.mul.Tensor, y, b.cast(share, dtype(y)))
+
+
+def _linear(b: Builder, x: Node, weight: Node, bias: Node | None = None) -> Node:
+    return b.call(aten.linear.default, x, b.cast(weight, dtype(x)), None if bias is None else b.cast(bias, dtype(x)))
 
 
 def _route_by_weights(b: Builder, x: Node, settings: FfnSettings, up: Node, keep: Node | None) -> tuple[Node, Node, None]:

@@ -28,7 +28,8 @@ class PrepareError(ValueError):
 
 
 def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | None = None) -> Report:
-    """Attach routers, and codebooks with the selector "pq", to the modules whose FFN or attention will be rewritten.
+    """Attach routers (with stand-ins for the blocks that they leave out), and codebooks with the selector "pq", to the modules whose FFN or
+    attention will be rewritten.
 
     Call it after PEFT and before the optimizer, DistributedDataParallel and `torch.compile`, in the mode (train or eval) to be compiled:
 

@@ -112,10 +112,15 @@ class Found:
 
 @dataclass(frozen=True)
 class RouterState:
-    """A prepared FFN's trainable state, as nodes of the region's graph."""
+    """A prepared FFN's trainable state (`sptc.state.Router`), as nodes of the region's graph."""
 
     weight: Node  # [G, d]
     bias: Node  # [G]
+    start_weight: Node  # [G, d]
+    start_bias: Node  # [G]
+    low: Node  # [r, d]
+    high: Node  # [d_out, r]
+    constant: Node  # [d_out]
     training: bool
     trainable: bool = True  # the router's parameters require a gradient
 
@@ -154,6 +159,11 @@ class FfnSettings:
     @property
     def density(self) -> float:
         return self.active / self.blocks
+
+    @property
+    def left_out(self) -> float:
+        """The share of its blocks that a token leaves out, on average if `keep`."""
+        return (self.blocks - self.active) / self.blocks
 
 
 Settings = AttentionSettings | FfnSettings

@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-CODEWORDS = 16  # E: codewords of a subspace (PAPER.md, Sparse MHA)
-SUBVECTOR = 8  # elements of a sub-vector (PAPER.md)
-RIDGE = 0.3  # of the mean square of a router's inputs, in the regression that it starts from: for batches of few tokens
 CODEBOOK_DECAY = 0.9  # of a codeword in `step`; the rest comes from the mean of its vectors
 
 _library = torch.library.Library("sptc", "FRAGMENT")
@@ -36,24 +33,33 @@ MARK = torch.ops.sptc.mark.default
 
 
 class Router(nn.Module):
-    """State of an FFN region: p = sigmoid(x weight^T + bias) over G blocks of hidden units.
+    """State of an FFN region: which of G blocks of hidden units a token uses, how much each counts, and what stands in for the others.
+
+    The best blocks by x (start_weight + weight)^T + start_bias + bias are active. Their hidden units are scaled by
+    2 sigmoid(x weight^T + bias). A token that leaves out a share s of its blocks gets 2 s (x low^T high^T + constant) instead.
+    `weight` and `bias` start at 0, so scales start at 1: a prepared FFN begins with what its pretrained blocks compute.
 
     Args:
-        weight: [G, d], the start of the router.
-        bias: [G].
+        start: weight [G, d] and bias [G] of the first choice, which stay as they are.
+        stand_in: low [r, d], high [d_out, r] and constant [d_out], the start of what is trained.
         down: owner-local name of the FFN's down weight, for example "mlp.down_proj.weight": what the slot belongs to.
     """
 
     kind = "ffn"
+    start_weight: Tensor
+    start_bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, down: str) -> None:
+    def __init__(self, start: tuple[Tensor, Tensor], stand_in: tuple[Tensor, Tensor, Tensor], down: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone())
-        self.bias = nn.Parameter(bias.detach().clone())
+        weight, bias = (t.detach().clone() for t in start)
+        self.weight, self.bias = nn.Parameter(torch.zeros_like(weight)), nn.Parameter(torch.zeros_like(bias))
+        self.register_buffer("start_weight", weight)
+        self.register_buffer("start_bias", bias)
+        self.low, self.high, self.constant = (nn.Parameter(t.detach().clone()) for t in stand_in)
         self.down = down
 
     def tensors(self) -> list[Tensor]:
-        return [self.weight, self.bias]
+        return [self.weight, self.bias, self.start_weight, self.start_bias, self.low, self.high, self.constant]
 
 
 class Codebook(nn.Module):
@@ -150,7 +156,7 @@ class Slot:
     @property
     def tensors(self) -> int:
         """How many tensors it contributes to the mark: as many as `Router.tensors` or `Codebook.tensors` has."""
-        return 2 if self.kind == Router.kind else 3
+        return 7 if self.kind == Router.kind else 3
 
 
 def parse_layout(layout: str) -> list[Slot]:
@@ -238,66 +244,3 @@ def step(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Codebook):
             module.step()
-
-
-def subvectors(head_size: int) -> int:
-    """M: into how many sub-vectors a head is cut; their size is the divisor of the head's that is nearest to 8 (the smaller of two)."""
-    size = min((n for n in range(1, head_size + 1) if head_size % n == 0), key=lambda n: (abs(n - SUBVECTOR), n))
-    return head_size // size
-
-
-def fit_codebooks(vectors: Tensor, iterations: int = 8, seed: int = 0) -> Tensor:
-    """Codebooks for queries and keys by k-means: Lloyd's iterations from E rows drawn by `seed`, the same on every device.
-
-    Args:
-        vectors: [h_kv, N, d], any floating dtype; N rows of queries and keys, after rotary embedding.
-
-    Returns:
-        fp32 [h_kv, M, E, d / M].
-    """
-    heads, rows, d = vectors.shape
-    if rows == 0:
-        raise ValueError("fit_codebooks needs at least one vector")
-    m = subvectors(d)
-    points = vectors.detach().to(torch.float32).reshape(heads, rows, m, d // m).transpose(1, 2)  # [h_kv, M, N, ds]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(rows, generator=generator)
-    start = order.repeat(-(-CODEWORDS // rows))[:CODEWORDS].to(points.device)
-    codebooks = points.index_select(2, start).clone()  # [h_kv, M, E, ds]
-    for _ in range(iterations):
-        codes = torch.cdist(points, codebooks).argmin(-1)  # [h_kv, M, N]
-        chosen = nn.functional.one_hot(codes, CODEWORDS).to(points.dtype)  # [h_kv, M, N, E]
-        counts = chosen.sum(2).unsqueeze(-1)  # [h_kv, M, E, 1]
-        mean = chosen.transpose(-1, -2) @ points / counts.clamp(min=1)
-        codebooks = torch.where(counts > 0, mean, codebooks)
-    return codebooks.contiguous()
-
-
-def fit_router(x: Tensor, norms: Tensor, rms: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The start of a router: ridge regression of how much each block adds to a token's output, from the token.
-
-    Norms are centred over the blocks of a token: which block adds more than others is what chooses. Logits get the RMS `rms` on the batch:
-    at 1 the scale 2p of chosen blocks begins above 1, which makes up for some of what the others would add.
-
-    Args:
-        x: [N, d] inputs of the region on the example batch.
-        norms: [N, G], the L2 norm of each block's output.
-
-    Returns:
-        weight [G, d] and bias [G], fp32.
-    """
-    target = norms.detach().double()
-    target = target - target.mean(1, keepdim=True)
-    bias = target.mean(0)
-    points = x.detach().double()
-    centre = points.mean(0)
-    points = points - centre
-    gram = points.T @ points
-    power = gram.diagonal().mean()
-    ridge = torch.where(power > 0, RIDGE * power, 1.0) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    weight = torch.linalg.solve(gram + ridge, points.T @ (target - bias)).T  # [G, d]
-    spread = (points @ weight.T + bias).square().mean().sqrt()
-    # Blocks that add alike, as far as the batch shows: no spread to go by.
-    floor = (1e-3 * norms.double().square().mean().sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
-    scale = rms / torch.maximum(spread, floor)
-    return (scale * weight).float(), (scale * (bias - weight @ centre)).float()

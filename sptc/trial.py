@@ -11,13 +11,14 @@ import torch._dynamo
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from sptc.fit import fit_codebooks, fit_router, fit_stand_in
 from sptc.passes.bind import holder
 from sptc.passes.frame import Frame, frames, input_index, outermost, parameter
 from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import shape
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Refusal, Region, RouterState
-from sptc.state import Codebook, Router, fit_codebooks, fit_router
+from sptc.state import Codebook, Router
 
 SAMPLED_ROWS = 4096  # tokens of an FFN, or vectors of a key head, that the start of the state is computed from
 
@@ -28,15 +29,19 @@ Judge = Callable[[fx.GraphModule, list[Any]], Unit]
 class FfnSample:
     """What the example batch showed of an FFN, over all calls of its owner."""
 
-    down: str  # owner-local name of the down weight
-    blocks: int
-    dtype: torch.dtype | None = None  # of the down weight
+    name: str  # owner-local, of the down weight
+    settings: FfnSettings
+    down: Tensor | None = None  # [d_ff, d_out], a view of the weight
     inputs: list[Tensor] = field(default_factory=list)  # [N, d] each
-    norms: list[Tensor] = field(default_factory=list)  # [N, blocks] each: what every block adds to a token's output
+    hidden: list[Tensor] = field(default_factory=list)  # [N, d_ff] each: what the down projection is given
 
     def slot(self) -> Router:
-        weight, bias = fit_router(torch.cat(self.inputs), torch.cat(self.norms))
-        return Router(weight.to(self.dtype), bias.to(self.dtype), self.down)
+        assert self.down is not None
+        x, hidden, dtype = torch.cat(self.inputs), torch.cat(self.hidden), self.down.dtype
+        start = fit_router(x, _block_norms(hidden, self.down, self.settings.blocks))
+        missing = _missing(hidden, self.down, x.float() @ start[0].T + start[1], self.settings.active)
+        low, high, constant = (t.to(dtype) for t in fit_stand_in(x, missing, self.settings.left_out or 1.0))
+        return Router((start[0].to(dtype), start[1].to(dtype)), (low, high, constant), self.name)
 
 
 @dataclass
@@ -117,28 +122,21 @@ class Trial:
             self._refuse(region, "its down weight is not a parameter of the module that holds the FFN")
             return
         assert isinstance(decision.settings, FfnSettings)
-        sample = self.samples.setdefault(owner, {}).setdefault(down, FfnSample(down, decision.settings.blocks))
+        sample = self.samples.setdefault(owner, {}).setdefault(down, FfnSample(down, decision.settings))
         assert isinstance(sample, FfnSample)
-
-        seen: dict[str, Tensor] = {}
 
         def see_input(value: Tensor) -> None:
             sample.inputs.append(_evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0))
 
         def see_hidden(value: Tensor) -> None:
-            seen["hidden"] = _evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0)
+            sample.hidden.append(_evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0))
 
         def see_down(value: Tensor) -> None:
-            sample.dtype = value.dtype
-            seen["down"] = value.detach() if region.down.transposed else value.detach().T
-
-        def see_output(_: Tensor) -> None:
-            sample.norms.append(_block_norms(seen.pop("hidden"), seen.pop("down"), sample.blocks))
+            sample.down = value.detach() if region.down.transposed else value.detach().T
 
         yield region.x, see_input
         yield region.down.x, see_hidden
         yield region.down.weight, see_down
-        yield region.y, see_output
 
     def _refuse(self, region: Region, reason: str) -> None:
         self.refusals.append(Refusal(region.kind, "state", region.y, f"no trainable state: {reason}", region.site))
@@ -217,6 +215,13 @@ def _block_norms(hidden: Tensor, down: Tensor, blocks: int) -> Tensor:
     """hidden [N, d_ff], down [d_ff, d] -> [N, blocks]: the L2 norm of what each block of hidden units adds to the output."""
     parts = zip(hidden.float().chunk(blocks, 1), down.float().chunk(blocks), strict=True)
     return torch.stack([(units @ weights).norm(dim=1) for units, weights in parts], 1)
+
+
+def _missing(hidden: Tensor, down: Tensor, logits: Tensor, active: int) -> Tensor:
+    """What the blocks that the logits [N, blocks] leave out would add, fp32 [N, d_out]."""
+    blocks = logits.shape[1]
+    inactive = torch.ones_like(logits).scatter_(1, logits.topk(active, 1).indices, 0.0)
+    return (hidden.float().unflatten(1, (blocks, -1)) * inactive.unsqueeze(2)).flatten(1) @ down.float()
 
 
 def _vectors(value: Tensor, key_heads: int) -> Tensor:

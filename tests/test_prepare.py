@@ -18,8 +18,9 @@ from sptc.adapter import AdapterError
 from sptc.backend import compile_graph
 from sptc.capture import CaptureError
 from sptc.config import Config, ConfigError
+from sptc.fit import fit_router
 from sptc.prepare import PrepareError
-from sptc.state import Codebook, Router, fit_router, owners
+from sptc.state import Codebook, Router, owners
 from tests.models.zoo import CASES
 
 OPTIONS = {"decline": "never", "attention.selector": "pq", "attention.density": 0.5, "attention.query_block": 4, "attention.key_block": 4}
@@ -168,7 +169,8 @@ def test_state_starts_from_the_layer_and_the_batch():
     x = model.layers[0]
     hidden = x.norm(batch() + x.attention(x.norm(batch())))
     router = found["layers.0.ffn.ffn0"]
-    logits = hidden.flatten(0, 1) @ router.weight.T + router.bias
+    assert not router.weight.any() and not router.bias.any()
+    logits = hidden.flatten(0, 1) @ router.start_weight.T + router.start_bias
     torch.testing.assert_close(logits.square().mean().sqrt(), torch.tensor(1.0), rtol=1e-4, atol=0)
     norms = block_norms(x.ffn, hidden.flatten(0, 1))
     wanted = norms - norms.mean(1, keepdim=True)
@@ -238,7 +240,7 @@ def test_graph_breaks_between_layers_leave_each_layer_its_own_state():
         hook.remove()
     for router, layer, x in zip(routers, model.layers, inputs, strict=True):
         weight, bias = fit_router(x, block_norms(layer.ffn, x))
-        torch.testing.assert_close((router.weight, router.bias), (weight, bias), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close((router.start_weight, router.start_bias), (weight, bias), atol=1e-3, rtol=1e-3)
     backend = Compiled()
     torch.compile(model, backend=backend)(batch()).sum().backward()
     assert len(backend.reports) < 4  # one graph serves several layers
@@ -282,9 +284,9 @@ def test_blocks_that_do_not_divide_refuse_the_ffn_and_other_blocks_are_kept():
     backend = Compiled()  # ffn.blocks left out: the state knows
     torch.compile(model, backend=backend)(batch())
     assert {r.settings["blocks"] for r in rewritten(backend.reports[0]) if r.kind == "ffn"} == {4}
-    for blocks, agrees in ((4, True), (8, False)):  # 8 is the default: said aloud, it contradicts the state
+    for blocks, agrees in ((4, True), (16, False)):  # 16 is the default: said aloud, it contradicts the state
         torch._dynamo.reset()
-        with nullcontext() if agrees else pytest.raises(BackendCompilerFailed, match=r"'ffn\.blocks' is 8.* prepared for 4 blocks"):
+        with nullcontext() if agrees else pytest.raises(BackendCompilerFailed, match=r"'ffn\.blocks' is 16.* prepared for 4 blocks"):
             torch.compile(model, backend=Compiled(**{"ffn.blocks": blocks}))(batch())
 
 

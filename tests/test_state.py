@@ -15,7 +15,6 @@ from torch import nn
 import sptc
 from sptc.state import (
     CODEBOOK_DECAY,
-    CODEWORDS,
     MARK,
     Codebook,
     DenseNotice,
@@ -23,12 +22,9 @@ from sptc.state import (
     TrainableState,
     attach,
     detach,
-    fit_codebooks,
-    fit_router,
     map_first_floating,
     owners,
     parse_layout,
-    subvectors,
 )
 
 Pair = namedtuple("Pair", "first second")
@@ -48,8 +44,8 @@ class Model(nn.Module):
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         notice = DenseNotice()
         for owner in (self.a, self.b):
-            slots = {"ffn0": Router(torch.randn(2, 4), torch.randn(2), "down.weight"), "attention0": Codebook(torch.randn(3, 2, 16, 8))}
-            attach(owner, TrainableState(slots, notice))
+            router = Router((torch.randn(2, 4), torch.randn(2)), (torch.randn(1, 4), torch.randn(4, 1), torch.randn(4)), "down.weight")
+            attach(owner, TrainableState({"ffn0": router, "attention0": Codebook(torch.randn(3, 2, 16, 8))}, notice))
 
     def forward(self, x):
         return self.b(self.a(x))
@@ -147,51 +143,3 @@ def test_step_moves_used_codewords_towards_their_mean_in_place():
     torch.testing.assert_close(book.codebooks, expected)
     assert torch.equal(book.codebooks[0], before[0]) and book.codebooks.data_ptr() == address
     assert not book.code_sums.any() and not book.code_counts.any()
-
-
-@pytest.mark.parametrize("head, m", [(64, 8), (80, 10), (8, 1), (20, 2), (12, 2), (7, 1), (4, 1), (128, 16)])
-def test_subvectors(head, m):
-    assert subvectors(head) == m and head % m == 0
-
-
-def test_k_means_finds_separate_clusters_again():
-    generator = torch.Generator().manual_seed(0)
-    centres = 100 * torch.randn(2, 3, CODEWORDS, 8, generator=generator)  # [h_kv, M, E, ds]
-    member = torch.randint(CODEWORDS, (400,), generator=generator)
-    vectors = centres[:, :, member].transpose(1, 2).reshape(2, 400, 24) + 0.01 * torch.randn(2, 400, 24, generator=generator)
-    books = fit_codebooks(vectors, iterations=20)
-    assert books.shape == (2, 3, CODEWORDS, 8) and books.dtype is torch.float32
-    points = vectors.view(2, 400, 3, 8).transpose(1, 2)
-    error = torch.cdist(points, books).amin(-1).square().mean()
-    spread = (points - points.mean(2, keepdim=True)).square().sum(-1).mean()
-    assert error < 0.2 * spread  # some clusters may share a codeword: Lloyd's iterations find a local optimum
-    assert torch.equal(books, fit_codebooks(vectors, iterations=20))
-    first = fit_codebooks(vectors, iterations=1)
-    assert error < torch.cdist(points, first).amin(-1).square().mean()
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_k_means_of_fewer_rows_than_codewords_holds_the_rows(rows):
-    vectors = torch.randn(2, rows, 16, dtype=torch.bfloat16)
-    books = fit_codebooks(vectors)
-    points = vectors.float().view(2, rows, 2, 8).transpose(1, 2)
-    assert torch.cdist(points, books).amin(-1).max() < 1e-3
-    with pytest.raises(ValueError, match="at least one"):
-        fit_codebooks(vectors[:, :0])
-
-
-def test_a_router_starts_with_what_a_linear_map_can_tell_of_its_blocks_outputs():
-    torch.manual_seed(0)
-    x, slopes, levels = torch.randn(400, 8) + 0.5, torch.randn(4, 8), torch.tensor([10.0, 12.0, 14.0, 30.0])
-    told = x @ slopes.T + levels
-    norms = told + 1e-3 * torch.randn(400, 4)
-    weight, bias = fit_router(x, norms, rms=0.7)
-    logits = x @ weight.T + bias
-    torch.testing.assert_close(logits.square().mean().sqrt(), torch.tensor(0.7))
-    wanted = told - told.mean(1, keepdim=True)
-    moves, told_moves = (t - t.mean(0) for t in (logits, wanted))
-    assert torch.corrcoef(torch.stack((moves.flatten(), told_moves.flatten())))[0, 1] > 0.99
-    torch.testing.assert_close(logits.mean(0) / logits.mean(0).norm(), wanted.mean(0) / wanted.mean(0).norm(), atol=1e-4, rtol=0)
-    assert (logits.topk(2).indices.sort().values == told.topk(2).indices.sort().values).float().mean() > 0.9, "shrunk by the ridge"
-    for rows, target in ((x[:1], norms[:1]), (x, torch.ones(400, 4)), (torch.zeros(5, 8), norms[:5]), (x, torch.zeros(400, 4))):
-        assert all(torch.isfinite(t).all() for t in fit_router(rows, target))

@@ -70,7 +70,8 @@ class Model(nn.Module):
 
 
 def router(down, blocks=4, width=D):
-    return Router(torch.randn(blocks, width), torch.zeros(blocks), down)
+    stand_in = (torch.randn(1, width), torch.randn(width, 1), torch.zeros(width))
+    return Router((torch.randn(blocks, width), torch.zeros(blocks)), stand_in, down)
 
 
 def codebook(heads=KEY_HEADS):
@@ -117,7 +118,7 @@ def test_each_region_receives_the_tensors_of_its_owner_and_slot(checkpointed):
         state = unit.states[region]
         if region.kind == "ffn":
             slot = slots["ffn0" if len(region.ups) == 2 else "ffn1"]
-            nodes = (state.weight, state.bias)
+            nodes = tuple(getattr(state, name) for name in ("weight", "bias", "start_weight", "start_bias", "low", "high", "constant"))
             assert state.trainable
         else:
             index = attentions.get(region.site.owner, 0)
@@ -179,7 +180,7 @@ def test_shapes_of_the_state_win_over_defaults_and_contradict_options():
     model = marked(Model())
     (unit,), _ = bound(model, Config.from_options({"ffn.density": 0.5}))
     assert len(unit.states) == 12
-    for blocks in (16, Config().ffn_blocks):  # the default is as wrong as any other number when it is asked for
+    for blocks in (8, Config().ffn_blocks):  # the default is as wrong as any other number when it is asked for
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
             bound(model, Config.from_options({"ffn.blocks": blocks}))

@@ -177,7 +177,7 @@ def test_shapes_of_prepared_state_win_over_options():
     (region,) = ffn.regions
     weight = region.x.graph.placeholder("router")
     weight.meta["val"] = torch.empty(4, 64, device="meta")
-    again = decide(replace(ffn, states={region: RouterState(weight, weight, True)}))
+    again = decide(replace(ffn, states={region: RouterState(*[weight] * 7, training=True)}))
     assert again.decisions[0].settings == FfnSettings(4, 2)
 
     attention = decided(Attention(), qkv(256), **{"attention.query_block": 16})
