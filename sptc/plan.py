@@ -15,7 +15,7 @@ from tabulate import tabulate
 from sptc.cache import write_whole
 from sptc.config import Config, ConfigError
 
-DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 1 / 2, 1 / 4)}
+DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)}
 """What is tried of a region of each kind, besides dense."""
 
 VERSION = 1
