@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 import sptc.codegen.ops  # noqa: F401
 from sptc.expression import parse
+from sptc.fit import STAND_IN_RANK
 
 ops = torch.ops.sptc
 
 
 @dataclass(frozen=True)
 class Case:
-    """One FFN. `lora` is the rank of trainable adapters on all projections, 0 for none; `trained` scales blocks by their score (2p)."""
+    """One FFN. `lora` is the rank of trainable adapters on all projections, 0 for none; `trained` adds what `sptc.prepare` does: a router
+    that learns and scales, and a stand-in for the blocks that are left out."""
 
     tokens: int
     d: int
@@ -32,8 +34,8 @@ class Case:
     gated: bool = False
     lora: int = 0
     trained: bool = False
-    blocks: int = 8
-    active: int = 4
+    blocks: int = 16
+    active: int = 8
 
 
 CASES = {
@@ -67,7 +69,10 @@ class Ffn(nn.Module):
         rank = case.lora
         self.up_adapters = nn.ModuleList(Adapter(case.d, case.hidden, rank) for _ in self.ups) if rank else []
         self.down_adapter = Adapter(case.hidden, case.d, rank) if rank else None
-        self.router = nn.Parameter(torch.randn(case.blocks, case.d) * case.d**-0.5, requires_grad=case.trained)
+        self.router = nn.Parameter(torch.randn(case.blocks, case.d) * case.d**-0.5, requires_grad=False)
+        if case.trained:
+            self.added = nn.Parameter(torch.zeros(case.blocks, case.d))
+            self.stand_in = Adapter(case.d, case.d, STAND_IN_RANK)
 
     def dense(self, x: Tensor) -> Tensor:
         us = [up(x) for up in self.ups]
@@ -78,11 +83,13 @@ class Ffn(nn.Module):
         return y if self.down_adapter is None else y + F.linear(F.linear(a, self.down_adapter.a), self.down_adapter.b)
 
     def routed(self, x: Tensor) -> Tensor:
-        scores = torch.sigmoid(F.linear(x, self.router))
-        tokens, offsets, index = ops.route(scores, self.case.active)
-        scale = None
+        logits, scale, used = F.linear(x, self.router), None, self.case.active / self.case.blocks
         if self.case.trained:
-            scale = 2 * scores.reshape(-1).index_select(0, index)
+            added = F.linear(x, self.added)
+            logits = logits.detach() + added
+        tokens, offsets, index = ops.route(logits, self.case.active)
+        if self.case.trained:
+            scale = (2 * torch.sigmoid(added)).reshape(-1).index_select(0, index)
         biased = [i for i, up in enumerate(self.ups) if up.bias is not None]
         adapted = list(range(len(self.up_adapters)))
         y, low_out, _ = ops.routed_ffn(
@@ -100,7 +107,9 @@ class Ffn(nn.Module):
         if self.down.bias is not None:
             y = y + self.down.bias
         if self.down_adapter is not None:
-            y = y + F.linear(low_out, self.down_adapter.b)
+            y = y + F.linear(low_out / used, self.down_adapter.b)
+        if self.case.trained:
+            y = y + 2 * (1 - used) * F.linear(F.linear(x, self.stand_in.a), self.stand_in.b)
         return y
 
 
