@@ -32,7 +32,7 @@ class Config:
     attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pooled", "how blocks of keys are chosen")
     ffn_enabled: bool = _option("ffn.enabled", True, "rewrite FFN regions")
     ffn_density: float = _option("ffn.density", 0.5, "share of blocks active for a token, in (0, 1]")
-    ffn_blocks: int = _option("ffn.blocks", 8, "blocks of hidden units")
+    ffn_blocks: int = _option("ffn.blocks", 16, "blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option("ffn.keep", "loss", "'loss': tokens whose label counts get more blocks, of the same total")
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")

@@ -31,11 +31,11 @@ VARIANTS: dict[str, Options] = {
     "ffn-1/4": {**_FFN, "ffn.density": 0.25},
     "ffn-3/4": {**_FFN, "ffn.density": 0.75},
     "ffn-4-blocks": {**_FFN, "ffn.blocks": 4},
-    "ffn-16-blocks": {**_FFN, "ffn.blocks": 16},
+    "ffn-8-blocks": {**_FFN, "ffn.blocks": 8},
     "ffn-32-blocks": {**_FFN, "ffn.blocks": 32},
     "no-keep": {"ffn.keep": None},
     "three-quarters": {"ffn.density": 0.75},
-    "16-blocks": {"ffn.blocks": 16},
+    "8-blocks": {"ffn.blocks": 8},
     "planned": {"plan": EQUAL_SPEED},
 }
 
