@@ -32,7 +32,7 @@ def gpt_plan(layers: int = 2, **options: object) -> Plan:
     regions = []
     for i in range(layers):
         regions.append(region(f"blocks.{i}.attention:attention0", 0.25 if i else 1.0, heads=4, key_heads=4, head_size=8))
-        regions.append(region(f"blocks.{i}.mlp:ffn0", 0.5, blocks=8, hidden=128))
+        regions.append(region(f"blocks.{i}.mlp:ffn0", 0.5, blocks=16, hidden=128))
     return Plan({"speedup": 1.5}, options, 3.0, tuple(regions))
 
 
@@ -81,11 +81,11 @@ def test_a_plan_that_does_not_fit_says_what_differs(tmp_path):
         explained(gpt_plan(), path, widened())
     with pytest.raises(ConfigError, match=r"heads of blocks\.0\.attention:attention0 is 2, in the plan 4"):
         explained(gpt_plan(), path, Gpt(heads=2))
-    with pytest.raises(ConfigError, match=r"blocks of blocks\.0\.mlp:ffn0 is 4, in the plan 8"):
+    with pytest.raises(ConfigError, match=r"blocks of blocks\.0\.mlp:ffn0 is 4, in the plan 16"):
         explained(gpt_plan(), path, **{"ffn.blocks": 4})
     model = Gpt()
     sptc.prepare(model, (IDS, IDS), {"ffn.blocks": 4})
-    with pytest.raises(ConfigError, match=r"blocks of blocks\.0\.mlp:ffn0 is 4, in the plan 8"):
+    with pytest.raises(ConfigError, match=r"blocks of blocks\.0\.mlp:ffn0 is 4, in the plan 16"):
         explained(gpt_plan(), path, model)
 
 

@@ -101,8 +101,9 @@ def batch(length=12, seed=0):
 
 
 def block_norms(ffn, x):
-    """[N, 8]: the norm of what each block of hidden units adds to the output."""
-    parts = zip(F.gelu(ffn.up(x)).chunk(8, 1), ffn.down.weight.chunk(8, 1), strict=True)
+    """[N, blocks]: the norm of what each block of hidden units adds to the output."""
+    blocks = Config().ffn_blocks
+    parts = zip(F.gelu(ffn.up(x)).chunk(blocks, 1), ffn.down.weight.chunk(blocks, 1), strict=True)
     return torch.stack([(units @ weight.T).norm(dim=1) for units, weight in parts], 1).detach()
 
 
@@ -380,7 +381,7 @@ def test_an_adapter_saves_and_loads_the_state(order, tmp_path):
     report = sptc.prepare(model, batch(), OPTIONS)
     assert len(rewritten(report)) == len(slots(model)) == 2
     trainable = {name for name, p in model.named_parameters() if p.requires_grad and ".spt." in name}
-    assert len(trainable) == 2 and all(".modules_to_save.default." in name for name in trainable)
+    assert len(trainable) == 5 and all(".modules_to_save.default." in name for name in trainable)
     torch.compile(model, backend=Compiled())(batch()).square().sum().backward()
     assert all(dict(model.named_parameters())[name].grad.any() for name in trainable)
     saved = randomised(model)

@@ -25,7 +25,7 @@ from bench.quality.variants import VARIANTS, variant
 from tests.planning_device import DEVICE
 
 SHAPE = Shape(vocabulary=320, width=32, hidden=64, layers=1, heads=2, length=64)
-BUDGET = Budget(steps=6, batch=2, learning_rate=1e-2, every=3, held_out=4)
+BUDGET = Budget(steps=6, batch=2, learning_rate=3e-3, every=3, held_out=4)
 SMALL = '{"attention.query_block": 8, "attention.key_block": 8, "attention.density": 0.25}'
 
 
@@ -216,7 +216,7 @@ def test_a_planned_run_is_as_fast_as_uniform_densities(task: Task, tmp_path: Pat
     assert sorted(kinds) == ["attention"] * 2 + ["ffn"] * 2
     assert saved.rewritten == len(sparse) and [region["kind"] for region in saved.regions] == sparse  # in the order of the model
     assert saved.points[0].loss != pytest.approx(saved.dense_points[0].loss, rel=1e-6)
-    shares = [sum(region["shares"]) / 8 for region in saved.regions if region["kind"] == "ffn"]
+    shares = [sum(region["shares"]) / 16 for region in saved.regions if region["kind"] == "ffn"]
     assert shares == pytest.approx([density for key, density in plan["densities"].items() if "ffn" in key and density < 1], abs=1e-3)
 
 
@@ -241,7 +241,7 @@ def test_regions_are_measured_against_dense(task: Task) -> None:
         assert 0 < m.error < 1 and 0 < m.mass < 1
         assert m.mass <= m.best_mass + 1e-6 and m.nearest_mass <= m.best_mass + 1e-6
     for f in ffn:
-        assert f.error > 0 and sum(f.shares) == pytest.approx(4, abs=1e-3)  # 4 of 8 blocks are active for a token
+        assert f.error > 0 and sum(f.shares) == pytest.approx(8, abs=1e-3)  # 8 of 16 blocks are active for a token
 
 
 def test_sums_over_rectangles() -> None:
