@@ -71,10 +71,9 @@ def _adapter_output(b: Builder, low: Node, lora: Lora, used: Node | float) -> No
     Divided by their share, as what dropout keeps is, the sum is as large as over all units, so that an adapter moves the output as far, and
     learns as fast, as in the dense FFN.
     """
-    if isinstance(used, float):
-        scaled = b.call(aten.mul.Tensor, low, lora.scaling / used)
-    else:
-        scaled = b.call(aten.div.Tensor, b.call(aten.mul.Tensor, low, lora.scaling), used)
+    scaled = b.call(aten.mul.Tensor, low, lora.scaling)
+    if used != 1.0:
+        scaled = b.call(aten.div.Tensor, scaled, used)
     return b.call(aten.linear.default, b.cast(scaled, dtype(lora.b)), lora.b)
 
 

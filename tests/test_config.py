@@ -21,8 +21,8 @@ def test_options_and_back():
 
 
 def test_an_option_given_as_its_default_is_known_to_be_given():
-    config = Config.from_options({"ffn.blocks": 8})
-    assert config == Config() and config.given == {"ffn.blocks"} and config.to_options() == {"ffn.blocks": 8}
+    config = Config.from_options({"ffn.blocks": 16})
+    assert config == Config() and config.given == {"ffn.blocks"} and config.to_options() == {"ffn.blocks": 16}
 
 
 @pytest.mark.parametrize("options", [{"given": frozenset()}, {"given": ["ffn.blocks"]}])

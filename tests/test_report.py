@@ -63,7 +63,7 @@ def test_data_is_plain_and_adds_up():
     assert data["graphs"] == 2 and [r["graph"] for r in data["regions"]] == [0, 1]
     assert data["totals"]["flops_before"] == sum(r["flops_before"] for r in data["regions"]) > 0
     assert data["totals"]["flops_after"] == sum(r["flops_after"] for r in data["regions"])
-    assert [r["settings"] for r in data["regions"]] == [{"blocks": 8, "active": 4, "keep": False}] * 2
+    assert [r["settings"] for r in data["regions"]] == [{"blocks": 16, "active": 8, "keep": False}] * 2
     assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide"]
 
 

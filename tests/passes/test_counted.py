@@ -98,7 +98,7 @@ def test_the_mask_of_a_loss(name: str, dynamic: bool, routes: Routes) -> None:
             assert keep is not None and torch.equal(keep, wanted)
             kept = [n for n, flag in zip(amounts, wanted.tolist(), strict=True) if flag]
             others = [n for n, flag in zip(amounts, wanted.tolist(), strict=True) if not flag]
-            assert set(kept) == {8} and 2 <= min(others) <= max(others) <= 4
+            assert set(kept) == {16} and 4 <= min(others) <= max(others) <= 8
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])

@@ -88,7 +88,7 @@ def test_dense_ffn_counts_the_products_whose_gradients_are_needed(trained, x_nee
     x = torch.randn(10, 64, requires_grad=x_needs)
     (decision,) = decided(model, x, **{"ffn.density": 0.5}).decisions
     assert decision.dense.flops == products * 2 * 10 * 64 * 256
-    router = 2 * 10 * 64 * 8
+    router = 2 * 10 * 64 * 16
     assert decision.sparse.flops == decision.dense.flops / 2 + router
 
 
