@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_aggregate
 
 from sptc.passes.pattern import dtype, shape, value
@@ -35,6 +36,9 @@ class Builder:
         assert self._fake_mode is not None
         with self._fake_mode, torch.no_grad():
             node.meta["val"] = target(*values, **options)  # type: ignore[misc]
+        # A size that only data will tell is this node's to define, as if it had been traced.
+        if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):
+            node.meta["unbacked_bindings"] = bindings
         return node
 
     def item(self, node: Node, index: int) -> Node:

@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from sptc.device import DeviceCosts
-from sptc.region import AttentionSettings, Cost, FfnSettings
+from sptc.region import AttentionSettings, Cost, FfnSettings, UnitSettings
 
 Size = Any  # an int or a sympy expression
 
@@ -29,6 +29,7 @@ _ROUTED_ROWS = 512  # of a block, where the rate of routed products was measured
 _CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
 _CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
 _POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
+_SAMPLE_SHARE, _SAMPLE_LEAST = 16, 64  # tokens that energies of hidden units are measured on: N // 16 + 64
 _SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
 
 
@@ -203,6 +204,23 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
     seconds += part * s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
     fixed = device.routed_seconds * settings.blocks * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
     return Work(products + router, traffic, seconds + fixed)
+
+
+def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
+    """The hidden values of a sample of the tokens, weights gathered twice, then a part of the dense FFN's products and passes."""
+    el, rates = _element(s.dtype), device.rates(s.dtype)
+    # How many tokens count is data. Half of them stand for it.
+    parts = [sympy.Rational(kept, s.hidden) for kept in (settings.units, settings.context if settings.context is not None else settings.units)]
+    part = sum(parts) / 2
+    chosen = [kept for kept in parts if kept < 1]
+    sample = len(set(chosen)) * 2 * (s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups
+    weights = el * s.hidden * (s.ups * s.d + s.d_out)
+    gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * bool(chosen)
+    rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * (settings.context is not None)
+    flops = part * _ffn_flops(s)
+    traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathered + rows
+    seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth
+    return Work(flops + sample, traffic, seconds + (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds)
 
 
 def _ffn_flops(s: FfnShape) -> sympy.Expr:

@@ -16,8 +16,20 @@ from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_
 
 from sptc.device import DeviceCosts
 from sptc.hint import optimization_hint
-from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
+from sptc.passes.cost import (
+    AttentionShape,
+    FfnShape,
+    Size,
+    Work,
+    dense_attention,
+    dense_ffn,
+    ffn_over_units,
+    share,
+    sparse_attention,
+    sparse_ffn,
+)
 from sptc.passes.counted import find_counted, fits
+from sptc.passes.gradients import with_gradients
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.planned import planned_densities
 from sptc.passes.unit import Unit
@@ -35,6 +47,7 @@ from sptc.region import (
     RouterState,
     Settings,
     State,
+    UnitSettings,
 )
 
 _LENGTH = sympy.Symbol("length", positive=True, integer=True)
@@ -51,16 +64,22 @@ def decide(unit: Unit) -> Unit:
     refusals: list[Refusal] = []
     for region in unit.regions:
         state = unit.states.get(region)
-        if isinstance(region, FfnRegion) and region.hidden % (blocks := _blocks(unit, state)):
+        if isinstance(region, FfnRegion) and routes(unit, region) and region.hidden % (blocks := _blocks(unit, state)):
             reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
             continue
         regions.append(region)
     unit = replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals))
-    if unit.config.ffn_keep == "loss":
+    trained = with_gradients(unit)
+    if trained:  # labels steer what is computed for a gradient, and nothing else
         unit = replace(unit, counted=find_counted(unit.gm))
     planned = planned_densities(unit)
-    return replace(unit, decisions=tuple(_decide(unit, region, planned.get(region)) for region in regions))
+    return replace(unit, decisions=tuple(_decide(unit, region, planned.get(region), region in trained) for region in regions))
+
+
+def routes(unit: Unit, region: FfnRegion) -> bool:
+    """Whether an FFN becomes blocks for each token, as the paper has it, and not single units for many tokens."""
+    return region in unit.states or unit.config.ffn_selector == "router"
 
 
 def enabled(unit: Unit, region: Region) -> bool:
@@ -79,25 +98,34 @@ def at_density(unit: Unit, region: Region, density: float) -> tuple[Settings, Co
 def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple[Settings, Work, Work]:
     state = unit.states.get(region)
     if isinstance(region, FfnRegion):
-        ffn, routed = _ffn_shape(region, state, length), _ffn_settings(unit, region, state, density)
-        return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
+        ffn = _ffn_shape(region, state, length)
+        if routes(unit, region):
+            routed = _ffn_settings(unit, region, state, density)
+            return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
+        kept = _unit_settings(unit, region, density)
+        return kept, dense_ffn(ffn, unit.device), ffn_over_units(ffn, kept, unit.device)
     attention, settings = _attention_shape(region, length), _attention_settings(unit, region, state, density)
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
 
-def _decide(unit: Unit, region: Region, planned: float | None) -> Decision:
-    """The decision on one region; `planned` is its density in the plan, None without one."""
+def _decide(unit: Unit, region: Region, planned: float | None, trained: bool) -> Decision:
+    """The decision on one region; `planned` is its density in the plan, None without one; `trained`: gradients are recorded there."""
     length = _length(region)
-    uniform = unit.config.ffn_density if region.kind == "ffn" else unit.config.attention_density
-    settings, dense, sparse = _forms(unit, region, uniform if planned is None else planned, length)
+    settings, dense, sparse = _forms(unit, region, uniform_density(unit, region) if planned is None else planned, length)
     here = {_LENGTH: length.hint}
     costs = dense.at(here), sparse.at(here)
     if not enabled(unit, region):
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
     if planned == 1.0:
         return Decision(region, False, "the plan keeps it dense", settings, *costs)
+    if not trained and unit.config.inference == "dense" and ("inference" in unit.config.given or not unit.states):
+        return Decision(region, False, "no gradient is recorded here, and option 'inference' is 'dense'", settings, *costs)
+    if region in unit.states:  # what a trained model computes must not depend on how fast this machine is
+        return Decision(region, True, "it has trained state", settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
+    if isinstance(settings, UnitSettings) and settings.whole:
+        return Decision(region, False, "at density 1 nothing would be left out", settings, *costs)
     rewrite, border = _pays(dense, sparse, length)
     figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense"
     reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
@@ -185,8 +213,36 @@ def _blocks(unit: Unit, state: State | None) -> int:
 def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: float) -> FfnSettings:
     blocks, kept = _blocks(unit, state), share(density)
     active = -(-kept.numerator * blocks // kept.denominator)
-    keep = 1 < active < blocks and isinstance(unit.counted, Counted) and fits(unit.counted, region)
+    keep = unit.config.ffn_keep == "loss" and 1 < active < blocks and isinstance(unit.counted, Counted) and fits(unit.counted, region)
     return FfnSettings(blocks, active, keep)
+
+
+def uniform_density(unit: Unit, region: Region) -> float:
+    """The density that the options give to a region."""
+    if region.kind == "attention":
+        return unit.config.attention_density
+    if unit.config.ffn_density != "auto":
+        return unit.config.ffn_density
+    return _ROUTED_DENSITY if routes(unit, region) else 1.0 if _splits(unit, region) else _SHARED_DENSITY
+
+
+_ROUTED_DENSITY, _SHARED_DENSITY = 1 / 2, 3 / 4
+
+
+def _splits(unit: Unit, region: FfnRegion) -> bool:
+    """Whether tokens that count in the loss keep more units than the others."""
+    return unit.config.ffn_context_density is not None and isinstance(unit.counted, Counted) and fits(unit.counted, region)
+
+
+def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
+    def units(density: float) -> int:
+        kept = share(density)
+        return -(-kept.numerator * region.hidden // kept.denominator)
+
+    context = unit.config.ffn_context_density
+    if context is None or not _splits(unit, region):
+        return UnitSettings(region.hidden, units(density))
+    return UnitSettings(region.hidden, units(density), units(min(context, density)))
 
 
 def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:

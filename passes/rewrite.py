@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 from torch.fx import Node
 
+from sptc.passes.build import Builder
 from sptc.passes.counted import insert_mask
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
+from sptc.passes.rewrite_units import Tokens, insert_tokens, rewrite_units
 from sptc.passes.unit import Unit
 from sptc.region import (
     AttentionRegion,
@@ -25,6 +27,7 @@ from sptc.region import (
     RouterState,
     Settings,
     State,
+    UnitSettings,
 )
 
 
@@ -33,9 +36,9 @@ def rewrite(unit: Unit) -> Unit:
     chosen = [d for d in unit.decisions if d.rewrite]
     every = list(frames(unit.gm))
     by_graph = {frame.gm.graph: frame for frame in every}
-    keep = kept_tokens(unit, [d.settings for d in chosen])
+    counted = insert_counted(unit, [d.settings for d in chosen])
     for decision in chosen:
-        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph, keep)
+        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph, counted)
         decision.region.y.replace_all_uses_with(y)
     for decision in chosen:
         _erase(decision)
@@ -45,25 +48,42 @@ def rewrite(unit: Unit) -> Unit:
     return unit
 
 
-def kept_tokens(unit: Unit, settings: Iterable[Settings]) -> Node | None:
-    """Insert the mask of the tokens that count in the loss into the outermost graph, if any of `settings` asks for it."""
-    if not any(isinstance(s, FfnSettings) and s.keep for s in settings):
-        return None
+@dataclass(frozen=True)
+class CountedTokens:
+    """Nodes of the outermost graph that say which tokens count in the loss; those that no region asks for are None."""
+
+    mask: Node | None = None  # bool [N]
+    tokens: Tokens | None = None
+
+
+def insert_counted(unit: Unit, settings: Iterable[Settings]) -> CountedTokens:
+    """Insert what `settings` need to know of the tokens that count, once, after the graph's inputs."""
+    settings = list(settings)
+    by_mask = any(isinstance(s, FfnSettings) and s.keep for s in settings)
+    by_lists = any(isinstance(s, UnitSettings) and s.context is not None for s in settings)
+    if not by_mask and not by_lists:
+        return CountedTokens()
     assert isinstance(unit.counted, Counted)
-    return insert_mask(unit.gm, unit.counted)
+    mask = insert_mask(unit.gm, unit.counted)
+    return CountedTokens(mask, insert_tokens(Builder(mask.next, mask), mask) if by_lists else None)
 
 
 def sparse_form(
-    region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], keep: Node | None = None
+    region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], counted: CountedTokens
 ) -> Node:
     """Insert the sparse operators of a region before its `y`; returns the node that can replace `y`, which nothing uses yet.
 
-    `keep` is what `kept_tokens` returned; checkpoint bodies get it as an operand.
+    `counted` is what `insert_counted` returned; checkpoint bodies get its nodes as operands.
     """
+    def here(node: Node) -> Node:
+        return hand_down(node, by_graph[node.graph], by_graph[region.y.graph])
+
+    if isinstance(settings, UnitSettings):
+        assert region.kind == "ffn"
+        return rewrite_units(region, settings, counted.tokens.through(here) if settings.context is not None and counted.tokens else None)
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
-        mask = hand_down(keep, by_graph[keep.graph], by_graph[region.y.graph]) if settings.keep and keep is not None else None
-        return rewrite_ffn(region, settings, state, mask)
+        return rewrite_ffn(region, settings, state, here(counted.mask) if settings.keep and counted.mask is not None else None)
     assert isinstance(settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
     return rewrite_attention(_with_mask_at_hand(region, by_graph), settings, state)
 

@@ -31,9 +31,20 @@ class Config:
     attention_key_block: int | None = _option("attention.key_block", None, "keys a block; None: from shapes and device")
     attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pooled", "how blocks of keys are chosen")
     ffn_enabled: bool = _option("ffn.enabled", True, "rewrite FFN regions")
-    ffn_density: float = _option("ffn.density", 0.5, "share of blocks active for a token, in (0, 1]")
-    ffn_blocks: int = _option("ffn.blocks", 16, "blocks of hidden units")
-    ffn_keep: Literal["loss"] | None = _option("ffn.keep", "loss", "'loss': tokens whose label counts get more blocks, of the same total")
+    ffn_selector: Literal["energy", "router"] = _option(
+        "ffn.selector", "energy", "'energy': single hidden units, one set for many tokens; 'router': blocks of units for each token (the paper's)"
+    )
+    ffn_density: float | Literal["auto"] = _option("ffn.density", "auto", "share of hidden units kept, in (0, 1]; 'auto': by the selector")
+    ffn_context_density: float | None = _option(
+        "ffn.context_density", 0.25, "selector 'energy': the share for tokens whose label does not count in the loss; None: as for all"
+    )
+    ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
+    ffn_keep: Literal["loss"] | None = _option(
+        "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
+    )
+    inference: Literal["dense", "sparse"] = _option(
+        "inference", "dense", "graphs without gradients; with trained routers or codebooks they are sparse unless this is given"
+    )
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
     on_error: Literal["raise", "dense"] = _option("on_error", "raise", "on an unexpected failure: raise, or warn and compile dense")
@@ -73,8 +84,13 @@ class Config:
         return {key: value for key, (value, default) in values.items() if key in self.given or value != default}
 
     def _check_ranges(self) -> None:
-        for key, value in (("attention.density", self.attention_density), ("ffn.density", self.ffn_density)):
-            if not 0.0 < value <= 1.0:
+        densities = {
+            "attention.density": self.attention_density,
+            "ffn.density": self.ffn_density,
+            "ffn.context_density": self.ffn_context_density,
+        }
+        for key, value in densities.items():
+            if isinstance(value, float) and not 0.0 < value <= 1.0:
                 raise ConfigError(f"option {key!r} must be in (0, 1], got {value}")
         for key, size in (
             ("attention.query_block", self.attention_query_block),
@@ -100,7 +116,10 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         raise ConfigError(f"option {key!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}, got {value!r}")
     allowed = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if literal := next((a for a in allowed if typing.get_origin(a) is Literal), None):
-        return None if value is None else _checked(key, value, literal)
+        others = tuple(a for a in allowed if a is not literal)
+        if isinstance(value, str) or not isinstance(value, (int, float)) or float not in others:
+            return None if value is None and type(None) in others else _checked(key, value, literal)
+        allowed = others
     plain = tuple(typing.get_origin(a) or a for a in allowed)
     if isinstance(value, bool) and bool not in plain:
         pass

@@ -166,7 +166,29 @@ class FfnSettings:
         return (self.blocks - self.active) / self.blocks
 
 
-Settings = AttentionSettings | FfnSettings
+@dataclass(frozen=True)
+class UnitSettings:
+    """How many hidden units an FFN keeps, one set for many tokens: `units` of `hidden`, and fewer for tokens that do not count in the loss."""
+
+    hidden: int
+    units: int  # of the tokens that count, or of all where `context` is None
+    context: int | None = None  # of the other tokens; None: all tokens are alike
+
+    @property
+    def density(self) -> float:
+        return self.units / self.hidden
+
+    @property
+    def context_density(self) -> float:
+        return (self.units if self.context is None else self.context) / self.hidden
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.units == self.hidden and self.context in (None, self.hidden)
+
+
+Settings = AttentionSettings | FfnSettings | UnitSettings
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import requires_grad, shape, value
 from sptc.passes.planned import region_facts
 from sptc.passes.remainder import remainder_seconds
-from sptc.passes.rewrite import kept_tokens, sparse_form
+from sptc.passes.rewrite import insert_counted, sparse_form
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plan import DENSITIES
@@ -190,7 +190,7 @@ def _insert(unit: Unit) -> _Beside:
     by_graph: dict[fx.Graph, Frame] = {frame.gm.graph: frame for frame in frames(unit.gm)}
     owner: dict[Node, tuple[str, float]] = {}
     forms: dict[Node, tuple[str, dict[float, Node]]] = {}
-    keep = kept_tokens(unit, [settings for region in unit.regions for settings in _candidates(unit, region)])
+    counted = insert_counted(unit, [settings for region in unit.regions for settings in _candidates(unit, region)])
     for region, key in region_keys(unit.regions).items():
         state = unit.states.get(region)
         for settings in _candidates(unit, region):
@@ -198,7 +198,7 @@ def _insert(unit: Unit) -> _Beside:
             # An untrained state gathers no statistics.
             frozen = replace(state, training=False) if state is not None else None
             forms.setdefault(region.y, (key, {}))[1][settings.density] = sparse_form(
-                _without_dropout(region), settings, frozen, by_graph, keep
+                _without_dropout(region), settings, frozen, by_graph, counted
             )
             node = before.next
             while node is not region.y:

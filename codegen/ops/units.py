@@ -1,0 +1,72 @@
+"""Ops that choose the tokens and hidden units of an FFN over fewer units. Choices have no gradient; what is computed on them is plain ATen.
+
+Each is an op of its own so that a choice is made once: no partitioner computes it again in backward, where rounding could change it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._library.fake_impl import allocate_size
+
+SAMPLE_SHARE, SAMPLE_LEAST = 16, 64  # energies are measured on N // 16 + 64 tokens
+
+_lib = torch.library.Library("sptc", "FRAGMENT")
+_lib.define("split_tokens(Tensor counted) -> (Tensor, Tensor)")
+_lib.define("sample_tokens(Tensor x, Tensor? mask) -> Tensor")
+_lib.define("choose_units(Tensor energy, int units) -> Tensor")
+
+
+def split_tokens(counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers where a mask, bool [N], is true, and those where it is false: int64 [c] and [N - c], each ascending."""
+    return counted.nonzero().squeeze(1), counted.logical_not().nonzero().squeeze(1)
+
+
+def _split_fake(counted: Tensor) -> tuple[Tensor, Tensor]:
+    # The count is data: an unbacked size, so that no other count compiles again. `new_dynamic_size` would want a global switch for it.
+    count = allocate_size(torch.library.get_ctx()._shape_env)
+    rest = counted.shape[0] - count
+    torch._check(rest >= 0)
+    return counted.new_empty(count, dtype=torch.int64), counted.new_empty(rest, dtype=torch.int64)
+
+
+def sample_size(tokens: int) -> int:
+    """How many of `tokens` rows energies are measured on."""
+    return tokens // SAMPLE_SHARE + SAMPLE_LEAST
+
+
+def sample_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`sample_size(N)` row numbers of x [N, ...], evenly spread over those where `mask`, bool [N], is true: int64, ascending.
+
+    Rows repeat where there are fewer; without any true row all are taken from. The size depends on N alone.
+    """
+    size = sample_size(x.shape[0])
+    places = torch.arange(size, device=x.device)
+    if mask is None:
+        return places * x.shape[0] // size
+    mask = mask | ~mask.any()
+    before = mask.cumsum(0)  # rank of each true row, from 1
+    return torch.searchsorted(before, places * before[-1] // size, right=True)
+
+
+def _sample_fake(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.new_empty(sample_size(x.shape[0]), dtype=torch.int64)
+
+
+def choose_units(energy: Tensor, units: int) -> Tensor:
+    """The `units` largest of `energy` [hidden]: int64 [units], ascending. A unit whose energy is not a number counts as the largest."""
+    return energy.topk(units).indices.sort().values
+
+
+def _choose_fake(energy: Tensor, units: int) -> Tensor:
+    return energy.new_empty(units, dtype=torch.int64)
+
+
+for _name, _function, _fake in (
+    ("split_tokens", split_tokens, _split_fake),
+    ("sample_tokens", sample_tokens, _sample_fake),
+    ("choose_units", choose_units, _choose_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _function, _key)
+    torch.library.register_fake(f"sptc::{_name}", _fake, lib=_lib)

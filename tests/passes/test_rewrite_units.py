@@ -1,0 +1,146 @@
+"""An FFN over fewer hidden units: its output and every gradient are those of a plain definition, in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import sptc
+from sptc.codegen.ops.units import sample_tokens
+from tests.models.compiled import assert_gradients_close, gradients, without_inductor
+
+D, HIDDEN, CLASSES = 12, 32, 5
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(D, HIDDEN), nn.Linear(D, HIDDEN, bias=False), nn.Linear(HIDDEN, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Fused(nn.Module):
+    """Gate and up are halves of one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(D, 2 * HIDDEN), nn.Linear(HIDDEN, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.both(x).chunk(2, -1)
+        return self.down(up * F.gelu(gate))
+
+
+class Plain(nn.Module):
+    """In-place activation, views between, weights stored [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(HIDDEN, D), Conv1D(D, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x), inplace=True).view(x.shape[0], -1, HIDDEN))
+
+
+class Model(nn.Module):
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.first, self.ffn, self.head = nn.Linear(D, D), ffn, nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = self.first(x)
+        return F.cross_entropy(self.head(x + self.ffn(x)).flatten(0, 1), labels.flatten())
+
+
+def batch(n: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (2, n), generator=generator)
+    labels[0, 2:] = labels[1, ::2] = -100
+    return torch.randn(2, n, D, generator=generator), labels
+
+
+def model_of(ffn: Callable[[], nn.Module], adapted: bool) -> Model:
+    torch.manual_seed(0)
+    model = Model(ffn())
+    if adapted:
+        for name, layer in list(model.ffn.named_children()):
+            conv = isinstance(layer, Conv1D)
+            setattr(model.ffn, name, LoraLinear(layer, "default", LoraConfig(fan_in_fan_out=conv), r=4, lora_alpha=6))
+        with torch.no_grad():
+            for name, p in model.ffn.named_parameters():
+                p.requires_grad_("lora" in name)
+                if "lora" in name:
+                    p.copy_(0.5 * torch.randn_like(p))
+    return model
+
+
+def hidden_and_output(ffn: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the down projection is given, and the down projection."""
+    seen = []
+    handle = ffn.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ffn(x[None])
+    handle.remove()
+    return seen[0][0], ffn.down
+
+
+def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
+    """`ffn(of)`, the hidden units that are not among the `units` of the greatest energy over x[mask] set to 0."""
+    sample = sample_tokens(x, mask)
+    with torch.no_grad():
+        hidden, down = hidden_and_output(ffn, x[sample])
+        base = getattr(down, "base_layer", down)
+        columns = base.weight.square().sum(1 if isinstance(base, Conv1D) else 0)
+        energy = hidden.square().sum(0) * columns
+        kept = torch.zeros(HIDDEN, dtype=of.dtype).index_fill(0, energy.topk(units).indices, 1.0)
+    hidden, down = hidden_and_output(ffn, of)
+    return down(hidden * kept)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool) -> None:
+    model = model_of(ffn, adapted)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, "decline": "never"}))
+    got = gradients(model, loss := compiled(x, labels))
+    (region,) = sptc.report(compiled).regions
+    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None}
+
+    h = reference.first(x.double()).flatten(0, 1)
+    expected = F.cross_entropy(reference.head(h + over_units(reference.ffn, h, None, 10, h)), labels.flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, gradients(reference, expected))
+
+
+@pytest.mark.parametrize("counted", ["some", "none", "all"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted: str) -> None:
+    model = model_of(ffn, True)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    if counted != "some":
+        labels = torch.full_like(labels, -100) if counted == "none" else labels.clamp(min=0)
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, "decline": "never"}))
+    loss = compiled(x, labels)
+    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": 8}
+
+    h = reference.first(x.double()).flatten(0, 1)
+    mask = (labels != -100).flatten()
+    y = torch.where(mask[:, None], over_units(reference.ffn, h, mask, 24, h), over_units(reference.ffn, h, ~mask, 8, h))
+    expected = F.cross_entropy(reference.head(h + y), labels.flatten())
+    if counted == "none":
+        assert loss.isnan() and expected.isnan()
+        return
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
