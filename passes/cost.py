@@ -210,7 +210,9 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     """The hidden values of a sample of the tokens, weights gathered twice, then a part of the dense FFN's products and passes."""
     el, rates = _element(s.dtype), device.rates(s.dtype)
     # How many tokens count is data. Half of them stand for it.
-    parts = [sympy.Rational(kept, s.hidden) for kept in (settings.units, settings.context if settings.context is not None else settings.units)]
+    parts = [
+        sympy.Rational(kept, s.hidden) for kept in (settings.units, settings.context if settings.context is not None else settings.units)
+    ]
     part = sum(parts) / 2
     chosen = [kept for kept in parts if kept < 1]
     sample = len(set(chosen)) * 2 * (s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups

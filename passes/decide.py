@@ -52,6 +52,7 @@ from sptc.region import (
 
 _LENGTH = sympy.Symbol("length", positive=True, integer=True)
 _LONGEST = 1 << 24
+_ROUTED_DENSITY, _SHARED_DENSITY = 1 / 2, 3 / 4  # of ffn.density="auto": blocks for each token, units for all tokens
 
 
 def decide(unit: Unit) -> Unit:
@@ -218,19 +219,19 @@ def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: f
 
 
 def uniform_density(unit: Unit, region: Region) -> float:
-    """The density that the options give to a region."""
+    """The density that the options give to a region: of the tokens that do not count, where they keep fewer hidden units than the others."""
     if region.kind == "attention":
         return unit.config.attention_density
+    if not routes(unit, region) and _splits(unit, region):
+        assert unit.config.ffn_context_density is not None
+        return unit.config.ffn_context_density
     if unit.config.ffn_density != "auto":
         return unit.config.ffn_density
-    return _ROUTED_DENSITY if routes(unit, region) else 1.0 if _splits(unit, region) else _SHARED_DENSITY
-
-
-_ROUTED_DENSITY, _SHARED_DENSITY = 1 / 2, 3 / 4
+    return _ROUTED_DENSITY if routes(unit, region) else _SHARED_DENSITY
 
 
 def _splits(unit: Unit, region: FfnRegion) -> bool:
-    """Whether tokens that count in the loss keep more units than the others."""
+    """Whether tokens that count in the loss keep other units than those that do not."""
     return unit.config.ffn_context_density is not None and isinstance(unit.counted, Counted) and fits(unit.counted, region)
 
 
@@ -239,10 +240,10 @@ def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSetting
         kept = share(density)
         return -(-kept.numerator * region.hidden // kept.denominator)
 
-    context = unit.config.ffn_context_density
-    if context is None or not _splits(unit, region):
+    if not _splits(unit, region):
         return UnitSettings(region.hidden, units(density))
-    return UnitSettings(region.hidden, units(density), units(min(context, density)))
+    counted = unit.config.ffn_density
+    return UnitSettings(region.hidden, units(1.0 if counted == "auto" else counted), units(density))
 
 
 def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:

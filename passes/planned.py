@@ -15,6 +15,8 @@ def region_facts(unit: Unit, region: Region) -> dict[str, int]:
     """What a region must have in common with that of a plan: no lengths, which may differ from batch to batch."""
     if isinstance(region, FfnRegion):
         state = unit.states.get(region)
+        if state is None and unit.config.ffn_selector != "router":
+            return {"hidden": region.hidden}
         blocks = int(shape(state.weight)[0]) if isinstance(state, RouterState) else unit.config.ffn_blocks
         return {"blocks": blocks, "hidden": region.hidden}
     heads, key_heads, size = (int(s) for s in (shape(region.q)[-3], shape(region.k)[-3], shape(region.q)[-1]))

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx import Node
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from sptc.passes.build import Builder
 from sptc.passes.counted import insert_mask
@@ -42,6 +44,9 @@ def rewrite(unit: Unit) -> Unit:
         decision.region.y.replace_all_uses_with(y)
     for decision in chosen:
         _erase(decision)
+    for frame in every:
+        if frame.call is not None and any(node.target in _choosers() for node in frame.gm.graph.nodes):
+            frame.gm.meta.setdefault("_checkpoint_context_fn", _keeping_choices)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
         frame.gm.graph.eliminate_dead_code()
         drop_unused_operands(frame)
@@ -54,6 +59,16 @@ class CountedTokens:
 
     mask: Node | None = None  # bool [N]
     tokens: Tokens | None = None
+
+
+def _choosers() -> list[Any]:
+    ops = torch.ops.sptc
+    return [ops.choose_units.default, ops.select_blocks.default, ops.route.default]
+
+
+def _keeping_choices() -> tuple[Any, Any]:
+    """The contexts of a checkpoint that computes everything again but what was chosen: rounding could make another choice in backward."""
+    return create_selective_checkpoint_contexts(_choosers())
 
 
 def insert_counted(unit: Unit, settings: Iterable[Settings]) -> CountedTokens:
@@ -75,6 +90,7 @@ def sparse_form(
 
     `counted` is what `insert_counted` returned; checkpoint bodies get its nodes as operands.
     """
+
     def here(node: Node) -> Node:
         return hand_down(node, by_graph[node.graph], by_graph[region.y.graph])
 

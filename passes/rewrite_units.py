@@ -1,7 +1,7 @@
 """An FFN region over fewer hidden units: one set of units for many tokens, chosen by their energy, in plain ATen.
 
-y = down[:, S] act(up[S] x), adapters and biases cut alike. The activation's own nodes run again on fewer columns: the finder knows that none
-of them mixes units. Products stay ordinary ones of the libraries, and the rest is Inductor's to fuse.
+y = down[:, S] act(up[S] x), adapters and biases cut alike. The activation's own nodes run again on fewer columns, since none of them mixes
+units. Products stay ordinary ones of the libraries, and the rest is Inductor's to fuse.
 """
 
 from __future__ import annotations

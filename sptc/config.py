@@ -32,7 +32,9 @@ class Config:
     attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pooled", "how blocks of keys are chosen")
     ffn_enabled: bool = _option("ffn.enabled", True, "rewrite FFN regions")
     ffn_selector: Literal["energy", "router"] = _option(
-        "ffn.selector", "energy", "'energy': single hidden units, one set for many tokens; 'router': blocks of units for each token (the paper's)"
+        "ffn.selector",
+        "energy",
+        "'energy': single hidden units, one set for many tokens; 'router': blocks of units for each token (the paper's)",
     )
     ffn_density: float | Literal["auto"] = _option("ffn.density", "auto", "share of hidden units kept, in (0, 1]; 'auto': by the selector")
     ffn_context_density: float | None = _option(

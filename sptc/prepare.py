@@ -28,35 +28,38 @@ class PrepareError(ValueError):
 
 
 def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | None = None) -> Report:
-    """Attach routers (with stand-ins for the blocks that they leave out), and codebooks with the selector "pq", to the modules whose FFN or
-    attention will be rewritten.
+    """Attach the trainable state of the paper's own recipe: routers of FFNs (with stand-ins for the blocks that they leave out) where
+    `ffn.selector` is "router", codebooks of attention where `attention.selector` is "pq". The default selectors have no state.
 
     Call it after PEFT and before the optimizer, DistributedDataParallel and `torch.compile`, in the mode (train or eval) to be compiled:
 
         model = get_peft_model(base, LoraConfig(...))
-        sptc.prepare(model, batch)
+        paper = {"ffn.selector": "router", "attention.selector": "pq"}
+        sptc.prepare(model, batch, paper)
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
         optimizer.register_step_post_hook(lambda *_: sptc.step(model))
-        model.compile(backend="spt")
+        model.compile(backend="spt", options=paper)
 
     The example batch runs twice through the model, without gradients: the first run finds the regions and fits the start of their state,
-    the second one checks that the state reaches them. Random state and buffers are restored. Regions that are refused or declined get no
-    state; the report tells which. Code that was compiled before is forgotten, since Dynamo does not notice new hooks. A prepared model
-    computes in eager mode what it did before; its `state_dict` has new entries under `spt`: load a checkpoint of it into a prepared model.
+    the second one checks that the state reaches them. Random state and buffers are restored. Regions that are refused get no state, nor do
+    those that a plan keeps dense; the report tells which. Times have no say: a model gets the same state on every machine. Code that was
+    compiled before is forgotten, since Dynamo does not notice new hooks. A prepared model computes in eager mode what it did before; its
+    `state_dict` has new entries under `spt`: load a checkpoint of it into a prepared model.
 
     On a PeftModel the state becomes part of what the adapter saves. To load it, prepare the fresh model before or after PEFT loads it:
 
-        model = PeftModel.from_pretrained(base, folder)        |    sptc.prepare(base, batch)
-        sptc.prepare(model, batch)                             |    model = PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, folder)        |    sptc.prepare(base, batch, paper)
+        sptc.prepare(model, batch, paper)                      |    model = PeftModel.from_pretrained(base, folder)
         model.load_adapter(folder, model.active_adapter)       |
 
     Args:
         model: the model; one that `torch.compile` wrapped is unwrapped.
         example_inputs: a batch as training will see it: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-        options: as for `torch.compile(model, backend="spt", options=...)`.
+        options: as for `torch.compile(model, backend="spt", options=...)`; at least one of the two selectors above.
 
     Raises:
-        PrepareError: the model is prepared already, wrapped for distributed training, scripted, or not loaded.
+        PrepareError: the options ask for no state, or the model is prepared already, wrapped for distributed training, scripted, or not
+            loaded.
         ConfigError: unknown option, wrong type, or out of range.
         CaptureError: Dynamo captured nothing of the model.
     """
@@ -64,6 +67,12 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
     _check(model)
+    if config.ffn_selector != "router" and config.attention_selector != "pq":
+        raise PrepareError(
+            "the selectors 'energy' and 'pooled' have no trainable state: compile the model as it is, "
+            "or prepare it with options={'ffn.selector': 'router'} or {'attention.selector': 'pq'}"
+        )
+    config = replace(config, decline="never", inference="sparse")
 
     def judge(gm: fx.GraphModule, inputs: list[Any]) -> Unit:
         return run(captured_unit(gm, inputs, config), ANALYSIS)

@@ -168,7 +168,7 @@ class FfnSettings:
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """How many hidden units an FFN keeps, one set for many tokens: `units` of `hidden`, and fewer for tokens that do not count in the loss."""
+    """How many hidden units an FFN keeps, one set for many tokens: `units` of `hidden`, fewer for tokens that do not count."""
 
     hidden: int
     units: int  # of the tokens that count, or of all where `context` is None
@@ -176,10 +176,7 @@ class UnitSettings:
 
     @property
     def density(self) -> float:
-        return self.units / self.hidden
-
-    @property
-    def context_density(self) -> float:
+        """The share that a plan chooses: that of the context, where it has one."""
         return (self.units if self.context is None else self.context) / self.hidden
 
     @property

@@ -175,7 +175,8 @@ def _notes(unit: Unit) -> Iterator[str]:
     """What a user should know beyond the rows."""
     rewritten = [d.region for d in unit.decisions if d.rewrite]
     bare = [r for r in rewritten if r not in unit.states]
-    attention, ffn = sum(r.kind == "attention" for r in bare), sum(r.kind == "ffn" for r in bare)
+    attention = sum(r.kind == "attention" for r in bare)
+    ffn = sum(isinstance(d.settings, FfnSettings) for d in unit.decisions if d.rewrite and d.region not in unit.states)
     if attention and unit.config.attention_selector == "pq":
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:

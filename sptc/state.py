@@ -174,6 +174,8 @@ def mark_output(module: nn.Module, args: Any, output: Any) -> Any:
         module.spt.notice.say(module)  # type: ignore[union-attr, operator]
         return None
     state: Any = module.spt
+    if getattr(state, "disable_adapters", False):  # PEFT's wrapper: what it wraps is not part of the base model either
+        return None
     tensors, layout, training = state.tensors(), state.layout, module.training
     return map_first_floating(output, lambda x: MARK(x, tensors, layout, training))
 

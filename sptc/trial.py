@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from sptc.fit import fit_codebooks, fit_router, fit_stand_in
 from sptc.passes.bind import holder
+from sptc.passes.decide import routes
 from sptc.passes.frame import Frame, frames, input_index, outermost, parameter
 from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import shape
@@ -83,7 +84,8 @@ class Trial:
         moved = self._moves(unit.example_inputs, args)
         for decision in unit.decisions:
             region = decision.region
-            if not decision.rewrite or (isinstance(region, AttentionRegion) and unit.config.attention_selector != "pq"):
+            stateless = unit.config.attention_selector != "pq" if isinstance(region, AttentionRegion) else not routes(unit, region)
+            if not decision.rewrite or stateless:
                 continue
             owner = self._owner(region, moved)
             if owner is None:

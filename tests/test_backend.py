@@ -147,7 +147,9 @@ def test_the_router_is_single_precision_however_autocast_is_spelled():
             seen.append(g)
             return g.forward
 
-        return compile_graph(gm, example_inputs, Config.from_options({**SPARSE, "attention.enabled": False}), inner=keep)
+        return compile_graph(
+            gm, example_inputs, Config.from_options({**SPARSE, "ffn.selector": "router", "attention.enabled": False}), inner=keep
+        )
 
     torch.compile(within, backend=backend)(torch.randn(2, 8, 32))
     (route,) = seen[0].graph.find_nodes(op="call_function", target=torch.ops.sptc.route.default)
@@ -170,7 +172,9 @@ def test_an_unprepared_model_says_once_what_prepare_adds(caplog):
     with caplog.at_level(logging.WARNING, "sptc"):
         for length in (19, 18):
             torch._dynamo.reset()
-            torch.compile(model, backend=without_inductor(**SPARSE, **{"attention.selector": "pq"}))(x[:, :length])
+            torch.compile(model, backend=without_inductor(**SPARSE, **{"attention.selector": "pq", "ffn.selector": "router"}))(
+                x[:, :length]
+            )
     said = [r.getMessage() for r in caplog.records if "sptc.prepare" in r.getMessage()]
     assert len(said) == 2 and "codebooks" in said[0] and "routers" in said[1]
 

@@ -16,6 +16,7 @@ from sptc.plan import Choice, Plan, PlannedRegion
 from tests.models.gpt import Gpt
 from tests.planning_device import DEVICE
 
+ROUTER = {"ffn.selector": "router"}
 IDS = torch.randint(99, (2, 19), generator=torch.Generator().manual_seed(0))
 
 
@@ -29,10 +30,10 @@ def region(key: str, density: float = 0.25, **facts: int) -> PlannedRegion:
 
 
 def gpt_plan(layers: int = 2, **options: object) -> Plan:
-    regions = []
+    regions, blocks = [], {"blocks": 16} if options.get("ffn.selector") == "router" else {}
     for i in range(layers):
         regions.append(region(f"blocks.{i}.attention:attention0", 0.25 if i else 1.0, heads=4, key_heads=4, head_size=8))
-        regions.append(region(f"blocks.{i}.mlp:ffn0", 0.5, blocks=16, hidden=128))
+        regions.append(region(f"blocks.{i}.mlp:ffn0", 0.5, hidden=128, **blocks))
     return Plan({"speedup": 1.5}, options, 3.0, tuple(regions))
 
 
@@ -62,7 +63,7 @@ def test_densities_of_a_plan_win_over_those_of_the_options(tmp_path):
 
 
 def test_a_plan_brings_its_options_and_its_own_blocks(tmp_path):
-    plan = gpt_plan(**{"ffn.blocks": 4, "attention.key_block": 3})
+    plan = gpt_plan(**ROUTER, **{"ffn.blocks": 4, "attention.key_block": 3})
     plan = replace(plan, regions=tuple(replace(r, facts={**r.facts, "blocks": 4}) if "ffn" in r.key else r for r in plan.regions))
     plan.save(tmp_path / "plan.json")
     settings = [r.settings for r in sptc.explain(Gpt(), (IDS, IDS), {"plan": str(tmp_path / "plan.json")}).regions]
@@ -82,11 +83,11 @@ def test_a_plan_that_does_not_fit_says_what_differs(tmp_path):
     with pytest.raises(ConfigError, match=r"heads of blocks\.0\.attention:attention0 is 2, in the plan 4"):
         explained(gpt_plan(), path, Gpt(heads=2))
     with pytest.raises(ConfigError, match=r"blocks of blocks\.0\.mlp:ffn0 is 4, in the plan 16"):
-        explained(gpt_plan(), path, **{"ffn.blocks": 4})
+        explained(gpt_plan(**ROUTER), path, **{"ffn.blocks": 4})
     model = Gpt()
-    sptc.prepare(model, (IDS, IDS), {"ffn.blocks": 4})
+    sptc.prepare(model, (IDS, IDS), {**ROUTER, "ffn.blocks": 4})
     with pytest.raises(ConfigError, match=r"blocks of blocks\.0\.mlp:ffn0 is 4, in the plan 16"):
-        explained(gpt_plan(), path, model)
+        explained(gpt_plan(**ROUTER), path, model)
 
 
 def widened() -> Gpt:

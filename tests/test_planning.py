@@ -104,7 +104,7 @@ def test_as_fast_as_uniform_densities(gpt):
     model, inputs, plan = gpt
     uniform = plan.uniform(attention=0.125, ffn=0.5)
     assert set(by_key(uniform)) == {(r.key.rpartition(":")[0], r.kind, {"attention": 0.125, "ffn": 0.5}[r.kind]) for r in plan.regions}
-    rows = sptc.explain(model, inputs, {"decline": "never"}).totals()
+    rows = sptc.explain(model, inputs, {"decline": "never", "ffn.density": 0.5}).totals()
     assert uniform.seconds == pytest.approx(plan.other_seconds + rows["seconds_after"]) and uniform.dense_seconds == plan.dense_seconds
     assert replan(plan, speedup=uniform.speedup).speedup >= uniform.speedup > 1
     assert replan(uniform, speedup=1.2) == plan
@@ -156,7 +156,7 @@ def test_an_unprepared_or_prepared_model_is_left_as_it_was_and_prepared_by_plan(
     bare = sptc.plan(model, inputs, max_error=10.0)  # everything sparse
     check(before)
     bare.save(tmp_path / "bare.json")
-    report = sptc.prepare(model, inputs, {"plan": str(tmp_path / "bare.json")})
+    report = sptc.prepare(model, inputs, {"plan": str(tmp_path / "bare.json"), "ffn.selector": "router"})
     assert sorted(compiled_densities(report)) == sorted(by_key(bare))
     assert all(density < 1 for density in densities(bare).values()) and any("spt" in name for name, _ in model.named_parameters())
     before = state()

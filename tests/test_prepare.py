@@ -23,7 +23,14 @@ from sptc.prepare import PrepareError
 from sptc.state import Codebook, Router, owners
 from tests.models.zoo import CASES
 
-OPTIONS = {"decline": "never", "attention.selector": "pq", "attention.density": 0.5, "attention.query_block": 4, "attention.key_block": 4}
+OPTIONS = {
+    "decline": "never",
+    "ffn.selector": "router",
+    "attention.selector": "pq",
+    "attention.density": 0.5,
+    "attention.query_block": 4,
+    "attention.key_block": 4,
+}
 D, HIDDEN, HEADS = 16, 64, 2
 
 
@@ -269,11 +276,15 @@ def test_code_compiled_before_does_not_stay():
     assert slots(model) and all(p.grad is not None for s in slots(model).values() for p in s.parameters())
 
 
-def test_declined_regions_get_no_state():
+def test_state_depends_on_the_model_and_the_options_alone():
+    keys = set()
+    for length in (1, 12):  # so short that nothing would pay, on a machine of any speed
+        model = Model()
+        sptc.prepare(model, batch(length), {**OPTIONS, "decline": "auto"})
+        keys.add(tuple(model.state_dict()))
+    assert len(keys) == 1 and len(slots(model)) == 4
     model = Model()
-    report = sptc.prepare(model, batch(), {"decline": "auto"})
-    assert {r.status for r in report.regions} == {"declined"} and not slots(model)
-    report = sptc.prepare(model, batch(), {**OPTIONS, "attention.selector": "pooled"})  # nothing was attached: not prepared yet
+    report = sptc.prepare(model, batch(), {**OPTIONS, "attention.selector": "pooled"})
     assert len(rewritten(report)) == 4 and all(isinstance(s, Router) for s in slots(model).values())
 
 
@@ -324,16 +335,18 @@ def test_errors_are_clear_and_leave_nothing_half_attached():
     model = Model()
     with pytest.raises(ConfigError, match=r"ffn\.blocks"):
         sptc.prepare(model, batch(), {"ffn.block": 4})
+    with pytest.raises(PrepareError, match=r"no trainable state.*'ffn\.selector': 'router'"):
+        sptc.prepare(model, batch())
     with pytest.raises(PrepareError, match=r"nn\.Module"):
-        sptc.prepare(lambda x: x, batch())
+        sptc.prepare(lambda x: x, batch(), OPTIONS)
     with pytest.raises(PrepareError, match="before DataParallel"):
-        sptc.prepare(nn.DataParallel(model), batch())
+        sptc.prepare(nn.DataParallel(model), batch(), OPTIONS)
     with pytest.raises(PrepareError, match="meta device"):
-        sptc.prepare(Model().to("meta"), batch())
+        sptc.prepare(Model().to("meta"), batch(), OPTIONS)
     with pytest.raises(PrepareError, match="scripted"):
-        sptc.prepare(nn.Sequential(torch.jit.script(nn.Linear(D, D))), batch())
+        sptc.prepare(nn.Sequential(torch.jit.script(nn.Linear(D, D))), batch(), OPTIONS)
     with pytest.raises(CaptureError, match="example_inputs"):
-        sptc.prepare(model, 3)
+        sptc.prepare(model, 3, OPTIONS)
     model.layers[1].ffn.spt = nn.Identity()
     with pytest.raises(PrepareError, match=r"layers\.1\.ffn has an attribute 'spt'"):
         sptc.prepare(model, batch(), OPTIONS)

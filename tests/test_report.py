@@ -37,7 +37,8 @@ class Broken(nn.Module):
         return self.second(x)
 
 
-NEVER = {"decline": "never"}
+NEVER = {"decline": "never", "ffn.density": 0.5}
+ROUTER = {"ffn.selector": "router"}
 X = torch.randn(5, 16)
 
 
@@ -63,13 +64,16 @@ def test_data_is_plain_and_adds_up():
     assert data["graphs"] == 2 and [r["graph"] for r in data["regions"]] == [0, 1]
     assert data["totals"]["flops_before"] == sum(r["flops_before"] for r in data["regions"]) > 0
     assert data["totals"]["flops_after"] == sum(r["flops_after"] for r in data["regions"])
-    assert [r["settings"] for r in data["regions"]] == [{"blocks": 16, "active": 8, "keep": False}] * 2
+    assert [r["settings"] for r in data["regions"]] == [
+        {"hidden": 64, "units": 32, "context": None},
+        {"hidden": 32, "units": 16, "context": None},
+    ]
     assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide"]
 
 
 def test_statuses():
     model = nn.Sequential(Ffn(), Ffn(hidden=36))
-    report = explain(model, X)
+    report = explain(model, X, ROUTER)
     declined, refused = report.regions
     assert (declined.status, declined.density, declined.flops_after) == ("declined", 1.0, declined.flops_before)
     assert "sparse" in declined.reason and "dense" in declined.reason and declined.seconds_sparse > declined.seconds_dense
@@ -83,12 +87,12 @@ def test_statuses():
 
 def test_notes_name_what_prepare_would_add_and_frozen_routers():
     model = nn.Sequential(Ffn(), nn.Tanh())
-    (note,) = explain(model, X, NEVER).notes
+    (note,) = explain(model, X, {**NEVER, **ROUTER}).notes
     assert "sptc.prepare" in note and "routers" in note
-    sptc.prepare(model, X, NEVER)
-    assert explain(model, X, NEVER).notes == ()
+    sptc.prepare(model, X, {**NEVER, **ROUTER})
+    assert explain(model, X, {**NEVER, **ROUTER}).notes == ()
     model[0].spt.requires_grad_(False)
-    (note,) = explain(model, X, NEVER).notes
+    (note,) = explain(model, X, {**NEVER, **ROUTER}).notes
     assert "the router of 0 is frozen" in note
 
 

@@ -75,7 +75,7 @@ def test_prepared_model_computes_as_on_a_cpu(monkeypatch):
     monkeypatch.setattr(zoo, "BATCH", 1)
     case = zoo.CASES["llama-sdpa"]
     model, inputs = case.make()
-    options = {**FULL, "attention.selector": "pq", "attention.density": 0.5, "ffn.density": 0.5, "ffn.blocks": 4}
+    options = {**FULL, "attention.selector": "pq", "ffn.selector": "router", "attention.density": 0.5, "ffn.density": 0.5, "ffn.blocks": 4}
     sptc.prepare(model, inputs, options)
     results = []
     for run in (contextmanager(lambda: (yield [])), interpreted):

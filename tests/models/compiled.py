@@ -14,7 +14,14 @@ from sptc.config import Config
 
 _aot = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward))
 
-FULL = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "attention.query_block": 4, "attention.key_block": 4}
+FULL = {
+    "decline": "never",
+    "attention.density": 1.0,
+    "ffn.density": 1.0,
+    "ffn.context_density": None,
+    "attention.query_block": 4,
+    "attention.key_block": 4,
+}
 
 
 def without_inductor(**options: Any) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from tests.capture import capture
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES, VOCABULARY
 
-DEFAULT = {"attention.enabled": False, "decline": "never"}
+DEFAULT = {"attention.enabled": False, "decline": "never", "ffn.selector": "router"}
 OPTIONS = {**DEFAULT, "ffn.keep": "loss"}  # given, so that the report says what can't be read
 Routes = list[tuple[Tensor | None, list[int]]]
 
@@ -117,7 +117,7 @@ def test_hugging_faces_loss(checkpointed: bool, dynamic: bool, routes: Routes) -
 def test_at_density_one_it_is_dense() -> None:
     model, inputs = llama()
     want = gradients(model, model(**inputs).loss)
-    compiled = torch.compile(model, backend=without_inductor(**FULL, **{"ffn.keep": "loss"}))
+    compiled = torch.compile(model, backend=without_inductor(**FULL, **{"ffn.selector": "router", "ffn.keep": "loss"}))
     assert_gradients_close(gradients(model, compiled(**inputs).loss), want)
 
 
@@ -177,12 +177,16 @@ def test_by_default_a_loss_that_cannot_be_read_is_no_news(routes: Routes) -> Non
     assert not any("ffn.keep" in note for note in sptc.report(compiled).notes)
 
 
-def test_evaluation_without_a_loss_has_nothing_to_say(routes: Routes) -> None:
+def test_evaluation_has_nothing_to_say_and_labels_have_no_say(routes: Routes) -> None:
     model, inputs = llama()
-    compiled = torch.compile(WithLoss(model.eval(), lambda y, t: y), backend=without_inductor(**OPTIONS))
-    with torch.no_grad():
-        compiled(inputs["input_ids"], inputs["labels"])
-    assert len(routes) == 2 and not any("ffn.keep" in note for note in sptc.report(compiled).notes)
+    options = {**OPTIONS, "inference": "sparse"}
+    for loss in (lambda y, t: y, lambda y, t: cross_entropy(y[:, :-1].flatten(0, 1), t[:, 1:].flatten())):
+        compiled = torch.compile(WithLoss(model.eval(), loss), backend=without_inductor(**options))
+        with torch.no_grad():
+            compiled(inputs["input_ids"], inputs["labels"])
+        assert [keep for keep, _ in routes] == [None, None]
+        assert not any("ffn.keep" in note for note in sptc.report(compiled).notes)
+        routes.clear()
 
 
 def test_reading_changes_nothing() -> None:

@@ -19,7 +19,7 @@ from sptc.passes import ANALYSIS
 from sptc.passes.decide import crossover, decide
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.region import AttentionSettings, CodebookState, FfnSettings, RouterState
+from sptc.region import AttentionSettings, CodebookState, FfnSettings, RouterState, UnitSettings
 
 RATES = Rates(gemm=1e11, attention=1e11, attention_backward=1e11)
 DEVICE = DeviceCosts(
@@ -37,6 +37,9 @@ DEVICE = DeviceCosts(
     routed_seconds=1e-4,
     default_blocks=lambda n, m, density, own: (64, 32),
 )
+
+
+ROUTER = {"ffn.selector": "router"}
 
 
 class Ffn(nn.Module):
@@ -86,7 +89,7 @@ def test_dense_ffn_counts_the_products_whose_gradients_are_needed(trained, x_nee
     model.up.requires_grad_(trained == "all")
     model.down.requires_grad_(trained != "none")
     x = torch.randn(10, 64, requires_grad=x_needs)
-    (decision,) = decided(model, x, **{"ffn.density": 0.5}).decisions
+    (decision,) = decided(model, x, **ROUTER, **{"ffn.density": 0.5}).decisions
     assert decision.dense.flops == products * 2 * 10 * 64 * 256
     router = 2 * 10 * 64 * 16
     assert decision.sparse.flops == decision.dense.flops / 2 + router
@@ -161,19 +164,19 @@ def test_options_decide_before_costs_do():
 )
 def test_active_blocks_are_the_exact_ceiling(density, blocks, active):
     model = Ffn(hidden=240) if blocks == 10 else Ffn()
-    options = {"ffn.density": density, "ffn.blocks": blocks}
+    options = {**ROUTER, "ffn.density": density, "ffn.blocks": blocks}
     assert decided(model, torch.randn(8, 64), **options).decisions[0].settings == FfnSettings(blocks, active)
 
 
 def test_blocks_that_do_not_divide_are_refused():
-    unit = decided(nn.Sequential(Ffn(hidden=250), Ffn(hidden=256)), torch.randn(8, 64))
+    unit = decided(nn.Sequential(Ffn(hidden=250), Ffn(hidden=256)), torch.randn(8, 64), **ROUTER)
     assert [d.region.hidden for d in unit.decisions] == [256] and [r.hidden for r in unit.regions] == [256]
     (refusal,) = unit.refusals
     assert (refusal.rule, refusal.kind) == ("blocks", "ffn") and "250" in refusal.reason and refusal.site.module == "0"
 
 
 def test_shapes_of_prepared_state_win_over_options():
-    ffn = decided(Ffn(), torch.randn(8, 64))
+    ffn = decided(Ffn(), torch.randn(8, 64), **ROUTER)
     (region,) = ffn.regions
     weight = region.x.graph.placeholder("router")
     weight.meta["val"] = torch.empty(4, 64, device="meta")
@@ -201,7 +204,7 @@ def test_a_symbolic_length_makes_two_compiles_split_at_the_crossover(kind, dynam
     compiles: list[bool] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        (decision,) = judge(gm, inputs).decisions
+        (decision,) = judge(gm, inputs, **ROUTER).decisions
         compiles.append(decision.rewrite)
         assert "sparse from" in decision.reason
         return gm.forward
@@ -220,7 +223,7 @@ def test_a_static_length_adds_no_guard_and_a_sure_decision_neither():
     compiles: list[bool] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        compiles.append(judge(gm, inputs, decline="never").decisions[0].rewrite)
+        compiles.append(judge(gm, inputs, decline="never", **{"ffn.density": 0.5}).decisions[0].rewrite)
         return gm.forward
 
     compiled = torch.compile(Ffn(), backend=backend)
@@ -229,3 +232,53 @@ def test_a_static_length_adds_no_guard_and_a_sure_decision_neither():
         torch._dynamo.mark_dynamic(x, 1)
         compiled(x)
     assert compiles == [True]
+
+
+@pytest.mark.parametrize(
+    "density, context, units", [(0.5, None, (128, None)), (0.1, None, (26, None)), (1.0, None, (256, None)), (1e-9, 1, (1, None))]
+)
+def test_units_are_the_exact_ceiling(density, context, units):
+    options = {"ffn.density": density, "ffn.context_density": context}
+    assert decided(Ffn(), torch.randn(8, 64), **options).decisions[0].settings == UnitSettings(256, *units)
+
+
+class Frozen(nn.Module):
+    """A reference without gradients, a frozen FFN, and one that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference, self.below, self.trained = Ffn(), Ffn().requires_grad_(False), Ffn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = self.reference(x)
+        return self.trained(self.below(x)) - reference
+
+
+def test_inference_is_dense_unless_asked_otherwise():
+    x, never = torch.randn(8, 64), {"decline": "never", "ffn.density": 0.5}
+
+    def rewritten(**options: Any) -> list[bool]:
+        return [d.rewrite for d in decided(Frozen(), x, **never, **options).decisions]
+
+    assert rewritten() == [False, True, True]  # frozen or not, what training runs through is sparse
+    assert rewritten(inference="sparse") == [True, True, True]
+    with torch.no_grad():
+        assert rewritten() == [False, False, False]
+        (attention,) = decided(Attention(), qkv(256), decline="never").decisions
+    assert not attention.rewrite and "no gradient" in attention.reason
+
+
+def test_a_region_with_trained_state_is_never_declined_by_its_time():
+    unit = decided(Ffn(), torch.randn(8, 64), **ROUTER)
+    assert not unit.decisions[0].rewrite
+    (region,) = unit.regions
+    weight = region.x.graph.placeholder("router")
+    weight.meta["val"] = torch.empty(4, 64, device="meta")
+    state = {region: RouterState(*[weight] * 7, training=True)}
+    for grad in (True, False):  # what was trained sparse is evaluated sparse, unless asked otherwise
+        with torch.set_grad_enabled(grad):
+            assert decide(replace(unit, states=state)).decisions[0].rewrite
+    with torch.no_grad():
+        dense = replace(unit, states=state, config=Config.from_options({**ROUTER, "inference": "dense"}))
+        assert not decide(dense).decisions[0].rewrite

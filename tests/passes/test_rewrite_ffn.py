@@ -16,7 +16,7 @@ from sptc.codegen.reference.ffn import budgets
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 
 D, HIDDEN, BLOCKS, ACTIVE, CLASSES = 12, 32, 8, 3, 5
-OPTIONS = {"decline": "never", "ffn.blocks": BLOCKS, "ffn.density": ACTIVE / BLOCKS}
+OPTIONS = {"decline": "never", "ffn.selector": "router", "ffn.blocks": BLOCKS, "ffn.density": ACTIVE / BLOCKS}
 
 
 class Ffn(nn.Module):

@@ -8,13 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import sptc
+from sptc.backend import compile_graph
 from sptc.codegen.ops.units import sample_tokens
+from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 
 D, HIDDEN, CLASSES = 12, 32, 5
@@ -144,3 +149,26 @@ def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted
         return
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_gradients_close(gradients(model, loss), gradients(reference, expected))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else in its body runs again in backward: the products on the chosen units do."""
+    model = model_of(Gated, True)
+    reference = copy.deepcopy(model)
+    inner = model.ffn.forward
+    model.ffn.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    ran: list[str] = []
+
+    def counting(gm: torch.fx.GraphModule, _: list) -> Callable:
+        ran.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(fw_compiler=counting, partition_fn=min_cut_rematerialization_partition)
+    x, labels = batch()
+    options = Config.from_options({"decline": "never", "ffn.density": 0.75})
+    compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, options, inner=lambda g, i, _: backend(g, i)))
+    got = gradients(model, compiled(x, labels))
+    assert ran.count("sptc.choose_units.default") == 2
+    plain = torch.compile(reference, backend=without_inductor(**{"decline": "never", "ffn.density": 0.75}))
+    assert_gradients_close(got, gradients(reference, plain(x, labels)))
