@@ -14,6 +14,6 @@ PIPELINE = (
     (rewrite, "regions become sparse operators; what only they used disappears"),
 )
 
-ANALYSIS = PIPELINE[:-1]  # all that reads: `explain` and `prepare` stop before the graph is rewritten
+ANALYSIS, REWRITING = PIPELINE[:-1], PIPELINE[-1:]  # all that reads: `explain` and `prepare` stop before the graph is rewritten
 
-__all__ = ["ANALYSIS", "PIPELINE"]
+__all__ = ["ANALYSIS", "PIPELINE", "REWRITING"]

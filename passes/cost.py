@@ -217,8 +217,8 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     chosen = [kept for kept in parts if kept < 1]
     sample = len(set(chosen)) * 2 * (s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups
     weights = el * s.hidden * (s.ups * s.d + s.d_out)
-    gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * bool(chosen)
-    rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * (settings.context is not None)
+    gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * int(bool(chosen))
+    rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * int(settings.context is not None)
     flops = part * _ffn_flops(s)
     traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathered + rows
     seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from sptc.hint import optimization_hint
 from sptc.passes.boundary import alias_sets, written_by
 from sptc.passes.build import Builder, aten
 from sptc.passes.frame import frames
@@ -45,6 +47,20 @@ def fits(counted: Counted, region: FfnRegion) -> bool:
     if len(lead) == len(counted.lead):
         return all(same_size(a, b) for a, b in zip(lead, counted.lead, strict=True))
     return 1 in (len(lead), len(counted.lead)) and same_size(math.prod(lead), math.prod(counted.lead))
+
+
+def counted_share(gm: fx.GraphModule, counted: Counted, example_inputs: Sequence[Any]) -> float | None:
+    """The share of the example batch's tokens that count; None where the inputs are fakes."""
+    if any(isinstance(x, FakeTensor) for x in example_inputs):
+        return None
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in gm.graph.find_nodes(op="placeholder")}
+    for node in counted.chain:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(copies[counted.target])
+    with torch.no_grad():
+        labels = fx.Interpreter(fx.GraphModule(gm, graph)).run(*example_inputs)
+    return float((labels != counted.ignored).sum()) / max(1, optimization_hint(math.prod(counted.lead)))
 
 
 def insert_mask(gm: fx.GraphModule, counted: Counted) -> Node:
@@ -90,7 +106,7 @@ def _counted(gm: fx.GraphModule, losses: Sequence[Node]) -> Counted:
     chain = _from_inputs(gm, target)
     known = [*gm.graph.find_nodes(op="placeholder"), *chain]
     undo, lead = _undo(logits, known)
-    return Counted(target, ignored, chain, undo, lead)
+    return Counted(logits, target, ignored, chain, undo, lead)
 
 
 def _from_inputs(gm: fx.GraphModule, target: Node) -> tuple[Node, ...]:

@@ -28,7 +28,7 @@ from sptc.passes.cost import (
     sparse_attention,
     sparse_ffn,
 )
-from sptc.passes.counted import find_counted, fits
+from sptc.passes.counted import counted_share, find_counted, fits
 from sptc.passes.gradients import with_gradients
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.planned import planned_densities
@@ -52,7 +52,9 @@ from sptc.region import (
 
 _LENGTH = sympy.Symbol("length", positive=True, integer=True)
 _LONGEST = 1 << 24
-_ROUTED_DENSITY, _SHARED_DENSITY = 1 / 2, 3 / 4  # of ffn.density="auto": blocks for each token, units for all tokens
+_ROUTED_DENSITY = 1 / 2  # of ffn.density="auto"
+TRIED = {True: (1 / 2, 1 / 4, 1 / 8), False: (3 / 4, 1 / 2)}
+"""Densities of hidden units that are measured: of tokens that do not count in the loss, and of all."""
 
 
 def decide(unit: Unit) -> Unit:
@@ -74,6 +76,8 @@ def decide(unit: Unit) -> Unit:
     trained = with_gradients(unit)
     if trained:  # labels steer what is computed for a gradient, and nothing else
         unit = replace(unit, counted=find_counted(unit.gm))
+        if isinstance(unit.counted, Counted):
+            unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
     planned = planned_densities(unit)
     return replace(unit, decisions=tuple(_decide(unit, region, planned.get(region), region in trained) for region in regions))
 
@@ -219,20 +223,31 @@ def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: f
 
 
 def uniform_density(unit: Unit, region: Region) -> float:
-    """The density that the options give to a region: of the tokens that do not count, where they keep fewer hidden units than the others."""
+    """The density that the options give to a region: of the tokens that do not count, where these keep other units than the rest."""
     if region.kind == "attention":
         return unit.config.attention_density
-    if not routes(unit, region) and _splits(unit, region):
-        assert unit.config.ffn_context_density is not None
-        return unit.config.ffn_context_density
-    if unit.config.ffn_density != "auto":
-        return unit.config.ffn_density
-    return _ROUTED_DENSITY if routes(unit, region) else _SHARED_DENSITY
+    if routes(unit, region):
+        return _ROUTED_DENSITY if unit.config.ffn_density == "auto" else unit.config.ffn_density
+    given = unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density
+    assert given is not None
+    return min(TRIED[splits(unit, region)]) if given == "auto" else given
 
 
-def _splits(unit: Unit, region: FfnRegion) -> bool:
-    """Whether tokens that count in the loss keep other units than those that do not."""
-    return unit.config.ffn_context_density is not None and isinstance(unit.counted, Counted) and fits(unit.counted, region)
+def measured(unit: Unit, region: Region) -> bool:
+    """Whether the density of a region is to be measured on the example batch, not given."""
+    if region.kind == "attention" or routes(unit, region) or unit.plan is not None:
+        return False
+    return (unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density) == "auto"
+
+
+def splits(unit: Unit, region: FfnRegion) -> bool:
+    """Whether tokens that count in the loss keep other units than those that do not: not where next to all of them count."""
+    if unit.config.ffn_context_density is None or not isinstance(unit.counted, Counted) or not fits(unit.counted, region):
+        return False
+    return unit.counted_share is None or unit.counted_share <= _MOST
+
+
+_MOST = 0.9  # of the tokens of the example batch that may count, if the others are to be told apart
 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
@@ -240,7 +255,7 @@ def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSetting
         kept = share(density)
         return -(-kept.numerator * region.hidden // kept.denominator)
 
-    if not _splits(unit, region):
+    if not splits(unit, region):
         return UnitSettings(region.hidden, units(density))
     counted = unit.config.ffn_density
     return UnitSettings(region.hidden, units(1.0 if counted == "auto" else counted), units(density))

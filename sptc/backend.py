@@ -21,11 +21,12 @@ from sptc.config import Config, ConfigError
 from sptc.device import calibrate
 from sptc.dump import Dump
 from sptc.emit import emit
-from sptc.passes import PIPELINE
+from sptc.passes import ANALYSIS, REWRITING
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plan import Plan
 from sptc.report import Report
+from sptc.rise import weigh
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         unit = captured_unit(gm, example_inputs, config)
         if dump is not None:
             dump("captured", unit)
-        unit = run(unit, PIPELINE, observe=dump)
+        unit = run(unit, (*ANALYSIS, (weigh, "how much FFNs may leave out, on the batch at hand"), *REWRITING), observe=dump)
         report = Report.of([unit])
         for note in report.notes:  # an unprepared region, a frozen router: once in the log, however often a graph is compiled
             warning_once(log, note)

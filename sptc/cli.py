@@ -14,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from sptc.backend import compile_graph
+from sptc.budget import PlanError
 from sptc.capture import CaptureError, capture
 from sptc.config import Config, ConfigError
 from sptc.explain import explain
 from sptc.load_model import ModelError, load_model
 from sptc.plan import Plan
-from sptc.planning import PlanError, plan
+from sptc.planning import plan
 from sptc.report import Report
 from sptc.sensitivity import SensitivityError
 

@@ -36,10 +36,13 @@ class Config:
         "energy",
         "'energy': single hidden units, one set for many tokens; 'router': blocks of units for each token (the paper's)",
     )
-    ffn_density: float | Literal["auto"] = _option("ffn.density", "auto", "share of hidden units kept, in (0, 1]; 'auto': by the selector")
-    ffn_context_density: float | None = _option(
-        "ffn.context_density", 0.25, "selector 'energy': the share for tokens whose label does not count in the loss; None: as for all"
+    ffn_density: float | Literal["auto"] = _option(
+        "ffn.density", "auto", "share of hidden units kept, in (0, 1]; 'auto': measured on the first batch (selector 'router': 1/2)"
     )
+    ffn_context_density: float | Literal["auto"] | None = _option(
+        "ffn.context_density", "auto", "selector 'energy': the share for tokens whose label does not count; None: as for all"
+    )
+    ffn_max_rise: float = _option("ffn.max_rise", 0.01, "with 'auto': how much the loss may rise before training, relative, at least 0")
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
@@ -94,6 +97,8 @@ class Config:
         for key, value in densities.items():
             if isinstance(value, float) and not 0.0 < value <= 1.0:
                 raise ConfigError(f"option {key!r} must be in (0, 1], got {value}")
+        if not 0.0 <= self.ffn_max_rise < float("inf"):
+            raise ConfigError(f"option 'ffn.max_rise' must be a number of at least 0, got {self.ffn_max_rise}")
         for key, size in (
             ("attention.query_block", self.attention_query_block),
             ("attention.key_block", self.attention_key_block),
@@ -119,9 +124,11 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     allowed = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if literal := next((a for a in allowed if typing.get_origin(a) is Literal), None):
         others = tuple(a for a in allowed if a is not literal)
-        if isinstance(value, str) or not isinstance(value, (int, float)) or float not in others:
-            return None if value is None and type(None) in others else _checked(key, value, literal)
-        allowed = others
+        if value is None and type(None) in others:
+            return None
+        if float not in others or isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
+            return _checked(key, value, literal)
+        return float(value)
     plain = tuple(typing.get_origin(a) or a for a in allowed)
     if isinstance(value, bool) and bool not in plain:
         pass

@@ -14,12 +14,14 @@ from sptc.dump import Dump
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.report import Report
+from sptc.rise import weigh_alone
 
 
 def explain(model: Callable[..., Any], example_inputs: Any, options: Mapping[str, Any] | None = None) -> Report:
     """Capture the model's graphs, find regions and judge them. Nothing is compiled and nothing of the model or of Dynamo is changed.
 
     The model runs once, eagerly, in the mode it is in (train or eval): a batch as training will see it gives the costs of a training step.
+    Where the densities of FFNs are left to measurement, as they are by default, it runs some more times for each FFN.
 
     Args:
         model: a module or a function, compiled or not.
@@ -38,7 +40,7 @@ def explain(model: Callable[..., Any], example_inputs: Any, options: Mapping[str
         unit = captured_unit(gm, inputs, config)
         if dump is not None:
             dump("captured", unit)
-        report = Report.of([run(unit, ANALYSIS, observe=dump)])
+        report = Report.of([run(unit, (*ANALYSIS, (weigh_alone, "as compiling would")), observe=dump)])
         if dump is not None:
             dump.report(report)
         reports.append(report)

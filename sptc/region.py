@@ -215,6 +215,7 @@ class Permute:
 class Counted:
     """How the mask of the tokens that count is computed."""
 
+    logits: Node  # what the loss is computed from: classes are dimension 1
     target: Node
     ignored: int
     chain: tuple[Node, ...]  # what computes the target from inputs, in order

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,24 +18,18 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from sptc.backend import captured_unit
+from sptc.beside import Mixed, insert_beside
 from sptc.config import Config
 from sptc.passes import ANALYSIS
 from sptc.passes.decide import at_density, enabled
-from sptc.passes.frame import Frame, frames
 from sptc.passes.key import region_keys
-from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import requires_grad, shape, value
 from sptc.passes.planned import region_facts
 from sptc.passes.remainder import remainder_seconds
-from sptc.passes.rewrite import insert_counted, sparse_form
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plan import DENSITIES
-from sptc.region import AttentionRegion, Region, Settings
-
-_DROPOUT = frozenset({torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default})
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_ATTENTION_DROPOUT = 4  # position of dropout_p
+from sptc.region import Region, Settings
 
 
 class SensitivityError(ValueError):
@@ -74,7 +68,7 @@ class Sensitivity:
         unit = run(captured_unit(gm, inputs, self._config), ANALYSIS)
         if unit.closed:
             raise SensitivityError(f"{unit.refusals[0].reason}; the time of its graph can't be predicted, so no plan can be made")
-        beside, ends = _insert(unit), _before_scalars(unit)
+        beside, ends = insert_beside(unit, {r: tuple(_candidates(unit, r)) for r in unit.regions}), _before_scalars(unit)
         costs = _costs(unit, self._graphs, self.regions)
         other, self._graphs = remainder_seconds(unit), self._graphs + 1
 
@@ -82,9 +76,9 @@ class Sensitivity:
             if self._dense is None:
                 self._count(costs, other)
             with torch.no_grad():
-                mixed = _Mixed(unit.gm, beside, self._densities, ends)
+                mixed = Mixed(unit.gm, beside, self._densities, ends)
                 output = mixed.run(*args)
-                self._before_loss += mixed.seen
+                self._before_loss += mixed.seen.values()
                 return output
 
         return call
@@ -176,76 +170,3 @@ def _candidates(unit: Unit, region: Region) -> Iterator[Settings]:
         return
     by_density = {s.density: s for s in (at_density(unit, region, density)[0] for density in DENSITIES[region.kind])}
     yield from (settings for density, settings in by_density.items() if density < 1.0)
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """Sparse forms beside the dense ones."""
-
-    owner: Mapping[Node, tuple[str, float]]  # of each inserted node
-    forms: Mapping[Node, tuple[str, Mapping[float, Node]]]  # for a region's y: its key, and what stands for y by density
-
-
-def _insert(unit: Unit) -> _Beside:
-    by_graph: dict[fx.Graph, Frame] = {frame.gm.graph: frame for frame in frames(unit.gm)}
-    owner: dict[Node, tuple[str, float]] = {}
-    forms: dict[Node, tuple[str, dict[float, Node]]] = {}
-    counted = insert_counted(unit, [settings for region in unit.regions for settings in _candidates(unit, region)])
-    for region, key in region_keys(unit.regions).items():
-        state = unit.states.get(region)
-        for settings in _candidates(unit, region):
-            before = region.y.prev
-            # An untrained state gathers no statistics.
-            frozen = replace(state, training=False) if state is not None else None
-            forms.setdefault(region.y, (key, {}))[1][settings.density] = sparse_form(
-                _without_dropout(region), settings, frozen, by_graph, counted
-            )
-            node = before.next
-            while node is not region.y:
-                owner[node] = key, settings.density
-                node = node.next
-    return _Beside(owner, forms)
-
-
-def _without_dropout(region: Region) -> Region:
-    if isinstance(region, AttentionRegion):
-        return replace(region, dropout_p=0.0)
-    lora = region.down.lora
-    down = replace(region.down, lora=replace(lora, dropout_p=0.0)) if lora is not None else region.down
-    return replace(region, dropout_p=0.0, down=down)
-
-
-class _Mixed(fx.Interpreter):
-    """Runs a normalized graph without dropout, checkpoint bodies included, with the sparse forms of the regions in `densities`."""
-
-    def __init__(self, gm: fx.GraphModule, beside: _Beside, densities: Mapping[str, float], ends: frozenset[Node] = frozenset()) -> None:
-        super().__init__(gm)
-        self.seen: list[Tensor] = []  # the values of `ends`
-        self._ends = ends
-        self._beside = beside
-        self._densities = densities
-
-    def run_node(self, n: Node) -> Any:
-        if n in self._beside.owner:
-            key, density = self._beside.owner[n]
-            if self._densities.get(key) != density:
-                return None  # of a form that is not asked for
-        key, forms = self._beside.forms.get(n, ("", {}))
-        result = self.env[forms[self._densities[key]]] if key in self._densities else super().run_node(n)
-        if n in self._ends:
-            self.seen.append(result)
-        return result
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is CHECKPOINT:
-            return _Mixed(args[0], self._beside, self._densities).run(*args[1:])
-        if target in _DROPOUT:
-            return args[0]
-        if target is torch._C._set_grad_enabled:
-            return None  # the model's own no_grad ends here; ours does not
-        if target is _ATTENTION:
-            if len(args) > _ATTENTION_DROPOUT:
-                args = (*args[:_ATTENTION_DROPOUT], 0.0, *args[_ATTENTION_DROPOUT + 1 :])
-            else:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return super().call_function(target, args, kwargs)

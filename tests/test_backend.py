@@ -16,6 +16,7 @@ from tests.models.compiled import FULL, assert_gradients_close, gradients, witho
 from tests.models.zoo import CASES
 
 SPARSE = {"decline": "never", "attention.density": 0.5, "ffn.density": 0.5, "attention.query_block": 4, "attention.key_block": 4}
+ROUTER = {**SPARSE, "ffn.selector": "router"}
 
 
 class Block(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import sptc
+from sptc.budget import PlanError, expected_squares, replan
 from sptc.plan import Choice, Plan, PlannedRegion, combined
-from sptc.planning import PlanError, expected_squares, replan
 from sptc.sensitivity import SensitivityError
 from tests.models.compiled import without_inductor
 from tests.models.gpt import Gpt

@@ -23,7 +23,7 @@ from bench.quality.results import FOLDER, done, load, path_of, save, table
 from bench.quality.tasks import BUDGETS, TASKS, Budget
 from bench.quality.training import DIAGNOSED, Record, example_order, train
 from bench.quality.variants import DENSE, VARIANTS, variant
-from sptc.planning import PlanError
+from sptc.budget import PlanError
 
 
 def main() -> None:

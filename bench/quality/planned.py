@@ -11,8 +11,8 @@ from torch import nn
 import sptc
 from bench.quality.tasks import Inputs
 from bench.quality.variants import EQUAL_SPEED
+from sptc.budget import replan
 from sptc.config import Config
-from sptc.planning import replan
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,177 @@
+"""Densities of FFNs by what they cost the model: measured layer by layer on the first batch, within `ffn.max_rise`.
+
+How much an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once dense, then
+once for each FFN and density with this one sparse, without gradients and without dropout, before the graph is compiled. A run's rise is
+the divergence of its predictions from the dense ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels
+drawn from the dense model would rise by, without the noise of the batch's own labels. Rises add, as squared errors do; the cheapest
+densities are taken whose sum stays within `ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
+
+A weight's density is chosen once: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0 chooses.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from tqdm import tqdm
+
+from sptc.beside import Mixed, insert_beside, remove
+from sptc.budget import replan
+from sptc.hint import optimization_hint
+from sptc.passes.boundary import alias_sets, written_by
+from sptc.passes.decide import TRIED, at_density, measured, splits
+from sptc.passes.frame import frames, input_index, outermost, parameter
+from sptc.passes.key import region_keys
+from sptc.passes.unit import Unit
+from sptc.plan import Choice, Plan, PlannedRegion
+from sptc.region import Counted, Decision, FfnRegion, Region
+
+log = logging.getLogger(__name__)
+
+_ROWS = 512  # at most, whose predictions are compared
+_SILENT_SECONDS = 2.0
+
+_chosen: Any = WeakTensorKeyDictionary()  # down weight -> {whether the context was told apart: density}
+
+
+def weigh(unit: Unit) -> Unit:
+    """The unit with the densities of its FFNs chosen, where options leave that to measurement; others are as decided."""
+    return _weighed(unit, _chosen, _agreed)
+
+
+def weigh_alone(unit: Unit) -> Unit:
+    """What `weigh` would do, without telling other ranks or a later compile."""
+    return _weighed(unit, WeakTensorKeyDictionary(_chosen), lambda chosen, text: (chosen, text))
+
+
+def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], tuple[list[float], str]]) -> Unit:
+    waiting = [d.region for d in unit.decisions if d.rewrite and measured(unit, d.region)]
+    if not waiting:
+        return unit
+    weights = [_weight(unit, region) for region in waiting]
+    apart = [splits(unit, region) for region in waiting]
+    known = [None if w is None else remembered.get(w, {}).get(split) for w, split in zip(weights, apart, strict=True)]
+    if None not in known:
+        return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
+    reason = _obstacle(unit, weights)
+    if reason is not None:
+        return _with(unit, dict.fromkeys(waiting, 1.0), f"how much it may leave out can't be measured: {reason}; set ffn.density")
+    chosen, text = agreed(*_measure(unit, waiting))
+    for weight, split, density in zip(weights, apart, chosen, strict=True):
+        remembered[weight] = {**remembered.get(weight, {}), split: density}
+    return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
+
+
+def _weight(unit: Unit, region: FfnRegion) -> Tensor | None:
+    """The down weight itself, that the density is remembered by."""
+    frame = next(frame for frame in frames(unit.gm) if frame.gm.graph is region.y.graph)
+    index = input_index(outermost(parameter(region.down.weight), frame))
+    value = None if index is None else unit.example_inputs[index]
+    return value if isinstance(value, Tensor) else None
+
+
+def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
+    """Why the graph can't be run on the batch to see what its FFNs are worth."""
+    if not isinstance(unit.counted, Counted):
+        return unit.counted or "the graph computes no cross entropy"
+    if any(isinstance(x, FakeTensor) for x in unit.example_inputs):
+        return "the graph is compiled without its inputs' values"
+    if any(weight is None for weight in weights):
+        return "a down weight is computed in the graph"
+    for frame in frames(unit.gm):
+        written = [target for node in frame.gm.graph.nodes for target in written_by(node)]
+        aliases = alias_sets(frame.gm.graph) if written else {}
+        outer = {aliases[node] for node in frame.gm.graph.nodes if written and node.op in ("placeholder", "get_attr")}
+        if any(aliases[target] in outer for target in written):
+            return "the graph writes to its inputs"
+    return None
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Log-probabilities of the classes at rows that count, [rows, classes], and the loss there."""
+
+    logs: Tensor
+    loss: float
+
+
+def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
+    """Densities in the order of `regions`, and what was measured, for the report."""
+    keys = region_keys(unit.regions)
+    candidates = {r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions}
+    beside = insert_beside(unit, candidates)
+    runs = [(r, settings.density) for r in regions for settings in candidates[r]]
+    try:
+        dense = _run(unit, beside, {})
+        progress = tqdm(runs, "sptc measures FFNs", delay=_SILENT_SECONDS, leave=False, unit="run")
+        rises = {(r, density): _divergence(dense, _run(unit, beside, {keys[r]: density})) for r, density in progress}
+    finally:
+        remove(beside)
+    planned = []
+    for r in regions:
+        tried = [Choice(s.density, at_density(unit, r, s.density)[2].flops, math.sqrt(rises[r, s.density])) for s in candidates[r]]
+        whole = Choice(1.0, at_density(unit, r, 1.0)[1].flops, 0.0)
+        planned.append(PlannedRegion(keys[r], (0,), {}, 1.0, (whole, *(c for c in tried if math.isfinite(c.error)))))
+    allowed = unit.config.ffn_max_rise * dense.loss
+    plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed))
+    log.info("FFN densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
+    text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all FFNs so, before training"
+    return [region.density for region in plan.regions], text
+
+
+def _run(unit: Unit, beside: Any, densities: Mapping[str, float]) -> _Predictions:
+    counted = unit.counted
+    assert isinstance(counted, Counted)
+    inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in unit.example_inputs]
+    devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        mixed = Mixed(unit.gm, beside, densities, frozenset({counted.logits, counted.target}))
+        mixed.run(*inputs)
+        return _predictions(mixed.seen[counted.logits], mixed.seen[counted.target], counted.ignored)
+
+
+def _predictions(logits: Tensor, target: Tensor, ignored: int) -> _Predictions:
+    target = target.reshape(-1)
+    rows = (target != ignored).nonzero().squeeze(1)
+    rows = rows[torch.arange(min(len(rows), _ROWS), device=rows.device) * len(rows) // max(1, min(len(rows), _ROWS))]
+    logs = logits.movedim(1, -1).flatten(0, -2)[rows].float().log_softmax(-1)
+    return _Predictions(logs, float(-logs.gather(1, target[rows, None]).mean()))
+
+
+def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
+    """KL(dense || sparse), the mean over rows."""
+    return max(0.0, float((dense.logs.exp() * (dense.logs - sparse.logs)).sum(-1).mean()))
+
+
+def _agreed(chosen: list[float], text: str) -> tuple[list[float], str]:
+    """What rank 0 chose, where there are several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return chosen, text
+    shared = [chosen, text]
+    dist.broadcast_object_list(shared)
+    return shared[0], shared[1]  # type: ignore[return-value]
+
+
+def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
+    """The unit with these densities; 1 leaves a region dense."""
+
+    def decided() -> Iterator[Decision]:
+        for decision in unit.decisions:
+            if decision.region not in densities:
+                yield decision
+                continue
+            density = densities[decision.region]
+            settings, dense, sparse = at_density(unit, decision.region, density)
+            kept = f"kept whole; {reason}" if density == 1.0 else f"{decision.reason}; {reason}"
+            yield Decision(decision.region, density < 1.0, kept, settings, dense, sparse)
+
+    return replace(unit, decisions=tuple(decided()))
