@@ -62,7 +62,7 @@ def task(base: Pretrained) -> Task:
     train_ids, held_out_ids = (cut(base.tokenizer, [text(seed, 1200, factor=11)], SHAPE.length) for seed in (10, 11))
     train_examples, held_out = (Examples({"input_ids": ids, "labels": ids}) for ids in (train_ids, held_out_ids))
     # One batch, again and again: it is learned in a few steps.
-    return Task("lm", "tiny", train_examples.spread(BUDGET.batch), held_out.spread(BUDGET.held_out), lambda: NextToken(tasks.adapted(base)))
+    return Task("lm", "tiny", train_examples.spread(BUDGET.batch), held_out.spread(BUDGET.held_out), lambda: NextToken(tasks.adapted(base.model())))
 
 
 def record(name: str, seed: int, losses: list[float], step: float, dense_loss: float = 2.0) -> Record:
