@@ -173,6 +173,7 @@ def _plot(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("sptc.state").setLevel(logging.ERROR)  # that a prepared model runs dense in eager mode is what we evaluate
     warnings.filterwarnings("ignore", module="torch")  # between progress bars
     main()

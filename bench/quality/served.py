@@ -11,15 +11,19 @@ from torch import nn
 from bench.quality.tasks import Task
 
 
-@torch.no_grad()
 def served(task: Task, objective: nn.Module) -> nn.Module:
     """A new objective of the task, in eval mode, with the adapter that `objective` saves and the values of what it trains beside adapters.
 
     The adapter goes through files, its config included: what the files do not hold is lost, as it is for whoever serves it. What a
     prepared model saves beside the adapter finds no module here, and PEFT leaves it out.
     """
-    with torch.random.fork_rng():  # the adapter that is replaced below starts from random numbers
-        plain = task.objective()
+    with torch.random.fork_rng(), torch.no_grad():  # an adapter starts from random numbers before its own are loaded
+        plain = _plain(task, objective)
+    return plain.eval()
+
+
+def _plain(task: Task, objective: nn.Module) -> nn.Module:
+    plain = task.objective()
     for name, module in list(plain.named_modules()):
         if isinstance(module, PeftModel):
             with TemporaryDirectory() as folder:
@@ -29,4 +33,4 @@ def served(task: Task, objective: nn.Module) -> nn.Module:
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:  # a loaded adapter does not
             parameter.copy_(trained[name])
-    return plain.eval()
+    return plain
