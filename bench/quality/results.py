@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +18,14 @@ from bench.quality.variants import DENSE
 FOLDER = Path("bench/results/quality")
 COMPILING = 2  # steps that count as long as a usual one: the first compiles, the second still allocates
 Clock = Literal["wall", "cpu"]
-Group = tuple[str, str, Budget, str]  # what runs must share to be compared
+Group = tuple[str, str, Budget, str]  # what runs must share to be compared; a budget whose learning rate is 0 stands for any
 
 
 def path_of(folder: Path, record: Record) -> Path:
     """One file a run."""
-    name = f"{record.task}-{record.model}-{record.budget.steps}steps-{record.variant.replace('/', '_')}-seed{record.seed}.json"
-    return folder / name
+    budget, variant = record.budget, record.variant.replace("/", "_")
+    steps = f"{budget.steps}steps{'-falling' if budget.falling else ''}-lr{budget.learning_rate:g}"
+    return folder / f"{record.task}-{record.model}-{steps}-{variant}-seed{record.seed}.json"
 
 
 def done(folder: Path, planned: Record) -> bool:
@@ -100,6 +102,7 @@ def at_equal_seconds(record: Record, dense: Record, clock: Clock) -> float:
 
 HEADERS = (
     "variant",
+    "rate",
     "seeds",
     "loss",
     "against dense %",
@@ -114,36 +117,54 @@ HEADERS = (
 
 
 def table(records: Iterable[Record], clock: Clock) -> str:
-    """One table a group of runs that can be compared: losses and accuracies on held-out text after the last step."""
+    """One table a group of runs that can be compared: losses and accuracies on held-out text after the last step.
+
+    A row for each variant and learning rate; all are compared with dense LoRA at its best rate.
+    """
     groups: dict[Group, list[Record]] = {}
     for record in records:
-        groups.setdefault((record.task, record.model, record.budget, record.compile), []).append(record)
+        any_rate = replace(record.budget, learning_rate=0.0)
+        groups.setdefault((record.task, record.model, any_rate, record.compile), []).append(record)
     parts = []
     for (task, model, budget, how), members in groups.items():
-        title = f"{task}: {model}, {budget.steps} steps of {budget.batch}, learning rate {budget.learning_rate:g}, compiled by {how}"
+        rate = "a falling learning rate" if budget.falling else "a constant learning rate"
+        title = f"{task}: {model}, {budget.steps} steps of {budget.batch}, {rate}, compiled by {how}"
         rows = _rows(members, clock)
         parts.append(f"{title}\n\n{tabulate(rows, HEADERS, tablefmt='github', disable_numparse=True)}")
     return "\n\n".join(parts)
 
 
 def _rows(records: Sequence[Record], clock: Clock) -> list[list[str]]:
-    dense = {record.seed: record for record in records if record.variant == DENSE}
-    variants = sorted({record.variant for record in records}, key=lambda name: (name != DENSE, name))
-    return [_row(name, [record for record in records if record.variant == name], dense, clock) for name in variants]
+    rows: dict[tuple[str, float], list[Record]] = {}
+    for record in records:
+        rows.setdefault((record.variant, record.budget.learning_rate), []).append(record)
+    best = min((members for (name, _), members in rows.items() if name == DENSE), key=_final_loss, default=[])
+    dense = {record.seed: record for record in best}
+    order = sorted(rows, key=lambda row: (row[0] != DENSE, row))
+    return [_row(name, rate, rows[name, rate], dense, clock) for name, rate in order]
 
 
-def _row(name: str, records: Sequence[Record], dense: dict[int, Record], clock: Clock) -> list[str]:
-    """Differences are taken seed by seed, so that what a seed does to both is no part of their spread."""
-    paired = [(record, dense[record.seed]) for record in records if record.seed in dense and name != DENSE]
+def _final_loss(records: Sequence[Record]) -> float:
+    return statistics.mean(record.dense_points[-1].loss for record in records)
+
+
+def _row(name: str, rate: float, records: Sequence[Record], dense: dict[int, Record], clock: Clock) -> list[str]:
+    """Differences are taken seed by seed, so that what a seed does to both is no part of their spread.
+
+    At equal seconds a falling learning rate has not fallen yet, so that runs of equal steps say nothing there.
+    """
+    paired = [(record, dense[record.seed]) for record in records if record.seed in dense and record is not dense[record.seed]]
+    steady = [pair for pair in paired if not pair[0].budget.falling]
 
     def of(value: Callable[[Record], float], digits: int, scale: float = 1.0) -> str:
         return shown([scale * value(record) for record in records], digits)
 
-    def against(value: Callable[[Record, Record], float], digits: int) -> str:
-        return shown([100 * value(record, other) for record, other in paired], digits, sign=True)
+    def against(value: Callable[[Record, Record], float], digits: int, pairs: Sequence[tuple[Record, Record]] = paired) -> str:
+        return shown([100 * value(record, other) for record, other in pairs], digits, sign=True)
 
     return [
         name,
+        f"{rate:g}",
         str(len(records)),
         of(lambda r: r.points[-1].loss, 4),
         against(lambda r, d: r.points[-1].loss / d.points[-1].loss - 1, 2),
@@ -153,7 +174,7 @@ def _row(name: str, records: Sequence[Record], dense: dict[int, Record], clock: 
         of(lambda r: r.dense_points[-1].loss, 4) if name != DENSE else "",
         against(lambda r, d: r.dense_points[-1].loss / d.points[-1].loss - 1, 2),
         of(lambda r: step_seconds(r, clock), 2),
-        against(lambda r, d: at_equal_seconds(r, d, clock), 2),
+        against(lambda r, d: at_equal_seconds(r, d, clock), 2, steady),
     ]
 
 

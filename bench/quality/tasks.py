@@ -1,4 +1,4 @@
-"""The three tasks: what is trained, on which examples, and what counts as its loss."""
+"""Tasks: what is trained, on which examples, and what counts as its loss. `gsm8k.py` has the one of a real model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.demo.classifier import RANK, classifier, default_model, tokenizer
 from bench.demo.pieces import PACKAGES, Pieces, read_pieces
-from bench.quality.language_model import MODELS, Pretrained, pretrained
+from bench.quality.language_model import MODELS, pretrained
 from bench.quality.text import Split, documented_functions, headers, library_halves, read
 from bench.quality.tokens import IGNORED, cut, pack, pairs
 
@@ -29,6 +29,7 @@ class Budget:
     learning_rate: float = 2e-3
     every: int = 20  # steps between evaluations
     held_out: int = 64  # most held-out sequences
+    falling: bool = False  # the learning rate falls to nearly nothing, and the last weights are evaluated instead of an average
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class NextToken(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits: Tensor = self.model(input_ids=input_ids).logits
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         return tally(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
@@ -112,7 +113,7 @@ def lm(budget: Budget, model: str) -> Task:
         return Examples({"input_ids": ids, "labels": ids})
 
     train, held_out = examples(split.train), examples(split.held_out)
-    return Task("lm", model, train, held_out.spread(budget.held_out), lambda: NextToken(adapted(base)))
+    return Task("lm", model, train, held_out.spread(budget.held_out), lambda: NextToken(adapted(base.model())))
 
 
 def answers(budget: Budget, model: str) -> Task:
@@ -126,18 +127,10 @@ def answers(budget: Budget, model: str) -> Task:
         return Examples({"input_ids": ids, "labels": labels})
 
     train, held_out = examples(split.train), examples(split.held_out)
-    return Task("answers", model, train, held_out.spread(budget.held_out), lambda: NextToken(adapted(base)))
+    return Task("answers", model, train, held_out.spread(budget.held_out), lambda: NextToken(adapted(base.model())))
 
 
-def adapted(base: Pretrained) -> nn.Module:
-    """The pretrained model with LoRA on every linear layer but the output's."""
+def adapted(model: nn.Module) -> nn.Module:
+    """A causal language model with LoRA on every linear layer but the output's."""
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(base.model(), lora)
-
-
-TASKS: dict[str, Callable[[Budget, str], Task]] = {"classify": classify, "lm": lm, "answers": answers}
-BUDGETS = {
-    "classify": Budget(steps=120, batch=4, learning_rate=2e-4, every=40, held_out=192),
-    "lm": Budget(steps=150),
-    "answers": Budget(steps=100),
-}
+    return get_peft_model(model, lora)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,20 +20,22 @@ from tqdm import tqdm
 import sptc
 from bench.quality.diagnose import diagnose
 from bench.quality.planned import prepare
+from bench.quality.served import served
 from bench.quality.tasks import Budget, Examples, Inputs, Task
 from bench.quality.variants import Options
 from sptc.backend import compile_graph
 from sptc.config import Config
 
 Compile = Literal["inductor", "aot"]
-WARM = 0.1  # share of the steps over which the learning rate rises; then it stays, so that a run's loss at any time is a fair one
+WARM = 0.1  # share of the steps over which the learning rate rises; then it stays, so that a run's loss at any time is a fair one, or falls
+LEFT = 0.05  # least share of the learning rate that is left of a falling one
 CLIP = 1.0  # the norm that gradients are clipped to
 DIAGNOSED = 4  # sequences of the example batch that regions are measured on
 
 
 @dataclass(frozen=True)
 class Point:
-    """Held-out loss and accuracy after some steps, of the weights' running average (`Average`)."""
+    """Held-out loss and accuracy after some steps: of the weights if the learning rate falls, else of their average (`Average`)."""
 
     step: int
     loss: float
@@ -42,7 +44,7 @@ class Point:
 
 @dataclass
 class Record:
-    """What one run measured. `points` are evaluated as trained, sparse for a sparse variant; `dense_points` by the dense model."""
+    """What one run measured. `points` are evaluated as trained, a sparse variant sparse; `dense_points` by the plain model (`served`)."""
 
     task: str
     model: str
@@ -86,22 +88,22 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
     """Train and evaluate the prepared objective; `options` are the record's, with the file of the run's own plan."""
     budget = record.budget
     trained = [p for p in objective.parameters() if p.requires_grad]
-    average = Average(trained)
+    average = None if budget.falling else Average(trained)
     optimizer = torch.optim.AdamW(trained, lr=budget.learning_rate, weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: sptc.step(objective))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARM * budget.steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, budget))
     compiled = compile_objective(objective, options, record.compile)
     with tqdm(total=budget.steps, desc=f"{task.name} {record.variant} seed {record.seed}", unit="step") as bar:
         for step in range(budget.steps + 1):
             if step % budget.every == 0 or step == budget.steps:
                 last = step in (0, budget.steps)
-                objective.eval()
-                with average.applied():
+                with average.applied() if average else nullcontext():
                     if options is not None:
-                        record.points.append(evaluate(compiled, task.held_out, budget.batch, step))
+                        objective.eval()
+                        record.points.append(evaluate(compiled, task.held_out, budget.batch, step, as_trained=True))
+                        objective.train()
                     if options is None or last:
-                        record.dense_points.append(evaluate(objective, task.held_out, budget.batch, step))
-                objective.train()
+                        record.dense_points.append(evaluate(served(task, objective), task.held_out, budget.batch, step))
                 bar.set_postfix(held_out=f"{(record.points or record.dense_points)[-1].loss:.3f}")
             if step == budget.steps:
                 break
@@ -114,7 +116,8 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
             record.wall_seconds.append(time.perf_counter() - wall)
             record.cpu_seconds.append(time.process_time() - cpu)
             schedule.step()
-            average.update()
+            if average:
+                average.update()
             record.losses.append((loss / counted).item())
             bar.update()
     if options is None:
@@ -122,6 +125,12 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
     else:
         record.rewritten = sum(region.status == "rewritten" and region.graph == 0 for region in sptc.report(compiled).regions)
         record.regions = [measure.to_dict() for measure in diagnose(objective, task.train.take(order[0][:DIAGNOSED]), options)]
+
+
+def share_of_rate(step: int, budget: Budget) -> float:
+    """The learning rate of a step, as a share of the budget's: it rises, then stays or, linearly, falls."""
+    falling = max(LEFT, 1 - step / budget.steps) if budget.falling else 1.0
+    return min(1.0, (step + 1) / (WARM * budget.steps)) * falling
 
 
 class Average:
@@ -181,13 +190,18 @@ def compile_objective(objective: nn.Module, options: Options, how: Compile) -> C
 _aot = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward))
 
 
-@torch.no_grad()
-def evaluate(objective: Callable[..., tuple[Tensor, Tensor, Tensor]], examples: Examples, batch: int, step: int) -> Point:
-    """Mean loss and share of right answers over all labels that count, in whole batches: a shorter last one would compile anew."""
+def evaluate(
+    objective: Callable[..., tuple[Tensor, Tensor, Tensor]], examples: Examples, batch: int, step: int, as_trained: bool = False
+) -> Point:
+    """Mean loss and share of right answers over all labels that count, in whole batches: a shorter last one would compile anew.
+
+    `as_trained`: gradients are enabled, and not computed, so that a compiled objective is captured as in training.
+    """
     loss = right = counted = 0.0
-    for inputs in batches(examples, batch):
-        sums = objective(**inputs)
-        loss, right, counted = (total + float(part) for total, part in zip((loss, right, counted), sums, strict=True))
+    with torch.set_grad_enabled(as_trained):
+        for inputs in batches(examples, batch):
+            sums = [float(part.detach()) for part in objective(**inputs)]
+            loss, right, counted = (total + part for total, part in zip((loss, right, counted), sums, strict=True))
     return Point(step, loss / counted, right / counted)
 
 

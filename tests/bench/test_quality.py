@@ -62,7 +62,8 @@ def task(base: Pretrained) -> Task:
     train_ids, held_out_ids = (cut(base.tokenizer, [text(seed, 1200, factor=11)], SHAPE.length) for seed in (10, 11))
     train_examples, held_out = (Examples({"input_ids": ids, "labels": ids}) for ids in (train_ids, held_out_ids))
     # One batch, again and again: it is learned in a few steps.
-    return Task("lm", "tiny", train_examples.spread(BUDGET.batch), held_out.spread(BUDGET.held_out), lambda: NextToken(tasks.adapted(base)))
+    train_examples, held_out = train_examples.spread(BUDGET.batch), held_out.spread(BUDGET.held_out)
+    return Task("lm", "tiny", train_examples, held_out, lambda: NextToken(tasks.adapted(base.model())))
 
 
 def record(name: str, seed: int, losses: list[float], step: float, dense_loss: float = 2.0) -> Record:
@@ -272,11 +273,28 @@ def test_table_compares_seed_by_seed() -> None:
         for line in results.table(records, "wall").splitlines()
         if "|" in line
     }
-    assert rows["sparse"][:3] == ["2", "2.5250 ± 0.7142", "+1.00 ± 0.00"]
-    assert rows["dense"][:3] == ["2", "2.5000 ± 0.7071", ""]
-    assert rows["lonely"][:3] == ["1", "2.0000", ""]
-    other = replace(records[0].budget, learning_rate=1e-4)
+    assert rows["sparse"][:4] == ["0.003", "2", "2.5250 ± 0.7142", "+1.00 ± 0.00"]
+    assert rows["dense"][:4] == ["0.003", "2", "2.5000 ± 0.7071", ""]
+    assert rows["lonely"][:4] == ["0.003", "1", "2.0000", ""]
+    other = replace(records[0].budget, batch=3)
     assert results.table([*records, replace(records[0], budget=other)], "wall").count("learning rate") == 2
+
+
+def test_dense_is_taken_at_its_best_rate(tmp_path: Path) -> None:
+    def at(rate: float, name: str, loss: float) -> Record:
+        made = record(name, 0, [4.0, 3.0, loss], 1.0, dense_loss=loss)
+        return replace(made, budget=replace(made.budget, learning_rate=rate, falling=True))
+
+    records = [at(1e-3, "dense", 2.2), at(2e-3, "dense", 2.0), at(3e-3, "dense", 2.1), at(1e-3, "sparse", 2.1), at(3e-3, "sparse", 2.02)]
+    lines = [line for line in results.table(records, "wall").splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [row[:2] for row in cells] == [
+        *(["dense", rate] for rate in ("0.001", "0.002", "0.003")),
+        *(["sparse", r] for r in ("0.001", "0.003")),
+    ]
+    assert [row[results.HEADERS.index("against dense %")] for row in cells] == ["+10.00", "", "+5.00", "+5.00", "+1.00"]
+    assert all(row[-1] == "" for row in cells)  # at equal seconds a rate has not fallen yet
+    assert len({results.save(tmp_path, made) for made in records}) == len(records)
 
 
 def test_variants_on_the_command_line() -> None:
