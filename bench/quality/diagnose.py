@@ -18,11 +18,11 @@ from sptc.codegen.block_lists import lists_from_scores, nearest_first, owned
 from sptc.codegen.reference.attention import Mask, listed, sparse_attention
 from sptc.config import Config
 from sptc.passes import ANALYSIS
-from sptc.passes.rewrite_attention import rewrite_attention
-from sptc.passes.rewrite_ffn import rewrite_ffn
+from sptc.passes.frame import frames
+from sptc.passes.rewrite import CountedTokens, insert_counted, sparse_form
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, AttentionSettings, CodebookState, Decision, FfnSettings, RouterState
+from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def diagnose(model: nn.Module, batch: Inputs, options: dict[str, Any]) -> list[M
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            capture(model, batch, on_graph)
+        capture(model, batch, on_graph)  # as for training: a graph without gradients stays dense
     finally:
         model.train(training)
     return found
@@ -88,7 +87,9 @@ def diagnose(model: nn.Module, batch: Inputs, options: dict[str, Any]) -> list[M
 
 def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     """Each region's sparse form is put beside the dense one, which the rest of the graph goes on with."""
-    beside = [(decision, *_insert(decision, unit)) for decision in unit.decisions if decision.rewrite]
+    chosen_regions = [decision for decision in unit.decisions if decision.rewrite]
+    counted = insert_counted(unit, [decision.settings for decision in chosen_regions])
+    beside = [(decision, *_insert(decision, unit, counted)) for decision in chosen_regions]
     watched = {node for decision, sparse, chosen in beside for node in (*_operands(decision), sparse, chosen) if node is not None}
     values: dict[Node, Any] = {}
     _Watching(unit.gm, watched, values).run(*args)
@@ -98,17 +99,13 @@ def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     ]
 
 
-def _insert(decision: Decision, unit: Unit) -> tuple[Node, Node | None]:
+def _insert(decision: Decision, unit: Unit, counted: CountedTokens) -> tuple[Node, Node | None]:
     """Insert a region's sparse form; returns its output and the node of its choice (select_blocks or route), if it chooses blocks."""
-    region, settings, state = decision.region, decision.settings, unit.states.get(decision.region)
+    region, by_graph = decision.region, {frame.gm.graph: frame for frame in frames(unit.gm)}
     before = set(region.y.graph.nodes)
-    if isinstance(region, AttentionRegion):
-        assert isinstance(settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
-        y, chooser = rewrite_attention(region, settings, state), torch.ops.sptc.select_blocks.default
-    else:
-        assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
-        y, chooser = rewrite_ffn(region, settings, state), torch.ops.sptc.route.default
-    return y, next((node for node in region.y.graph.nodes if node not in before and node.target is chooser), None)
+    y = sparse_form(region, decision.settings, unit.states.get(region), by_graph, counted)
+    choosers = (torch.ops.sptc.select_blocks.default, torch.ops.sptc.route.default)
+    return y, next((node for node in region.y.graph.nodes if node not in before and node.target in choosers), None)
 
 
 def _operands(decision: Decision) -> list[Node]:

@@ -11,7 +11,7 @@ from torch import nn
 import sptc
 from bench.quality.tasks import Inputs
 from bench.quality.variants import EQUAL_SPEED
-from sptc.budget import replan
+from sptc.budget import PlanError, replan
 from sptc.config import Config
 
 
@@ -37,7 +37,7 @@ class Planned:
 
 
 def prepare(objective: nn.Module, batch: Inputs, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Planned | None]:
-    """Prepare the objective; returns the options to compile with, and the plan if one was made. Its file is in `folder`.
+    """Prepare the objective, if its options have trained state; returns the options to compile with, and the plan if one was made. Its file is in `folder`.
 
     Every region gets its state first, so that what is measured for the plan is what runs; the router of an FFN that it keeps dense idles.
 
@@ -45,12 +45,15 @@ def prepare(objective: nn.Module, batch: Inputs, options: dict[str, Any], folder
         PlanError: no plan is as fast as the uniform densities, or these are not predicted to be faster than dense.
         ValueError: the uniform densities are not among those that plans are made of.
     """
-    if options.get("plan") != EQUAL_SPEED:
-        sptc.prepare(objective, batch, options)
+    uniform = {key: value for key, value in options.items() if options.get("plan") != EQUAL_SPEED or key != "plan"}
+    config = Config.from_options(uniform)
+    if config.ffn_selector == "router" or config.attention_selector == "pq":
+        sptc.prepare(objective, batch, uniform)
+    if uniform == options:
         return options, None
-    uniform = {key: value for key, value in options.items() if key != "plan"}
-    sptc.prepare(objective, batch, uniform)
-    measured, config = sptc.plan(objective, batch, max_error=0.0, options=uniform), Config.from_options(uniform)
+    if config.ffn_density == "auto":
+        raise PlanError("a plan as fast as uniform densities needs them: give ffn.density")
+    measured = sptc.plan(objective, batch, max_error=0.0, options=uniform)
     same = measured.uniform(config.attention_density, config.ffn_density)
     made = Planned(replan(measured, speedup=same.speedup), same)
     path = folder / "plan.json"

@@ -13,12 +13,17 @@ Options = dict[str, Any] | None  # of sptc.prepare and torch.compile(backend="sp
 DENSE = "dense"
 EQUAL_SPEED = "equal-speed"  # as the option "plan", no file: a plan made for the run, predicted to be as fast as the densities beside it
 
-# Each against `dense`, alone before together. Densities are the paper's, attention 1/8 and FFN 1/2, where nothing else is said.
+# Each against `dense`, alone before together. Attention is at 1/8 where nothing else is said.
 _ATTENTION: dict[str, Any] = {"ffn.enabled": False}
-_FFN: dict[str, Any] = {"attention.enabled": False}
+_PAPER: dict[str, Any] = {"ffn.selector": "router", "ffn.density": 0.5}
+_FFN: dict[str, Any] = {**_PAPER, "attention.enabled": False}
 VARIANTS: dict[str, Options] = {
     DENSE: None,
-    "paper": {},
+    "default": {},
+    "units": {"attention.enabled": False},  # of FFNs, as measured
+    "units-1/2": {"attention.enabled": False, "ffn.density": 0.5, "ffn.context_density": None},
+    "context-1/4": {"attention.enabled": False, "ffn.context_density": 0.25},
+    "paper": _PAPER,
     "attention": _ATTENTION,
     "ffn": _FFN,
     "attention-pq": {**_ATTENTION, "attention.selector": "pq"},
@@ -33,10 +38,10 @@ VARIANTS: dict[str, Options] = {
     "ffn-4-blocks": {**_FFN, "ffn.blocks": 4},
     "ffn-8-blocks": {**_FFN, "ffn.blocks": 8},
     "ffn-32-blocks": {**_FFN, "ffn.blocks": 32},
-    "no-keep": {"ffn.keep": None},
-    "three-quarters": {"ffn.density": 0.75},
-    "8-blocks": {"ffn.blocks": 8},
-    "planned": {"plan": EQUAL_SPEED},
+    "no-keep": {**_PAPER, "ffn.keep": None},
+    "three-quarters": {**_PAPER, "ffn.density": 0.75},
+    "8-blocks": {**_PAPER, "ffn.blocks": 8},
+    "planned": {**_PAPER, "plan": EQUAL_SPEED},
 }
 
 

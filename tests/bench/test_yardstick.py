@@ -107,7 +107,7 @@ def test_what_is_served_is_the_saved_adapter_in_a_plain_model() -> None:
     ids = torch.randint(SHAPE.vocabulary, (2, SHAPE.length))
     batch = {"input_ids": ids, "labels": ids}
     objective = Headed()
-    sptc.prepare(objective, batch, {"decline": "never"})
+    sptc.prepare(objective, batch, {"ffn.selector": "router"})
     trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     assert any("spt" in name for name in trained)
     for parameter in trained.values():
@@ -143,7 +143,7 @@ def test_as_trained_is_with_gradients(task: Task) -> None:
 
 def test_the_rise_before_training(task: Task) -> None:
     """None where every key and every block are kept."""
-    exact = '{"attention.density": 1.0, "ffn.density": 1.0}'
+    exact = '{"attention.density": 1.0, "ffn.density": 1.0, "ffn.context_density": 1.0}'
     variants = dict(variant(text) for text in ("dense", f"exact={exact}", f"sparse={SPARSE}"))
     found = {name: (loss, rise) for name, loss, rise in rises(task, variants, BUDGET, "aot")}
     assert list(found) == ["dense", "exact", "sparse"]
