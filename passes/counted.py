@@ -41,12 +41,12 @@ def find_counted(gm: fx.GraphModule) -> Counted | str | None:
         return str(reason)
 
 
-def fits(counted: Counted, region: FfnRegion) -> bool:
-    """Whether a region's tokens are those of the mask, by their sizes."""
+def fits(given: Sequence[Any], region: FfnRegion) -> bool:
+    """Whether a region's tokens are those of a mask with the dimensions `given`, by their sizes."""
     lead = shape(region.x)[:-1]
-    if len(lead) == len(counted.lead):
-        return all(same_size(a, b) for a, b in zip(lead, counted.lead, strict=True))
-    return 1 in (len(lead), len(counted.lead)) and same_size(math.prod(lead), math.prod(counted.lead))
+    if len(lead) == len(given):
+        return all(same_size(a, b) for a, b in zip(lead, given, strict=True))
+    return 1 in (len(lead), len(given)) and same_size(math.prod(lead), math.prod(given))
 
 
 def counted_share(gm: fx.GraphModule, counted: Counted, example_inputs: Sequence[Any]) -> float | None:

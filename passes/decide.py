@@ -218,7 +218,7 @@ def _blocks(unit: Unit, state: State | None) -> int:
 def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: float) -> FfnSettings:
     blocks, kept = _blocks(unit, state), share(density)
     active = -(-kept.numerator * blocks // kept.denominator)
-    keep = unit.config.ffn_keep == "loss" and 1 < active < blocks and isinstance(unit.counted, Counted) and fits(unit.counted, region)
+    keep = unit.config.ffn_keep == "loss" and 1 < active < blocks and isinstance(unit.counted, Counted) and fits(unit.counted.lead, region)
     return FfnSettings(blocks, active, keep)
 
 
@@ -242,7 +242,7 @@ def measured(unit: Unit, region: Region) -> bool:
 
 def splits(unit: Unit, region: FfnRegion) -> bool:
     """Whether tokens that count in the loss keep other units than those that do not: not where next to all of them count."""
-    if unit.config.ffn_context_density is None or not isinstance(unit.counted, Counted) or not fits(unit.counted, region):
+    if unit.config.ffn_context_density is None or not isinstance(unit.counted, Counted) or not fits(unit.counted.lead, region):
         return False
     return unit.counted_share is None or unit.counted_share <= _MOST
 

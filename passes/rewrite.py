@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,18 +11,16 @@ from torch import fx
 from torch.fx import Node
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from sptc.passes.build import Builder
-from sptc.passes.counted import insert_mask
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
-from sptc.passes.rewrite_units import Tokens, insert_tokens, rewrite_units
+from sptc.passes.rewrite_units import rewrite_units
+from sptc.passes.token_lists import Tokens, insert_tokens
 from sptc.passes.unit import Unit
 from sptc.region import (
     AttentionRegion,
     AttentionSettings,
     CodebookState,
-    Counted,
     Decision,
     FfnSettings,
     Region,
@@ -38,9 +36,9 @@ def rewrite(unit: Unit) -> Unit:
     chosen = [d for d in unit.decisions if d.rewrite]
     every = list(frames(unit.gm))
     by_graph = {frame.gm.graph: frame for frame in every}
-    counted = insert_counted(unit, [d.settings for d in chosen])
+    tokens = insert_tokens(unit, [d.settings for d in chosen])
     for decision in chosen:
-        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph, counted)
+        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph, tokens)
         decision.region.y.replace_all_uses_with(y)
     for decision in chosen:
         _erase(decision)
@@ -53,14 +51,6 @@ def rewrite(unit: Unit) -> Unit:
     return unit
 
 
-@dataclass(frozen=True)
-class CountedTokens:
-    """Nodes of the outermost graph that say which tokens count in the loss; those that no region asks for are None."""
-
-    mask: Node | None = None  # bool [N]
-    tokens: Tokens | None = None
-
-
 def _choosers() -> list[Any]:
     ops = torch.ops.sptc
     return [ops.choose_units.default, ops.select_blocks.default, ops.route.default]
@@ -71,24 +61,10 @@ def _keeping_choices() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_choosers())
 
 
-def insert_counted(unit: Unit, settings: Iterable[Settings]) -> CountedTokens:
-    """Insert what `settings` need to know of the tokens that count, once, after the graph's inputs."""
-    settings = list(settings)
-    by_mask = any(isinstance(s, FfnSettings) and s.keep for s in settings)
-    by_lists = any(isinstance(s, UnitSettings) and s.context is not None for s in settings)
-    if not by_mask and not by_lists:
-        return CountedTokens()
-    assert isinstance(unit.counted, Counted)
-    mask = insert_mask(unit.gm, unit.counted)
-    return CountedTokens(mask, insert_tokens(Builder(mask.next, mask), mask) if by_lists else None)
-
-
-def sparse_form(
-    region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], counted: CountedTokens
-) -> Node:
+def sparse_form(region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], tokens: Tokens) -> Node:
     """Insert the sparse operators of a region before its `y`; returns the node that can replace `y`, which nothing uses yet.
 
-    `counted` is what `insert_counted` returned; checkpoint bodies get its nodes as operands.
+    `tokens` is what `insert_tokens` returned; checkpoint bodies get its nodes as operands.
     """
 
     def here(node: Node) -> Node:
@@ -96,10 +72,10 @@ def sparse_form(
 
     if isinstance(settings, UnitSettings):
         assert region.kind == "ffn"
-        return rewrite_units(region, settings, counted.tokens.through(here) if settings.context is not None and counted.tokens else None)
+        return rewrite_units(region, settings, tokens.through(here))
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
-        return rewrite_ffn(region, settings, state, here(counted.mask) if settings.keep and counted.mask is not None else None)
+        return rewrite_ffn(region, settings, state, here(tokens.mask) if settings.keep and tokens.mask is not None else None)
     assert isinstance(settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
     return rewrite_attention(_with_mask_at_hand(region, by_graph), settings, state)
 

@@ -6,8 +6,6 @@ units. Products stay ordinary ones of the libraries, and the rest is Inductor's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,42 +13,20 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from sptc.passes.build import Builder, aten
+from sptc.passes.counted import fits
 from sptc.passes.pattern import TRANSPARENT, VIEWS, dtype, op
+from sptc.passes.token_lists import Tokens
 from sptc.region import FfnRegion, Lora, Projection, UnitSettings
 
 ops = torch.ops.sptc
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Row numbers of the tokens that count in the loss and of the others, int64, and of those that their energies are measured on."""
-
-    counted: Node  # [c]
-    context: Node  # [N - c]
-    counted_sample: Node
-    context_sample: Node
-
-    def through(self, move: Callable[[Node], Node]) -> Tokens:
-        """The same lists as nodes of another graph."""
-        return Tokens(*map(move, (self.counted, self.context, self.counted_sample, self.context_sample)))
-
-
-def insert_tokens(b: Builder, counted: Node) -> Tokens:
-    """The lists of a mask, bool [N]: made once for all regions of a graph."""
-    lists = b.call(ops.split_tokens.default, counted)
-    context = b.call(aten.logical_not.default, counted)
-    samples = (b.call(ops.sample_tokens.default, counted, mask) for mask in (counted, context))
-    return Tokens(b.item(lists, 0), b.item(lists, 1), *samples)
-
-
-def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens | None) -> Node:
-    """Insert the FFN over fewer units before `region.y`; returns the node that replaces it.
-
-    `tokens` are of the region's graph; None where all tokens are alike.
-    """
+def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> Node:
+    """Insert the FFN over fewer units before `region.y`; returns the node that replaces it. `tokens` are of the region's graph."""
     b = Builder(region.y)
-    if tokens is None or settings.context is None:
-        y = _Ffn(b, region).over(_chosen(b, region, None, settings.units))
+    if settings.context is None:
+        sample = tokens.sample if fits(tokens.padded, region) else None
+        y = _Ffn(b, region).over(_chosen(b, region, sample, settings.units))
         return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
     counted = _Ffn(b, region, tokens.counted).over(_chosen(b, region, tokens.counted_sample, settings.units))
     context = _Ffn(b, region, tokens.context).over(_chosen(b, region, tokens.context_sample, settings.context))

@@ -13,7 +13,8 @@ from torch.fx import Node
 from sptc.passes.frame import Frame, frames
 from sptc.passes.key import region_keys
 from sptc.passes.normalize import CHECKPOINT
-from sptc.passes.rewrite import insert_counted, sparse_form
+from sptc.passes.rewrite import sparse_form
+from sptc.passes.token_lists import insert_tokens
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, Region, Settings
 
@@ -35,7 +36,7 @@ def insert_beside(unit: Unit, candidates: Mapping[Region, Sequence[Settings]]) -
     by_graph: dict[fx.Graph, Frame] = {frame.gm.graph: frame for frame in frames(unit.gm)}
     owner: dict[Node, tuple[str, float]] = {}
     forms: dict[Node, tuple[str, dict[float, Node]]] = {}
-    counted = insert_counted(unit, [settings for tried in candidates.values() for settings in tried])
+    tokens = insert_tokens(unit, [settings for tried in candidates.values() for settings in tried])
     for region, key in region_keys(unit.regions).items():
         state = unit.states.get(region)
         for settings in candidates.get(region, ()):
@@ -43,7 +44,7 @@ def insert_beside(unit: Unit, candidates: Mapping[Region, Sequence[Settings]]) -
             # An untrained state gathers no statistics.
             frozen = replace(state, training=False) if state is not None else None
             forms.setdefault(region.y, (key, {}))[1][settings.density] = sparse_form(
-                _without_dropout(region), settings, frozen, by_graph, counted
+                _without_dropout(region), settings, frozen, by_graph, tokens
             )
             node = before.next
             while node is not region.y:

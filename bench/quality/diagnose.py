@@ -19,8 +19,9 @@ from sptc.codegen.reference.attention import Mask, listed, sparse_attention
 from sptc.config import Config
 from sptc.passes import ANALYSIS
 from sptc.passes.frame import frames
-from sptc.passes.rewrite import CountedTokens, insert_counted, sparse_form
+from sptc.passes.rewrite import sparse_form
 from sptc.passes.runner import run
+from sptc.passes.token_lists import Tokens, insert_tokens
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings
 
@@ -88,8 +89,8 @@ def diagnose(model: nn.Module, batch: Inputs, options: dict[str, Any]) -> list[M
 def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     """Each region's sparse form is put beside the dense one, which the rest of the graph goes on with."""
     chosen_regions = [decision for decision in unit.decisions if decision.rewrite]
-    counted = insert_counted(unit, [decision.settings for decision in chosen_regions])
-    beside = [(decision, *_insert(decision, unit, counted)) for decision in chosen_regions]
+    tokens = insert_tokens(unit, [decision.settings for decision in chosen_regions])
+    beside = [(decision, *_insert(decision, unit, tokens)) for decision in chosen_regions]
     watched = {node for decision, sparse, chosen in beside for node in (*_operands(decision), sparse, chosen) if node is not None}
     values: dict[Node, Any] = {}
     _Watching(unit.gm, watched, values).run(*args)
@@ -99,11 +100,11 @@ def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     ]
 
 
-def _insert(decision: Decision, unit: Unit, counted: CountedTokens) -> tuple[Node, Node | None]:
+def _insert(decision: Decision, unit: Unit, tokens: Tokens) -> tuple[Node, Node | None]:
     """Insert a region's sparse form; returns its output and the node of its choice (select_blocks or route), if it chooses blocks."""
     region, by_graph = decision.region, {frame.gm.graph: frame for frame in frames(unit.gm)}
     before = set(region.y.graph.nodes)
-    y = sparse_form(region, decision.settings, unit.states.get(region), by_graph, counted)
+    y = sparse_form(region, decision.settings, unit.states.get(region), by_graph, tokens)
     choosers = (torch.ops.sptc.select_blocks.default, torch.ops.sptc.route.default)
     return y, next((node for node in region.y.graph.nodes if node not in before and node.target in choosers), None)
 

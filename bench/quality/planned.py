@@ -37,7 +37,9 @@ class Planned:
 
 
 def prepare(objective: nn.Module, batch: Inputs, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Planned | None]:
-    """Prepare the objective, if its options have trained state; returns the options to compile with, and the plan if one was made. Its file is in `folder`.
+    """Prepare the objective if its options have trained state; returns the options to compile with, and the plan if one was made.
+
+    The plan's file is in `folder`.
 
     Every region gets its state first, so that what is measured for the plan is what runs; the router of an FFN that it keeps dense idles.
 

@@ -138,7 +138,8 @@ def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted
         labels = torch.full_like(labels, -100) if counted == "none" else labels.clamp(min=0)
     compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, "decline": "never"}))
     loss = compiled(x, labels)
-    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": 8}
+    # Where next to all tokens of the first batch count, they are all alike.
+    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": None if counted == "all" else 8}
 
     h = reference.first(x.double()).flatten(0, 1)
     mask = (labels != -100).flatten()
@@ -172,3 +173,43 @@ def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pyt
     assert ran.count("sptc.choose_units.default") == 2
     plain = torch.compile(reference, backend=without_inductor(**{"decline": "never", "ffn.density": 0.75}))
     assert_gradients_close(got, gradients(reference, plain(x, labels)))
+
+
+class Padded(nn.Module):
+    """Attention that hides padding, so that the graph tells which tokens are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.head = Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+        q = x[:, None]
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=attention_mask[:, None, None, :].bool())[:, 0]
+        return F.cross_entropy(self.head(y + self.ffn(y)).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("context", [None, 0.25])
+def test_padding_has_no_say(context: float | None) -> None:
+    torch.manual_seed(0)
+    model = Padded()
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    padding = torch.ones(2, 7, dtype=torch.int64)
+    padding[0, 4:] = 0
+    x = torch.where(padding[..., None] == 1, x, 100 * x)
+    labels = labels.masked_fill(padding == 0, -100)
+    options = {"ffn.density": 0.5, "ffn.context_density": context, "decline": "never", "attention.enabled": False}
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    got = gradients(model, loss := compiled(x, labels, padding))
+
+    q = x.double()[:, None]
+    y = F.scaled_dot_product_attention(q, q, q, attn_mask=padding[:, None, None, :].bool())[:, 0].flatten(0, 1)
+    counted, real = (labels != -100).flatten(), padding.flatten() == 1
+    if context is None:
+        out = over_units(reference.ffn, y, real, 16, y)
+    else:
+        parts = over_units(reference.ffn, y, counted, 16, y), over_units(reference.ffn, y, ~counted & real, 8, y)
+        out = torch.where(counted[:, None], *parts)
+    expected = F.cross_entropy(reference.head(y + out), labels.flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, gradients(reference, expected))

@@ -1,0 +1,58 @@
+"""Choices of tokens and hidden units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import sptc.codegen.ops  # noqa: F401
+from sptc.codegen.ops.units import sample_size
+
+ops = torch.ops.sptc
+
+
+def mask_of(*true: int, size: int = 40) -> Tensor:
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, torch.tensor(true, dtype=torch.int64), True)
+
+
+@pytest.mark.parametrize("true", [(), (3,), (0, 7, 39), tuple(range(40))])
+def test_split_holds_every_row_once(true: tuple[int, ...]) -> None:
+    counted, context = ops.split_tokens(mask_of(*true))
+    assert counted.tolist() == list(true) and context.tolist() == [i for i in range(40) if i not in true]
+
+
+@pytest.mark.parametrize("size", [1, 40, 5000])
+def test_a_sample_is_spread_evenly_over_the_rows_of_a_mask(size: int) -> None:
+    x = torch.randn(size, 3)
+    for true in (range(size), range(0, size, 3), [size - 1]):
+        mask = mask_of(*true, size=size)
+        sample = ops.sample_tokens(x, mask)
+        assert len(sample) == sample_size(size) and mask[sample].all() and sample.tolist() == sorted(sample.tolist())
+        times = sample.bincount(minlength=size)[mask]
+        assert times.max() - times.min() <= 1
+    assert torch.equal(ops.sample_tokens(x, None), ops.sample_tokens(x, torch.ones(size, dtype=torch.bool)))
+    assert torch.equal(ops.sample_tokens(x, None), ops.sample_tokens(x, torch.zeros(size, dtype=torch.bool)))  # none: all
+
+
+def test_units_of_the_largest_energy_in_order() -> None:
+    energy = torch.tensor([1.0, 5.0, 0.0, 7.0, 2.0])
+    assert ops.choose_units(energy, 3).tolist() == [1, 3, 4]
+    assert ops.choose_units(energy, 5).tolist() == [0, 1, 2, 3, 4]
+    assert 2 in ops.choose_units(energy.index_fill(0, torch.tensor(2), torch.nan), 1)
+
+
+@pytest.mark.parametrize(
+    "op, arguments",
+    [
+        (ops.sample_tokens, (torch.randn(40, 3), mask_of(2, 5))),
+        (ops.sample_tokens, (torch.randn(40, 3), None)),
+        (ops.choose_units, (torch.randn(9), 4)),
+    ],
+)
+def test_opcheck(op, arguments) -> None:
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_the_fake_of_a_split_has_sizes_that_only_data_tell() -> None:
+    torch.library.opcheck(ops.split_tokens.default, (mask_of(1, 2),), test_utils=("test_schema", "test_faketensor"))
