@@ -54,6 +54,18 @@ def test_rates_grow_with_threads_and_overheads_do_not(cache):
     assert (four.op_seconds, four.routed_seconds, four.routed) == (one.op_seconds, one.routed_seconds, one.routed)
 
 
+def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):
+    """TF32 makes dense fp32 products several times as fast, so constants measured without it decide wrongly."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    gpu, matmul = torch.device("cuda"), torch.backends.cuda.matmul
+    before, exact, cpu = matmul.fp32_precision, device._key(gpu), device._key(CPU)
+    try:
+        matmul.fp32_precision = "tf32"
+        assert device._key(gpu) != exact and device._key(CPU) == cpu
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "missing", "negative", "text", "rate"])
 def test_a_damaged_file_is_measured_anew(cache, damage):
     first = calibrated()
