@@ -82,7 +82,7 @@ def test_nothing_is_emitted_for_gradients_that_nobody_asks_for(interpreter):
 
 def test_kernels_are_for_the_dtype_that_autocast_makes(interpreter):
     x = torch.randn(5, 16)
-    assert precisions(emitted(Mlp(), x)) == {"ieee"}
+    assert precisions(emitted(Mlp(), x)) == {"tf32x3"}
     assert precisions(emitted(HalfInside(), x)) == {"tf32"}
     with torch.autocast("cpu", torch.bfloat16):
         assert precisions(emitted(Mlp(), x)) == {"tf32"}
