@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):
         assert device._key(gpu) != exact and device._key(CPU) == cpu
     finally:
         matmul.fp32_precision = before
+
+
+def test_a_routed_ffn_of_next_to_nothing_is_a_call_on_a_gpu_and_its_blocks_on_a_cpu(monkeypatch):
+    """The constant is what `DeviceCosts.calls` multiplies."""
+    monkeypatch.setattr(measure._Bench, "seconds", lambda self, run: 8.0)
+    cpu = measure._Bench.of(CPU)
+    gpu = replace(cpu, device=torch.device("meta"))
+    found = [measure._routed_ffn(bench, 1.0)["routed_seconds"] for bench in (cpu, gpu)]
+    assert found == [1.0, 8.0]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "missing", "negative", "text", "rate"])
