@@ -159,10 +159,11 @@ def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: Dev
     chosen, choosing, seconds = _selection(s, settings, device)
     gathered = s.b * s.h_kv * tiles * keys * (s.d + s.d_v) * el
     traffic = el * _attention_ends(s) + gathered * (4 if s.trains else 2) + choosing
-    computing = _with_softmax(s, forward / device.sparse_attention + backward / device.sparse_attention_backward)
+    slower = device.sparse_slowdown(s.dtype)
+    rates = device.sparse_attention / slower[0], device.sparse_attention_backward / slower[1]
+    computing = _with_softmax(s, forward / rates[0] + backward / rates[1])
     seconds += computing * (_CAUSAL_MASK if s.own else 1.0)
-    # The kernels take one row of the batch after another.
-    fixed = s.b * device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
+    fixed = device.calls(s.b) * device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
     return Work(forward + backward + chosen, traffic, seconds + fixed)
 
 
@@ -172,9 +173,9 @@ def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCos
     if settings.selector == "pq":
         codewords = 16 * _ceil(s.d, 8)
         products = vectors * codewords * s.d
-        return 2 * products, 4 * vectors * (s.d + codewords), products / device.coded
+        return 2 * products, 4 * vectors * (s.d + codewords), products / device.coded  # in fp32 whatever the dtype
     pairs = s.b * s.h * _ceil(s.n, sympy.Min(settings.query_block, _POOLED_QUERIES)) * s.m
-    return 2 * pairs * s.d, 4 * (vectors * s.d + pairs), pairs * s.d / device.pooled
+    return 2 * pairs * s.d, 4 * (vectors * s.d + pairs), pairs * s.d * device.sparse_slowdown(s.dtype)[0] / device.pooled
 
 
 def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:
@@ -202,7 +203,7 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
     seconds = products / (gemm * device.routed) * (1 + _LOADING / rows) / (1 + _LOADING / _ROUTED_ROWS)
     seconds += router / gemm + sorting / device.bandwidth
     seconds += part * s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
-    fixed = device.routed_seconds * settings.blocks * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
+    fixed = device.routed_seconds * device.calls(settings.blocks) * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
     return Work(products + router, traffic, seconds + fixed)
 
 

@@ -39,7 +39,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class DeviceCosts:
-    """What the cost model knows of a device. Rates are per second, of all threads."""
+    """What the cost model knows of a device. Rates are per second, of all threads; of sparse ops in fp32 on a CPU, in bf16 on a GPU."""
 
     single: Rates
     half: Rates
@@ -51,15 +51,33 @@ class DeviceCosts:
     coded: float  # (vector, codeword) pairs of the pq selector, for one element of the head size
     routed: float  # rate of sptc::routed_ffn, gathers included, as a share of gemm
     op_seconds: float  # a small operator
-    attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward
-    routed_seconds: float  # routed FFN of next to nothing, one block, forward and backward
+    attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward; `calls` says how often
+    routed_seconds: float  # routed FFN of next to nothing, forward and backward; `calls` says how often
     default_blocks: Blocks  # (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block)
+    gpu: bool = False
 
     def rates(self, dtype: torch.dtype | None) -> Rates:
         return self.half if dtype in (torch.bfloat16, torch.float16) else self.single
 
+    def calls(self, pieces: Any) -> Any:
+        """How often the fixed time of a sparse op is spent on `pieces` rows of a batch or blocks of an FFN.
 
-_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks"}
+        A CPU takes one piece after another. A GPU's kernels take all of them in one launch, whose cost is the host's and does not grow.
+        """
+        return 1 if self.gpu else pieces
+
+    def sparse_slowdown(self, dtype: torch.dtype | None) -> tuple[float, float]:
+        """By what sparse attention in `dtype` is slower than the measured rates, forward and backward.
+
+        A CPU computes all dtypes in fp32. A GPU's products in fp32 are taken to be slower than those in bf16 by as much as the dense ones.
+        """
+        if not self.gpu:
+            return 1.0, 1.0
+        rates = self.rates(dtype)
+        return self.half.attention / rates.attention, self.half.attention_backward / rates.attention_backward
+
+
+_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks", "gpu"}
 
 
 def check_device(device: torch.device) -> None:
@@ -80,20 +98,25 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
     """
     check_device(device)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    return _costs(_constants(_key(device), device), threads, default_blocks)
+    return _costs(_constants(_key(device), device), threads, default_blocks, gpu=device.type != "cpu")
 
 
-def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks) -> DeviceCosts:
+def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks, gpu: bool = False) -> DeviceCosts:
     """The constants of one thread, for `threads` of them."""
     scaled = {name: values[name] * threads for name in _NUMBERS if name != "routed" and not name.endswith("seconds")}
     single, half = (Rates(**{key: rate * threads for key, rate in values[name].items()}) for name in ("single", "half"))
-    return DeviceCosts(**{**values, **scaled, "single": single, "half": half}, default_blocks=default_blocks)
+    return DeviceCosts(**{**values, **scaled, "single": single, "half": half}, default_blocks=default_blocks, gpu=gpu)
 
 
 def _key(device: torch.device) -> str:
-    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = processor() if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} {_fp32_products()}"
     parts = [name, torch.__version__, _kernel_sources()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _fp32_products() -> str:
+    """What a GPU's fp32 products are computed in: dense and sparse ones follow the user's switch, and differ by a multiple in speed."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def processor() -> str:

@@ -11,8 +11,10 @@ from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
 
+from sptc.codegen.launch import Launch
 from sptc.codegen.ops.autocast import cast_positions
 from sptc.codegen.ops.launches import launches_of
+from sptc.codegen.precompile import precompile
 from sptc.codegen.spec import KernelSpec
 from sptc.codegen.target import runs_kernels, target_of, targeting
 from sptc.hint import optimization_hint
@@ -37,22 +39,30 @@ class EmittedKernel:
 def emit(unit: Unit, device: torch.device) -> tuple[EmittedKernel, ...]:
     """Emit the kernels that the sparse operators of `unit` launch on `device`, backward included, as the cache has them from now on.
 
-    Shapes are those that the graph was captured with: another length may need a further kernel, which is emitted when it is launched.
+    For a GPU they are compiled, too, so that the first step need not wait for one after the other. Shapes are those that the graph was
+    captured with: another length may need a further kernel, which is emitted when it is launched.
     Empty for a device that runs no kernels.
 
     Raises:
         TypeError: operands in a dtype that has no kernels.
+        triton.CompilationError: an emitted kernel is not valid Triton.
     """
     if not runs_kernels(device):
         return ()
     origins: dict[KernelSpec, list[str]] = {}
+    launches: list[Launch] = []
     with targeting(target_of(device)):
         sites = _sites(unit)
         for gm in graphs(unit.gm):
             for node, arguments in _calls(gm):
-                for launch in launches_of(node.target, arguments):
+                called = launches_of(node.target, arguments)
+                launches += called
+                for launch in called:
                     origins.setdefault(launch.spec, []).append(_origin(node, arguments, sites))
-    return tuple(_emitted(spec, tuple(dict.fromkeys(lines)), device) for spec, lines in origins.items())
+    kernels = tuple(_emitted(spec, tuple(dict.fromkeys(lines)), device) for spec, lines in origins.items())
+    if device.type == "cuda":
+        precompile(launches, target_of(device))
+    return kernels
 
 
 def _emitted(spec: KernelSpec, origins: tuple[str, ...], device: torch.device) -> EmittedKernel:

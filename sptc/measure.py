@@ -2,7 +2,7 @@
 
 On a CPU one thread is measured, in processor time, and rates are taken to grow with the number of threads: what else runs on the machine
 then hardly shows, and dense and sparse are always compared under the same conditions. That takes less than two seconds. On a GPU the same
-calls are timed by events, with sizes that fill it and with the sparse ops in bf16; their kernels are compiled first.
+calls are timed by events, with sizes that fill it and with the sparse ops in bf16; their kernels are compiled first, all at once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sptc.codegen.block_lists import query_run
+from sptc.codegen.launch import Launch
+from sptc.codegen.precompile import precompile
+from sptc.codegen.target import target_of, targeting
 
 _SECONDS = 0.06  # for one measurement: the least of the times that fit
 _HEAD = 64  # size of an attention head
@@ -48,12 +52,15 @@ class _Bench:
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Random numbers that do not touch the global generator."""
-        made = torch.randn(shape, dtype=torch.float32, device="cpu", generator=torch.Generator().manual_seed(0))
-        return made.to(self.device, dtype)
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.randn(shape, dtype=torch.float32, device=self.device, generator=torch.Generator(self.device).manual_seed(0)).to(dtype)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """The least time of a call, after one that does not count: of the processor, or between events on a GPU."""
+        """The least time of a call, after one that does not count: of the processor, or between events on a GPU. Without data, nothing."""
         run()
+        if self.device.type == "meta":
+            return math.inf
         once = self._on_gpu if self.device.type == "cuda" else _on_thread
         best, total = math.inf, 0.0
         while total < _SECONDS:
@@ -84,6 +91,8 @@ def measure(device: torch.device) -> dict[str, Any]:
     """
     with _neutral_state(device):
         bench = _Bench.of(device)
+        if device.type == "cuda":
+            precompile(launches(device), target_of(device))
         single, half = _rates(bench, torch.float32), _rates(bench, torch.bfloat16)
         memory = torch.zeros(bench.memory, device=device)
         target = torch.empty_like(memory)
@@ -97,6 +106,24 @@ def measure(device: torch.device) -> dict[str, Any]:
             **_sparse_attention(bench),
             **_routed_ffn(bench, (single if bench.sparse_dtype == torch.float32 else half)["gemm"]),
         }
+
+
+def launches(device: torch.device) -> list[Launch]:
+    """The kernels that measuring a GPU launches, told without running any."""
+    from sptc.codegen.ops.launches import launches_of  # its operators have an implementation that asks `sptc.device` for the processor
+
+    bench = replace(_Bench.of(device), device=torch.device("meta"))
+    found: list[Launch] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.extend(launches_of(func, args))
+            return func(*args, **(kwargs or {}))
+
+    with targeting(target_of(device)), Recorder():
+        _sparse_attention(bench)
+        _routed_ffn(bench, 1.0)
+    return found
 
 
 def _rates(bench: _Bench, dtype: torch.dtype) -> dict[str, float]:
@@ -174,7 +201,8 @@ def _routed_ffn(bench: _Bench, gemm: float) -> dict[str, float]:
     tokens, size, hidden = bench.ffn
     least = timed(8, 16, 64)
     seconds = _rest(timed(tokens, size, hidden), least)
-    return {"routed": (active / groups) * 8 * tokens * size * hidden / seconds / gemm, "routed_seconds": least / groups}
+    each = least / (groups if bench.device.type == "cpu" else 1)  # a CPU takes one block after another, a GPU all in one launch
+    return {"routed": (active / groups) * 8 * tokens * size * hidden / seconds / gemm, "routed_seconds": each}
 
 
 def _rest(seconds: float, fixed: float) -> float:

@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,27 @@ def test_rates_grow_with_threads_and_overheads_do_not(cache):
     assert four.single.gemm == 4 * one.single.gemm and four.half.attention == 4 * one.half.attention
     assert four.bandwidth == 4 * one.bandwidth and four.sparse_attention == 4 * one.sparse_attention
     assert (four.op_seconds, four.routed_seconds, four.routed) == (one.op_seconds, one.routed_seconds, one.routed)
+
+
+def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):
+    """TF32 makes dense fp32 products several times as fast, so constants measured without it decide wrongly."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    gpu, matmul = torch.device("cuda"), torch.backends.cuda.matmul
+    before, exact, cpu = matmul.fp32_precision, device._key(gpu), device._key(CPU)
+    try:
+        matmul.fp32_precision = "tf32"
+        assert device._key(gpu) != exact and device._key(CPU) == cpu
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_routed_ffn_of_next_to_nothing_is_a_call_on_a_gpu_and_its_blocks_on_a_cpu(monkeypatch):
+    """The constant is what `DeviceCosts.calls` multiplies."""
+    monkeypatch.setattr(measure._Bench, "seconds", lambda self, run: 8.0)
+    cpu = measure._Bench.of(CPU)
+    gpu = replace(cpu, device=torch.device("meta"))
+    found = [measure._routed_ffn(bench, 1.0)["routed_seconds"] for bench in (cpu, gpu)]
+    assert found == [1.0, 8.0]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "missing", "negative", "text", "rate"])

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sptc import emit as emit_module
 from sptc.backend import captured_unit
 from sptc.capture import capture
+from sptc.codegen.launch import Launch
+from sptc.codegen.target import KNOWN, Target, targeting
 from sptc.config import Config
 from sptc.emit import EmittedKernel, emit
 from sptc.passes import PIPELINE
@@ -32,10 +35,10 @@ class HalfInside(Mlp):
         return y.float()
 
 
-def emitted(model, inputs) -> tuple[EmittedKernel, ...]:
+def emitted(model, inputs, device: torch.device = CPU) -> tuple[EmittedKernel, ...]:
     found: list[EmittedKernel] = []
     capture(
-        model, inputs, lambda gm, example: found.extend(emit(run(captured_unit(gm, example, Config.from_options(FULL)), PIPELINE), CPU))
+        model, inputs, lambda gm, example: found.extend(emit(run(captured_unit(gm, example, Config.from_options(FULL)), PIPELINE), device))
     )
     return tuple(found)
 
@@ -82,10 +85,25 @@ def test_nothing_is_emitted_for_gradients_that_nobody_asks_for(interpreter):
 
 def test_kernels_are_for_the_dtype_that_autocast_makes(interpreter):
     x = torch.randn(5, 16)
-    assert precisions(emitted(Mlp(), x)) == {"ieee"}
+    assert precisions(emitted(Mlp(), x)) == {"tf32x3"}
     assert precisions(emitted(HalfInside(), x)) == {"tf32"}
     with torch.autocast("cpu", torch.bfloat16):
         assert precisions(emitted(Mlp(), x)) == {"tf32"}
+
+
+def test_a_gpu_gets_its_kernels_compiled_before_the_first_step(monkeypatch):
+    """All that the graph launches, in the signatures that it launches them with; a CPU compiles nothing ahead."""
+    asked: list[tuple[list[Launch], Target]] = []
+    monkeypatch.setattr(emit_module, "precompile", lambda launches, target: asked.append((launches, target)))
+    model, x = Mlp(), torch.randn(5, 16)
+    with targeting(KNOWN["sm_90"]):
+        kernels = emitted(model, x, torch.device("cuda"))
+    [(launches, target)] = asked
+    assert target == KNOWN["sm_90"] and {launch.spec for launch in launches} == {kernel.spec for kernel in kernels}
+    assert {"ffn_up", "ffn_grad_hidden", "grouped_outer"} <= {launch.spec.template for launch in launches}
+    assert all(value.is_meta for launch in launches for value in launch.arguments.values() if isinstance(value, Tensor))
+    emitted(model, x)
+    assert len(asked) == 1
 
 
 def test_emitting_adds_no_guard(interpreter):

@@ -122,11 +122,15 @@ class _Call:
         return target.backend != "cuda" or not isinstance(target.arch, int) or target.arch < 90
 
     @functools.cached_property
+    def _precision(self) -> str:
+        return product_precision(self.q.dtype, self.q.device)
+
+    @functools.cached_property
     def tile_facts(self) -> dict[str, int]:
         return {
             "head_dim": _padded(self.q.shape[3]),
             "value_dim": _padded(self.v.shape[3]),
-            "itemsize": self.q.element_size(),
+            "itemsize": self.q.element_size() * (2 if self._precision == "tf32x3" else 1),  # each operand is split into two
             "rows": self.rows,
             "key_block": self.key_block,
             "dropout": int(self.drops),
@@ -152,7 +156,7 @@ class _Call:
             "VALUE_DIM": self.v.shape[3],
             "BLOCK_D": _padded(self.q.shape[3]),
             "BLOCK_V": _padded(self.v.shape[3]),
-            "PRECISION": product_precision(self.q.dtype),
+            "PRECISION": self._precision,
         }
 
     def arguments(self) -> dict[str, Argument]:

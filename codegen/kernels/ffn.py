@@ -101,7 +101,7 @@ class _Lists:
             "BLOCKS": self.blocks,
             "LANES": _power_of_two(self.blocks + 1),
             "WIDTH": self.width,
-            "PRECISION": product_precision(self.dtype),
+            "PRECISION": product_precision(self.dtype, self.tokens.device),
         }
         spec = KernelSpec.of(table.template, {**sizes, **shared, **constants}, hooks, warps, stages)
         given = {"tokens": self.tokens, "offsets": self.offsets, "capacity": self.capacity, "row_tiles": row_tiles, **arguments}
@@ -358,7 +358,7 @@ def _outer(lists: _Lists, left: Tensor, right: Tensor, out: Tensor, dropout: _Dr
         "WIDTH": lists.width,
         "COLUMNS": columns,
         "BLOCKS": lists.blocks,
-        "PRECISION": product_precision(lists.dtype),
+        "PRECISION": product_precision(lists.dtype, lists.tokens.device),
     }
     arguments: dict[str, Argument | None] = {"left": left, "right": right, "right_row": right.stride(0), "out": out}
     arguments |= {"tokens": lists.tokens, "offsets": lists.offsets, "out_unit": out.stride(0), "out_column": out.stride(1)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sptc.codegen.block_lists import block_count, list_width, query_run, statistics_stride
 from sptc.codegen.kernels.mask import KernelMask
-from sptc.codegen.kernels.precision import product_precision
+from sptc.codegen.kernels.precision import full_precision, product_precision
 from sptc.codegen.launch import Argument, launch
 from sptc.codegen.spec import Constant, KernelSpec
 from sptc.codegen.target import target_of
@@ -250,7 +250,7 @@ def _histograms(x: Tensor, words: Tensor, visible: _Rows | None, step: int, size
         "SIZE": size,
         "VISIBLE": visible is not None,
         "RUN_ROWS": run_rows,
-        "PRECISION": _code_precision(x),
+        "PRECISION": full_precision(x.device),  # codewords differ by little
     }
     arguments = {
         **_strided("x", x),
@@ -280,7 +280,7 @@ def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, size
             "CODEWORDS": codewords,
             "SIZE": size,
             "VISIBLE": visible is not None,
-            "PRECISION": _code_precision(q),
+            "PRECISION": full_precision(q.device),
         },
         STATISTICS.choose(target_of(q.device), **padded).values(),
         (subspaces, h_kv, 1),
@@ -326,7 +326,7 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
         "SIZE": size,
         "WIDTH": width,
         "VISIBLE": visible is not None,
-        "PRECISION": _pooled_precision(k),
+        "PRECISION": product_precision(k.dtype, k.device),
     }
     arguments = {
         "means_ptr": means,
@@ -420,17 +420,6 @@ def _strided(name: str, x: Tensor) -> dict[str, Argument]:
 def _first_row_if_alike(x: Tensor) -> Tensor:
     """An operand without the copies of its row along queries that broadcasting made."""
     return x[..., :1, :] if x.dim() > 1 and x.stride(-2) == 0 else x if x.dim() > 1 else x.view(1, -1)
-
-
-def _pooled_precision(x: Tensor) -> str:
-    """As the user has set torch's products; where that is fp32, what comes near it on matrix units."""
-    precision = product_precision(x.dtype)
-    return precision if precision == "tf32" else _code_precision(x)
-
-
-def _code_precision(x: Tensor) -> str:
-    """Codewords differ by little, so similarities need all of fp32: three TF32 products on NVIDIA, fp32 matrix units on AMD."""
-    return "ieee" if target_of(x.device).backend == "hip" else "tf32x3"
 
 
 def _padded(size: int) -> int:

@@ -30,6 +30,10 @@ def launches_of(op: Any, arguments: Sequence[Any]) -> list[Launch]:
             _attention(arguments)
         elif op is ops.routed_ffn.default:
             _ffn(arguments)
+        elif op is ops.sparse_attention_backward.default:
+            attention_kernels.backward(*arguments)
+        elif op is ops.routed_ffn_backward.default:
+            ffn_kernels.routed_ffn_backward(*arguments)
     return found
 
 

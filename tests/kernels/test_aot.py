@@ -46,6 +46,20 @@ def test_every_template_compiles_within_bounds(target):
     assert all(0 < row.used.registers <= KNOWN[target].registers for row in rows)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_fp32_runs_on_matrix_units_without_tf32(target):
+    """Three TF32 products of split operands, which must fit; multiply-adds would take about ten times as long. Some registers spill."""
+    kernels = [
+        launch
+        for case in (cases.ATTENTION[4], cases.FFN[0])  # heads of 128: what needs most room
+        for launch in ahead.launches(case, KNOWN[target], torch.float32)
+        if launch.spec.template in ("attention_forward", "attention_backward_q", "attention_backward_kv", "grouped_outer")
+    ]
+    assert len(kernels) >= 4 and {dict(launch.spec.constants)["PRECISION"] for launch in kernels} == {"tf32x3"}
+    rows = [ahead.row(launch, "fp32", KNOWN[target]) for launch in kernels]
+    assert not [row for row in rows if any("spills" not in bound for bound in row.broken)]
+
+
 def test_sizes_of_one_compile():
     """Triton turns an integer argument of 1 into a constant, which has no methods; the interpreter does not."""
     first = {}

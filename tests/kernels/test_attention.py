@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sptc.codegen.aot import compile_ahead, resources
 from sptc.codegen.block_lists import block_count, list_width
@@ -167,6 +169,24 @@ def test_inverted_lists() -> None:
     for b, h, block in itertools.product(range(2), range(3), range(9)):
         keep = [t for t in range(ids.shape[2]) if block in ids[b, h, t, : counts[b, h, t]]]
         assert tiles_of[b, h, offsets[b, h, block] : offsets[b, h, block + 1]].tolist() == keep
+
+
+def test_inverting_long_lists_sorts_nothing() -> None:
+    """Of few rows with many entries each, a sort takes several passes over all of them on a GPU, and no list needs one."""
+    called: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    n, query_block, key_block = 32768, 128, 64
+    tiles, blocks = n // query_block, n // key_block
+    ids = torch.empty(1, 8, tiles, blocks // 8, dtype=torch.int32, device="meta")
+    with Recorder():
+        inverted, offsets = inverted_lists(ids, torch.empty(1, 8, tiles, dtype=torch.int32, device="meta"), blocks)
+    assert inverted.shape == (1, 8, tiles * blocks // 8) and offsets.shape == (1, 8, blocks + 1)
+    assert called and not [name for name in called if "sort" in name and "searchsorted" not in name]
 
 
 @pytest.mark.parametrize("name", ["none", "all"])

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from triton import knobs
 
 from bench.kernels import check, tuning
 from bench.kernels.cases import AttentionCase, FfnCase
 from bench.kernels.clock import alternating, milliseconds
+from sptc import measure
+from sptc.codegen import load, precompile
+from sptc.codegen.target import target_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -29,6 +33,20 @@ def test_same_bits_every_time(case):
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_first_launches_find_their_kernels_compiled(tmp_path, monkeypatch):
+    """What is told from shapes alone is what Triton asks its cache for."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(load, "_loaded", {})  # kernels that this process has launched already know their code
+    monkeypatch.setattr(precompile, "_compiled", set())
+    device, hits = torch.device("cuda"), []
+    with torch.no_grad():
+        precompile.precompile(measure.launches(device), target_of(device))
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        measure.measure(device)
+    assert len(hits) > 20 and all(hits)
 
 
 def test_tile_sizes_are_measured(tmp_path, monkeypatch):

@@ -9,11 +9,14 @@ from torch._subclasses import FakeTensorMode
 from sptc.codegen.block_lists import list_width, lists_from_scores
 from sptc.codegen.kernels import selection
 from sptc.codegen.kernels.mask import KernelMask
-from sptc.codegen.kernels.precision import product_precision
+from sptc.codegen.kernels.precision import full_precision, product_precision
 from sptc.codegen.launch import recorded
 from sptc.codegen.reference import attention as reference
+from sptc.codegen.target import KNOWN, targeting
 from sptc.codegen.tiling import Tiling, using
 from tests.codegen.test_attention import MASKS, SIZES, codebooks, heads, operands
+
+CPU = torch.device("cpu")
 
 SMALL = {  # so that tiny inputs need several programs, several steps of a loop, and partial ones
     "encode_histogram": Tiling.of(4, 1, ROWS=16),
@@ -212,7 +215,11 @@ def test_product_precision_follows_torch(switch):
             matmul.allow_tf32 = True
         elif switch == "new":
             matmul.fp32_precision = "tf32"
-        assert product_precision(torch.float32) == ("ieee" if switch is None else "tf32")
-        assert product_precision(torch.bfloat16) == "tf32"
+        # Without TF32 fp32 takes three products on matrix units, not multiply-adds; AMD has matrix units for fp32.
+        for target, full in (("sm_80", "tf32x3"), ("sm_90", "tf32x3"), ("sm_100", "tf32x3"), ("gfx942", "ieee")):
+            with targeting(KNOWN[target]):
+                assert product_precision(torch.float32, CPU) == (full if switch is None else "tf32")
+                assert product_precision(torch.bfloat16, CPU) == "tf32"
+                assert full_precision(CPU) == full
     finally:
         matmul.fp32_precision = before
