@@ -33,14 +33,18 @@ def check_target(speedup: float | None, max_error: float | None) -> None:
         raise PlanError(f"max_error must be a number of at least 0, got {max_error}")
 
 
-def replan(plan: Plan, *, speedup: float | None = None, max_error: float | None = None) -> Plan:
+def replan(
+    plan: Plan, *, speedup: float | None = None, max_error: float | None = None, squares: Mapping[tuple[str, float], float] | None = None
+) -> Plan:
     """The plan for another target, by the figures of this one: as few moves as reach the speed-up, or as many as the error allows.
+
+    `squares` are the squared errors to choose by, of each region (by key) and density; without them `expected_squares`.
 
     Raises:
         PlanError: as `plan`, by which nothing is measured here.
     """
     check_target(speedup, max_error)
-    expected = expected_squares(plan.regions)
+    expected = expected_squares(plan.regions) if squares is None else squares
     moves = sorted((move for region in plan.regions for move in _moves(region, expected)), key=lambda move: move[:2])
     chosen = {region.key: region.choices[0] for region in plan.regions}
 

@@ -122,7 +122,8 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
         whole = Choice(1.0, at_density(unit, r, 1.0)[1].flops, 0.0)
         planned.append(PlannedRegion(keys[r], (0,), {}, 1.0, (whole, *(c for c in tried if math.isfinite(c.error)))))
     allowed = unit.config.ffn_max_rise * dense.loss
-    plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed))
+    squares = {(r.key, c.density): c.error**2 for r in planned for c in r.choices}
+    plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed), squares=squares)
     log.info("FFN densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
     text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all FFNs so, before training"
     return [region.density for region in plan.regions], text
