@@ -29,7 +29,7 @@ _ROUTED_ROWS = 512  # of a block, where the rate of routed products was measured
 _CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
 _CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
 _POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
-_SAMPLE_SHARE, _SAMPLE_LEAST = 16, 64  # tokens that energies of hidden units are measured on: N // 16 + 64
+_SAMPLE_SHARE, _SAMPLE_LEAST = 16, 64  # tokens that energies of hidden units are measured on: N // 16 + 64, at most all
 _SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
 
 
@@ -216,7 +216,7 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     ]
     part = sum(parts) / 2
     chosen = [kept for kept in parts if kept < 1]
-    sample = len(set(chosen)) * 2 * (s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups
+    sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups
     weights = el * s.hidden * (s.ups * s.d + s.d_out)
     gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * int(bool(chosen))
     rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * int(settings.context is not None)

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", metavar="FILE", help="where to save the plan, for --plan and options={'plan': FILE}")
     plan.set_defaults(run=_plan, train=True)
     for command in (explain, dump):
-        command.add_argument("--train", action="store_true", help="a training step; otherwise inference")
+        command.add_argument("--inference", dest="train", action="store_false", help="without gradients; otherwise a training step")
         command.add_argument("--plan", metavar="FILE", help="as --option plan=FILE; explain prints it too")
     for command in (explain, dump, plan):
         command.add_argument("model", metavar="MODEL", help=MODEL)

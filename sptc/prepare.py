@@ -18,6 +18,7 @@ from sptc.config import Config
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
+from sptc.plan import Plan
 from sptc.report import Report
 from sptc.state import DenseNotice, TrainableState, attach, detach, owners
 from sptc.trial import Check, FfnSample, Trial
@@ -67,6 +68,8 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
     _check(model)
+    if config.plan is not None:
+        config = Plan.load(config.plan).applied_to(config)
     if config.ffn_selector != "router" and config.attention_selector != "pq":
         raise PrepareError(
             "the selectors 'energy' and 'pooled' have no trainable state: compile the model as it is, "

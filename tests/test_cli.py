@@ -53,9 +53,9 @@ def folders(tmp_path_factory):
 
 
 def test_explain_a_factory(factory, capsys):
-    assert main(["explain", f"{factory}:ffn", "--option", "decline=never", "--option", "ffn.blocks=4", "--json"]) == 0
+    assert main(["explain", f"{factory}:ffn", "--option", "decline=never", "--option", "ffn.density=0.5", "--json"]) == 0
     (region,) = json.loads(capsys.readouterr().out)["regions"]
-    assert region["settings"] == {"blocks": 4, "active": 2, "keep": False} and region["status"] == "rewritten"
+    assert region["settings"] == {"hidden": 64, "units": 32, "context": None} and region["status"] == "rewritten"
 
 
 @pytest.mark.parametrize("name, kinds", [("llama", ["attention", "ffn"]), ("bert", ["attention", "ffn", "ffn"])])
@@ -66,16 +66,19 @@ def test_explain_a_saved_model(folders, capsys, name, kinds):
         assert [r["kind"] for r in regions] == kinds
         return [r["flops_before"] for r in regions]
 
-    inference, training, batch = flops(), flops("--train"), flops("--batch", "3")
+    training, inference, batch = flops(), flops("--inference"), flops("--batch", "3")
     assert all(t > 2 * i for i, t in zip(inference, training, strict=True))
-    assert [b / i for i, b in zip(inference, batch, strict=True)] == [3.0] * len(kinds)
+    assert [b / t for t, b in zip(training, batch, strict=True)] == [3.0] * len(kinds)
+
+
+OPTIONS = ["--option", "decline=never", "--option", "ffn.density=0.5"]
 
 
 def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sptc.backend.compile_fx", None)
-    assert main(["dump", folders["llama"], "--out", str(tmp_path / "out"), "--length", "8", "--option", "decline=never"]) == 0
+    assert main(["dump", folders["llama"], "--out", str(tmp_path / "out"), "--length", "8", *OPTIONS]) == 0
     assert "2 of 2 regions rewritten" in capsys.readouterr().out
-    assert "sptc.routed_ffn" in (tmp_path / "out" / "graph0" / "02.rewritten.py").read_text()
+    assert "sptc.choose_units" in (tmp_path / "out" / "graph0" / "02.rewritten.py").read_text()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_data_is_plain_and_adds_up():
         {"hidden": 64, "units": 32, "context": None},
         {"hidden": 32, "units": 16, "context": None},
     ]
-    assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide"]
+    assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide", "weigh_alone"]
 
 
 def test_statuses():

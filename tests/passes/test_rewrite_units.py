@@ -167,11 +167,12 @@ def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pyt
 
     backend = aot_autograd(fw_compiler=counting, partition_fn=min_cut_rematerialization_partition)
     x, labels = batch()
-    options = Config.from_options({"decline": "never", "ffn.density": 0.75})
+    given = {"decline": "never", "ffn.density": 0.75, "ffn.context_density": 0.25}
+    options = Config.from_options(given)
     compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, options, inner=lambda g, i, _: backend(g, i)))
     got = gradients(model, compiled(x, labels))
     assert ran.count("sptc.choose_units.default") == 2
-    plain = torch.compile(reference, backend=without_inductor(**{"decline": "never", "ffn.density": 0.75}))
+    plain = torch.compile(reference, backend=without_inductor(**given))
     assert_gradients_close(got, gradients(reference, plain(x, labels)))
 
 
