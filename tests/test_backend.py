@@ -203,7 +203,7 @@ def test_a_failure_raises_unless_dense_was_asked_for(monkeypatch, caplog):
     def broken(unit):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr("sptc.backend.PIPELINE", ((broken, "fails"),))
+    monkeypatch.setattr("sptc.backend.ANALYSIS", ((broken, "fails"),))
     model, x = _block()
     with pytest.raises(BackendCompilerFailed, match="a bug of ours"):
         torch.compile(model, backend=without_inductor())(x)
