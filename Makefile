@@ -27,7 +27,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 gpu:
-	$(PYTHON) -m bench.kernels --gpu
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf .venv build demo-out *.egg-info

@@ -18,7 +18,7 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from sptc.codegen.launch import Argument, Launch
@@ -50,17 +50,21 @@ class Resources:
     matrix_instructions: int
 
 
-def compile_ahead(launch: Launch, target: Target) -> Compiled:
-    """Compile the kernel of `launch` for `target`; its tensors may be on "meta".
+def build(launch: Launch, target: Target) -> CompiledKernel:
+    """What Triton makes of the kernel of `launch` for `target`; its tensors may be on "meta". Triton's cache has it from then on.
 
     Raises:
         TypeError, KeyError: an argument that no kernel can be given.
         triton.CompilationError: the emitted kernel is not valid Triton.
     """
-    kernel = load(launch.spec)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    source, options = _source(kernel, launch.arguments, gpu)
-    built = triton.compile(source, target=gpu, options=options)
+    source, options = _source(load(launch.spec), launch.arguments, gpu)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def compile_ahead(launch: Launch, target: Target) -> Compiled:
+    """Compile the kernel of `launch` for `target`, as `build` does, and keep what tells of it."""
+    built = build(launch, target)
     language, binary = ("ptx", "cubin") if target.backend == "cuda" else ("amdgcn", "hsaco")
     return Compiled(launch.spec, language, built.asm[language], built.asm[binary], built.metadata.shared)
 
