@@ -44,8 +44,10 @@ class Runner:
         while (code := self._job(stage)) != 0:
             case, _, trace = self.trail.read_text().partition("\n") if self.trail.exists() else ("", "", "")
             self.trail.unlink(missing_ok=True)
-            if case:
-                self.journal.write(stage, case, {"status": "died", "error": f"exit code {code}", "trace": trace[:1500]})
+            if case:  # the main thread's stack stands last
+                self.journal.write(
+                    stage, case, {"status": "died", "error": f"exit code {code}", "trace": trace[trace.rfind("hread 0x") :][:1500]}
+                )
             elif code != CONTEXT_DIED:
                 self.journal.write(stage, "all of it", {"status": "died", "error": f"exit code {code}, in no case"})
                 return

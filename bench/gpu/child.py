@@ -20,13 +20,11 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from bench.gpu.journal import Figures, Journal
 from bench.gpu.stage import CONTEXT_DIED, Case, Limit, OutOfTime, Stage
 
-STARTED = time.monotonic()  # torch is imported
 GRACE = 8.0  # seconds beyond its limit after which a case is ended from outside
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -104,7 +102,8 @@ def _guarded(case: Case, limit: Limit, journal: Journal, stage: str) -> Figures:
 
 def _is_dead() -> bool:
     """Whether the CUDA context is lost: after an illegal access every later call fails."""
-    if not torch.cuda.is_initialized():
+    torch: Any = sys.modules.get("torch")  # not imported here, but by the stages
+    if torch is None or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
@@ -115,6 +114,9 @@ def _is_dead() -> bool:
 
 def _forget() -> None:
     """A case compiles its own code, has its own limit of recompiles, and all of the memory."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_initialized():
