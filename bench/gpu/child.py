@@ -56,6 +56,8 @@ def main(stages: str) -> None:
     if job.dry and stage.interpreted:
         os.environ["TRITON_INTERPRET"] = "1"  # not before Triton is imported: its own functions are compiled, too
     run(stage, journal, job.end, Path(job.trail))
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for compilers that were left behind
 
 
 def run(stage: Stage, journal: Journal, end: float, trail: Path) -> None:

@@ -16,7 +16,7 @@ from bench.gpu.sizes import DRY, FULL, Sizes
 from bench.gpu.stage import Case, Limit, Stage
 from bench.kernels import ahead, check, tuning
 from bench.kernels.cases import AttentionCase, FfnCase
-from bench.kernels.warm import warm
+from bench.kernels.warm import distinct, warm
 from sptc.codegen.launch import Launch
 from sptc.codegen.target import KNOWN, Target
 from sptc.codegen.tiling import asking, using
@@ -86,16 +86,13 @@ def tune(case: AttentionCase, sizes: Sizes, journal: Journal, limit: Limit) -> I
 
 
 def _warmed(launches: Sequence[Launch], target: Target, began: float, limit: Limit) -> Iterator[Figures]:
-    """Rows of what failed to compile and of how it went. When the time is over, what has not begun is left out."""
-    done, slowest, results = 0, 0.0, warm(launches, target, os.cpu_count() or 1)
-    for result in results:
+    """Rows of what failed to compile and of how it went. What takes too long is left out."""
+    done, slowest = 0, 0.0
+    for result in warm(launches, target, os.cpu_count() or 1, limit.left):
         done, slowest = done + 1, max(slowest, result.seconds)
         if result.error is not None:
             yield {"kernel": result.template, "wrong": [result.error]}
-        if limit.over():
-            break
-    results.close()
-    yield {"compiled": done, "compile_seconds": time.monotonic() - began, "slowest": slowest}
+    yield {"compiled": done, "of": len(distinct(launches)), "compile_seconds": time.monotonic() - began, "slowest": slowest}
 
 
 def _target(journal: Journal) -> Target:

@@ -90,13 +90,15 @@ def check_lists(
 
     Kernels keep the mean queries of the selector "pooled" in `dtype`, which lets blocks of almost equal score change places. So lists are
     judged by the reference's own scores of the blocks that were swapped: the error is the most that a tile loses by a swap, as a share of
-    what rounding explains there. An owned block left out, a forbidden one listed, or another number of blocks is infinitely wrong.
+    what rounding explains there. An owned block left out, a forbidden one listed, another number of blocks or one out of order is infinitely wrong.
     """
     blocks = block_count(case.length, case.key_block)
     kept, want = _kept(*got, blocks), _kept(*wanted, blocks)
     if case.selector == "pq":
         return Check(case.name, "lists", (kept != want).sum().item() / max(1, int(wanted[1].sum())), _CODED_LISTS)
-    if not torch.equal(kept.sum(-1), want.sum(-1)):
+    ids, counts = got
+    pairs = torch.arange(1, ids.shape[-1]) < counts.unsqueeze(-1)
+    if not torch.equal(kept.sum(-1), want.sum(-1)) or (pairs & (ids[..., 1:] <= ids[..., :-1])).any():
         return Check(case.name, "lists", float("inf"), 1.0)
     sizes = case.query_block, case.key_block
     shape = (case.batch, case.heads, case.length, case.length)

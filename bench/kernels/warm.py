@@ -34,19 +34,21 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list({(launch.spec, tuple(map(_kind, launch.arguments.values()))): launch for launch in launches}.values())
 
 
-def warm(launches: Iterable[Launch], target: Target, processes: int) -> Iterator[Built]:
-    """Fill Triton's cache with the kernels and what launches them, results as they come.
+def warm(launches: Iterable[Launch], target: Target, processes: int, seconds: float | None = None) -> Iterator[Built]:
+    """Fill Triton's cache with the kernels and what launches them, results as they come, and none that take longer than `seconds`.
 
-    The processes are forked, so this one must not have used a GPU. Closing the iterator drops what has not begun.
+    The processes are forked, so this one must not have used a GPU.
     """
     _work[:] = distinct(launches)
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
     try:
         futures = {pool.submit(_build, number, target): launch.spec.template for number, launch in enumerate(_work)}
-        for future in as_completed(futures):
+        for future in as_completed(futures, seconds):
             error = future.exception()
             failure = None if error is None else f"{type(error).__name__}: {error}"[:400]
             yield Built(futures[future], 0.0 if error else future.result(), failure)
+    except TimeoutError:
+        pass
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
