@@ -102,7 +102,7 @@ DRY = Sizes(
     (FfnCase("ReLU", 24, 32, 64, "relu(u0)", bias=True, lora=4, blocks=4, active=2),),
     _model(32, 64, heads=2, kv_heads=1, layers=1, vocabulary=32),
     (32,),
-    64,
+    32,
     rounds=1,
     side=64,
     bytes=2**20,

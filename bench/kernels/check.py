@@ -90,7 +90,7 @@ def check_lists(
 
     Kernels keep the mean queries of the selector "pooled" in `dtype`, which lets blocks of almost equal score change places. So lists are
     judged by the reference's own scores of the blocks that were swapped: the error is the most that a tile loses by a swap, as a share of
-    what rounding explains there. An owned block left out, a forbidden one listed, another number of blocks or one out of order is infinitely wrong.
+    what rounding explains there. An owned block left out, a forbidden one listed, another number of blocks or order is infinitely wrong.
     """
     blocks = block_count(case.length, case.key_block)
     kept, want = _kept(*got, blocks), _kept(*wanted, blocks)
