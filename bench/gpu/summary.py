@@ -9,6 +9,7 @@ from tabulate import tabulate
 from bench.gpu.journal import Figures, short
 
 LONGEST = 11500  # characters
+_TOLD = 30  # lines of what is wrong: more of them say the same
 
 
 def summary(rows: Sequence[Figures]) -> str:
@@ -39,14 +40,16 @@ def _wrong(rows: Sequence[Figures]) -> str:
     compared = sum(row.get("tensors", 0) for row in rows)
     bad = [_line("WRONG", row, "; ".join(row["wrong"])) for row in rows if row.get("wrong")]
     ill = [_line(row["status"].upper(), row, str(row.get("error"))) for row in ends if row["status"] != "ok"]
-    skipped = [line for line in ill if line.startswith("  NOT RUN")]
-    told = [*bad, *(line for line in ill if line not in skipped), *skipped[:8], *(["  ..."] if len(skipped) > 8 else [])]
+    ill.sort(key=lambda line: line.startswith("  NOT RUN"))
+    told = [*bad, *ill]
+    if len(told) > _TOLD:
+        told[_TOLD:] = [f"  and {len(told) - _TOLD} lines more"]
     head = f"{compared} tensors compared, {len(bad)} rows with wrong ones; {len(ends)} cases ended, {len(ill)} of them not well"
     return "\n".join([head, *told])
 
 
 def _line(what: str, row: Figures, why: str) -> str:
-    return f"  {what} {row['stage']}: {row['case']}: {why[:250]}"
+    return f"  {what} {row['stage']}: {row['case']}: {' '.join(why.split())[:200]}"
 
 
 def _start(rows: Iterable[Figures]) -> str:
