@@ -55,15 +55,17 @@ def alive(pid):
 
 
 @pytest.fixture
-def broken(tmp_path):
-    """A run of the stages that go wrong, as far as the endless one."""
-    run = start(tmp_path, "--stages", "tests.bench.gpu_stages", "--stage", "start", "--stage", "warm", "--stage", "correct")
-    yield run
-    run.kill()
-    run.stdout.close()
+def run(request, tmp_path):
+    """A run of stages that go wrong, the last of them endless."""
+    stages = [argument for name in request.param for argument in ("--stage", name)]
+    process = start(tmp_path, "--stages", "tests.bench.gpu_stages", *stages)
+    yield process
+    process.kill()
+    process.stdout.close()
 
 
-def test_a_run_survives_what_goes_wrong(broken, tmp_path):
+@pytest.mark.parametrize("run", [("start", "warm", "correct")], indirect=True, ids=[""])
+def test_a_run_survives_what_goes_wrong(run, tmp_path):
     """A case that raises, dies, overruns, hangs or finds something wrong is a row, and the others run; a kill leaves whole lines."""
     wait_for(lambda: sum(row["case"] == "endless 0" for row in rows(tmp_path)) > 3)
     ends = {row["case"]: row for row in rows(tmp_path) if "status" in row}
@@ -76,21 +78,22 @@ def test_a_run_survives_what_goes_wrong(broken, tmp_path):
     found = Counter(row["case"] for row in rows(tmp_path) if "found" in row)
     assert (found["fine"], found["raises"], found["dies"], found["hangs"]) == (2, 1, 1, 1) and found["goes_on"] > 3
 
-    children = subprocess.run(["pgrep", "-P", str(broken.pid)], capture_output=True, text=True, check=True).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     before = len(rows(tmp_path))
-    broken.send_signal(signal.SIGTERM)
-    text, _ = broken.communicate(timeout=60)
-    assert broken.returncode == 128 + signal.SIGTERM
+    run.send_signal(signal.SIGTERM)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
     assert len(rows(tmp_path)) >= before and children and not any(map(alive, children))
     end = text[text.index("= summary") :]
     assert "WRONG start: wrong: q 1 > 0.1" in end and "FAILED start: raises: RuntimeError: no such kernel" in end
     assert "DIED start: hangs" in end and "NOT RUN warm: late" in end and "found=2" in text
 
 
-def test_killing_the_run_ends_its_processes_and_leaves_whole_lines(broken, tmp_path):
+@pytest.mark.parametrize("run", [("correct",)], indirect=True, ids=[""])
+def test_killing_the_run_ends_its_processes_and_leaves_whole_lines(run, tmp_path):
     wait_for(lambda: len(rows(tmp_path)) > 3)
-    children = subprocess.run(["pgrep", "-P", str(broken.pid)], capture_output=True, text=True, check=True).stdout.split()
-    broken.kill()
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    run.kill()
     wait_for(lambda: not any(map(alive, children)), 15)
     known = rows(tmp_path)
     assert children and len(known) > 3
