@@ -88,7 +88,7 @@ def _kill(child: subprocess.Popen[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", default=os.environ.get("GPU_DRY") == "1", help="small, on a CPU (also: GPU_DRY=1)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="of the whole run (default: 8; dry: 60)")
     parser.add_argument("--stage", choices=NAMES, action="append", help="default: all")
     parser.add_argument("--stages", default=STAGES, help=argparse.SUPPRESS)  # another module that has them, for tests
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -102,12 +102,12 @@ def main() -> int:
     if device is None:
         print("`make gpu` needs a GPU, and nvidia-smi names none; `GPU_DRY=1 make gpu` runs it at small sizes on a CPU", file=sys.stderr)
         return 2
-    start = time.monotonic()
+    start, minutes = time.monotonic(), arguments.minutes or (60.0 if arguments.dry else 8.0)
     folder = Path(os.environ.get("OUT") or RESULTS)
     journal = Journal(folder / f"gpu_{device}.jsonl", datetime.now(UTC).isoformat(timespec="seconds"), start)
-    journal.write("run", "begins", {"commit": commit(), "device": device, "minutes": arguments.minutes})
+    journal.write("run", "begins", {"commit": commit(), "device": device, "minutes": minutes})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    runner = Runner(journal, arguments.stages, arguments.dry, start + 60 * arguments.minutes - _ENDING)
+    runner = Runner(journal, arguments.stages, arguments.dry, start + 60 * minutes - _ENDING)
     try:
         for stage in arguments.stage or NAMES:
             runner.run(stage)

@@ -33,6 +33,7 @@ class Sizes:
     side: int  # of the square product that measures the rate
     bytes: int  # that are copied to measure the rate
     kernels: int | None = None  # to compile beforehand; None: all
+    patience: float = 1.0  # by which all limits are longer
 
     @property
     def dry(self) -> bool:
@@ -107,4 +108,5 @@ DRY = Sizes(
     side=64,
     bytes=2**20,
     kernels=2,
+    patience=10.0,
 )

@@ -28,7 +28,10 @@ def stages(dry: bool, journal: Journal) -> tuple[Stage, ...]:
     timed = (sizes.attention[0], sizes.ffn[0], *sizes.attention[1:], *sizes.ffn[1:])
 
     def case(name: str, seconds: float, rows: Callable[..., Iterable[Figures]], *arguments: Any) -> Case:
-        return Case(name, seconds, functools.partial(rows, *arguments))
+        return Case(name, seconds * sizes.patience, functools.partial(rows, *arguments))
+
+    def stage(name: str, seconds: float, cases: Iterable[Case], interpreted: bool = True) -> Stage:
+        return Stage(name, seconds * sizes.patience, tuple(cases), interpreted)
 
     layer_cases = [
         case(f"{c.name}: {form}", 25, layers.attention if isinstance(c, AttentionCase) else layers.ffn, c, form, sizes)
@@ -38,18 +41,18 @@ def stages(dry: bool, journal: Journal) -> tuple[Stage, ...]:
     products = [case(f"{c.name}: {form}", 10, layers.product, c, form, sizes) for c in sizes.ffn[:1] for form in layers.PRODUCTS]
     steps = [case(f"n={length}: {way.name}", 60, training.step, length, way, sizes) for length in sizes.lengths for way in training.WAYS]
     return (
-        Stage("start", 60, (
+        stage("start", 60, (
             case("machine", 30, start.machine, sizes),
             case("tiny kernel", 30, start.tiny_kernel, sizes),
             case("rates", 20, start.rates, sizes),
         )),
-        Stage("warm", 100, (case("kernels", 95, compile_all, sizes, journal),), interpreted=False),
-        Stage("correct", 100, tuple(case(f"{c.name} {_short(t)}", 25, correct, c, t, sizes) for t in sizes.dtypes for c in sizes.checks)),
-        Stage("kernels", 75, tuple(case(c.name, 20, kernels.kernels, c, sizes, journal) for c in timed)),
-        Stage("layers", 110, (*layer_cases, *products)),
-        Stage("training", 180, (case("calibration", 45, training.calibration, sizes), *steps)),
-        Stage("tuning", 90, tuple(case(c.name, 60, tune, c, sizes, journal) for c in sizes.attention[:1]), interpreted=False),
-        Stage("flex", 60, tuple(case(c.name, 60, flex.measure, c, sizes) for c in sizes.attention[1:2] or sizes.attention[:1])),
+        stage("warm", 100, (case("kernels", 95, compile_all, sizes, journal),), interpreted=False),
+        stage("correct", 100, (case(f"{c.name} {_short(t)}", 25, correct, c, t, sizes) for t in sizes.dtypes for c in sizes.checks)),
+        stage("kernels", 75, (case(c.name, 20, kernels.kernels, c, sizes, journal) for c in timed)),
+        stage("layers", 110, (*layer_cases, *products)),
+        stage("training", 180, (case("calibration", 45, training.calibration, sizes), *steps)),
+        stage("tuning", 90, (case(c.name, 60, tune, c, sizes, journal) for c in sizes.attention[:1]), interpreted=False),
+        stage("flex", 60, (case(c.name, 60, flex.measure, c, sizes) for c in sizes.attention[1:2] or sizes.attention[:1])),
     )  # fmt: skip
 
 
