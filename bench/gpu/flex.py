@@ -12,9 +12,9 @@ from bench.gpu.journal import Figures
 from bench.gpu.layers import timed_rows
 from bench.gpu.sizes import Sizes
 from bench.gpu.stage import Limit
+from bench.gpu.timing import one
 from bench.kernels import steps
 from bench.kernels.cases import AttentionCase, AttentionOperands, attention_operands
-from bench.kernels.clock import milliseconds
 from sptc.codegen.block_lists import block_count
 
 
@@ -23,7 +23,7 @@ def measure(case: AttentionCase, sizes: Sizes, limit: Limit) -> Iterator[Figures
     o = attention_operands(case, sizes.device, sizes.dtype)
     ids, counts, *_ = steps.select(case, o)
     if sizes.dry:  # it has no backward on a CPU
-        yield {"forward_ms": milliseconds(flex(case, o, ids, counts, sizes.dry), sizes.device)}
+        yield {"forward_ms": one(flex(case, o, ids, counts, sizes.dry), sizes, limit).ms}
         return
     leaves = [x.requires_grad_() for x in (o.q, o.k, o.v)]
     yield from timed_rows(flex(case, o, ids, counts, sizes.dry), leaves, o.grad, sizes, limit)

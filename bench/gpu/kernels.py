@@ -13,8 +13,8 @@ from torch import Tensor
 from bench.gpu.journal import Figures, Journal
 from bench.gpu.sizes import Sizes
 from bench.gpu.stage import Limit
+from bench.gpu.timing import one
 from bench.kernels.cases import AttentionCase, FfnCase
-from bench.kernels.clock import alternating
 from bench.kernels.tuning import step
 from sptc.codegen.block_lists import block_count, query_run
 from sptc.codegen.launch import Launch, recorded
@@ -42,7 +42,7 @@ def kernels(case: AttentionCase | FfnCase, sizes: Sizes, journal: Journal, limit
                 continue
             kernel = load(launch.spec, interpret=sizes.dry)
             run = functools.partial(kernel.launch, launch.grid, launch.arguments, sizes.device)
-            ms = alternating({"": run}, sizes.rounds, sizes.device, limit.over)[""].ms
+            ms = one(run, sizes, limit).ms
             total += ms
             operations = products(launch.spec, case, entries)
             moved = bytes_moved(launch)
@@ -59,7 +59,7 @@ def kernels(case: AttentionCase | FfnCase, sizes: Sizes, journal: Journal, limit
                 "warps": launch.spec.num_warps,
                 "stages": launch.spec.num_stages,
             }
-        timing = alternating({"": whole}, sizes.rounds, sizes.device, limit.over)[""]
+        timing = one(whole, sizes, limit)
         yield {
             "kernel": "all of it",
             "ms": timing.ms,

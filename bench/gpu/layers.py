@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.ffn import Ffn
 from bench.gpu.journal import Figures
 from bench.gpu.sizes import Sizes, forms
-from bench.gpu.stage import Limit, OutOfTime
+from bench.gpu.stage import Limit
+from bench.gpu.timing import one, timed
 from bench.kernels import steps
 from bench.kernels.cases import AttentionCase, AttentionOperands, FfnCase, attention_operands
-from bench.kernels.clock import Call, alternating
 from sptc.codegen.routing import chosen_pairs
 
 Form = Callable[[AttentionCase, AttentionOperands], Tensor]
@@ -73,20 +73,13 @@ def product(case: FfnCase, form: str, sizes: Sizes, limit: Limit) -> Iterator[Fi
     rows = torch.randn(case.tokens * case.active, case.d, device=sizes.device, dtype=dtype)
     weights = torch.randn(case.blocks, case.d, case.hidden // case.blocks, device=sizes.device, dtype=dtype)
     ends = chosen_pairs(torch.randn(case.tokens, case.blocks, device=sizes.device), case.active, None).sum(1).cumsum(0).to(torch.int32)
-    ms = _timed({"forward": lambda: PRODUCTS[form](rows, weights, ends)}, sizes, limit)["forward"].ms
+    ms = one(lambda: PRODUCTS[form](rows, weights, ends), sizes, limit).ms
     yield {"forward_ms": ms, "tflops": 2 * rows.shape[0] * case.d * weights.shape[2] / ms / 1e9}
 
 
 def timed_rows(run: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor, sizes: Sizes, limit: Limit) -> Iterator[Figures]:
     """Forward, and forward with backward; not every form has a gradient for every leaf."""
     calls = {"forward": run, "both": lambda: torch.autograd.grad(run(), leaves, grad, allow_unused=True)}
-    times = _timed(calls, sizes, limit)
+    times = timed(calls, sizes, limit)
     both = times["both"]
     yield {"forward_ms": times["forward"].ms, "both_ms": both.ms, "host_ms": both.host_ms, "peak_mib": both.peak_mib}
-
-
-def _timed(calls: dict[str, Call], sizes: Sizes, limit: Limit) -> dict[str, Any]:
-    times = alternating(calls, sizes.rounds, sizes.device, limit.over)
-    if len(times) < len(calls):
-        raise OutOfTime
-    return times

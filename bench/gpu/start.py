@@ -15,7 +15,7 @@ import triton.language as tl
 from bench.gpu.journal import Figures
 from bench.gpu.sizes import Sizes
 from bench.gpu.stage import Limit
-from bench.kernels.clock import alternating
+from bench.gpu.timing import one
 
 
 def machine(sizes: Sizes, _: Limit) -> Iterator[Figures]:
@@ -34,7 +34,7 @@ def machine(sizes: Sizes, _: Limit) -> Iterator[Figures]:
     }
 
 
-def tiny_kernel(sizes: Sizes, _: Limit) -> Iterator[Figures]:
+def tiny_kernel(sizes: Sizes, limit: Limit) -> Iterator[Figures]:
     """Seconds of the first launch, compilers included, and microseconds of the host for each later one."""
 
     @triton.jit
@@ -48,7 +48,7 @@ def tiny_kernel(sizes: Sizes, _: Limit) -> Iterator[Figures]:
     double[(8,)](x, y, 128)
     same = torch.equal(y, 2 * x)
     seconds = time.monotonic() - began
-    timing = alternating({"": lambda: double[(8,)](x, y, 128)}, sizes.rounds, sizes.device)[""]
+    timing = one(lambda: double[(8,)](x, y, 128), sizes, limit)
     yield {"first_seconds": seconds, "host_us": 1e3 * timing.host_ms, "device_us": 1e3 * timing.ms, "wrong": [] if same else ["double"]}
 
 
@@ -56,10 +56,10 @@ def rates(sizes: Sizes, limit: Limit) -> Iterator[Figures]:
     """FLOPs a second of a large product, bytes read and written a second of a large copy: random data, since zeros are faster."""
     for dtype in sizes.dtypes:
         a, b = (torch.randn(sizes.side, sizes.side, device=sizes.device, dtype=dtype) for _ in range(2))
-        ms = alternating({"mm": lambda a=a, b=b: torch.mm(a, b)}, sizes.rounds, sizes.device, limit.over)["mm"].ms  # type: ignore[misc]
+        ms = one(lambda a=a, b=b: torch.mm(a, b), sizes, limit).ms  # type: ignore[misc]
         name = "product_rate" if dtype == sizes.dtype else f"product_rate_{str(dtype).removeprefix('torch.')}"
         yield {name: 2 * sizes.side**3 / ms * 1e3}
     source = torch.randn(sizes.bytes // 4, device=sizes.device)
     target = torch.empty_like(source)
-    ms = alternating({"": lambda: target.copy_(source)}, sizes.rounds, sizes.device, limit.over)[""].ms
+    ms = one(lambda: target.copy_(source), sizes, limit).ms
     yield {"copy_rate": 2 * source.nbytes / ms * 1e3}

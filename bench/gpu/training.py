@@ -16,7 +16,7 @@ import sptc
 from bench.gpu.journal import Figures
 from bench.gpu.sizes import RANK, Sizes
 from bench.gpu.stage import Limit
-from bench.kernels.clock import alternating
+from bench.gpu.timing import one
 from sptc.backend import compile_graph, spt
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.codegen.kernels.selection import default_blocks as kernel_blocks
@@ -81,9 +81,8 @@ def step(length: int, way: Way, sizes: Sizes, limit: Limit) -> Iterator[Figures]
     if way.decline:
         row["rewritten"] = sum(region.status == "rewritten" for region in sptc.report(run).regions)
     yield row
-    timing = alternating({"": once}, sizes.rounds, sizes.device, limit.over).get("")
-    if timing is not None:
-        yield {"step_ms": timing.ms, "host_ms": timing.host_ms, "peak_mib": timing.peak_mib, "loss_after": float(once())}
+    timing = one(once, sizes, limit)
+    yield {"step_ms": timing.ms, "host_ms": timing.host_ms, "peak_mib": timing.peak_mib, "loss_after": float(once())}
 
 
 def make_model(length: int, sizes: Sizes) -> nn.Module:

@@ -19,8 +19,9 @@ from bench.gpu import __main__ as command
 from bench.gpu import flex, layers, stages, training
 from bench.gpu.journal import Journal
 from bench.gpu.sizes import DRY, FULL, forms
-from bench.gpu.stage import Limit
+from bench.gpu.stage import Limit, OutOfTime
 from bench.gpu.summary import LONGEST, summary
+from bench.gpu.timing import timed
 from bench.kernels import ahead, steps
 from bench.kernels.cases import attention_operands
 from sptc.codegen.target import KNOWN
@@ -102,6 +103,14 @@ def test_killing_the_run_ends_its_processes_and_leaves_whole_lines(run, tmp_path
     journal = Journal(tmp_path / "gpu_dry.jsonl", known[0]["run"], time.monotonic())
     journal.write("start", "another", {"found": 1.0})
     assert [row["case"] for row in journal.rows()] == [row["case"] for row in known] + ["another"]
+
+
+def test_rounds_stop_when_the_time_of_a_case_is_over():
+    limit, many, calls = Limit(0.3), replace(DRY, rounds=10**6), []
+    times = timed({"a": lambda: calls.append(time.sleep(0.01)), "b": lambda: None}, many, limit)
+    assert times["a"].ms >= 10 and 5 < len(calls) < 40 and limit.over()
+    with pytest.raises(OutOfTime):
+        timed({"a": lambda: None}, many, limit)
 
 
 @pytest.fixture
