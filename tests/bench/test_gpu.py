@@ -132,11 +132,17 @@ def test_stages_are_those_of_the_command(dry):
     assert len(set(names)) == len(names), "a case goes by its name"
 
 
-@pytest.mark.parametrize("name, case", [("correct", 1), ("kernels", 1), ("layers", 1), ("layers", -3), ("flex", 0)])
-def test_a_stage_of_the_dry_run(name, case, dry, interpreted):
-    """`GPU_DRY=1 make gpu` does all of them; those of Inductor and of whole models are left to it, and the compilers' to test_warm."""
-    found = list(dry[0][name].cases[case].rows(Limit(60.0)))
+FAST = {"start": (0, 1, 2), "warm": (0,), "correct": (1,), "kernels": (1,), "layers": (1, -3), "tuning": (0,), "flex": (0,)}
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name, cases in FAST.items() for case in cases])
+def test_a_stage_of_the_dry_run(name, case, dry, monkeypatch):
+    """Those that take seconds; `GPU_DRY=1 make gpu` does all of them."""
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(dry[0][name].interpreted)))
+    found = list(dry[0][name].cases[case].rows(Limit(100.0)))
     assert found and not any(row.get("wrong") for row in found)
+    if name in ("warm", "tuning"):
+        assert found[-1]["compiled"] == found[-1]["of"] == DRY.kernels
     if name == "correct":
         assert found[0]["tensors"] > 10
     if name == "kernels":
