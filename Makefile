@@ -1,7 +1,8 @@
 # `make test` and `make demo` each work alone on a fresh machine with Python 3.11 or newer.
 #   make demo MODEL=distilbert/distilbert-base-uncased DEMO="--steps 40 --batch 4"
 #   make quality QUALITY="--task lm --variant dense --variant paper --seeds 1"
-# `make gpu` runs with the python3 that is there (torch 2.11, triton 3.6, tabulate, networkx or newer): no .venv, no network, under 10 minutes.
+# `make gpu` runs with the python3 that is there (torch 2.11, triton 3.6, transformers, peft, tabulate, networkx or newer): no .venv, no network,
+# 8 minutes. `GPU_DRY=1 make gpu` runs all of it at small sizes on a CPU.
 PYTHON ?= python3
 MODEL ?=
 DEMO ?=
@@ -27,7 +28,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 gpu:
-	$(PYTHON) -m bench.kernels --gpu
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf .venv build demo-out *.egg-info

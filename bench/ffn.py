@@ -1,7 +1,9 @@
-"""The routed FFN against the dense one, forward and backward: `python -m bench.ffn [--case NAME] [--rounds N] [--threads N] [--clock cpu]`.
+"""Sparse FFNs against the dense one, forward and backward: `python -m bench.ffn [--case NAME] [--rounds N] [--threads N] [--clock cpu]`.
 
 Each round times dense eager, dense compiled by Inductor, and the routed FFN (router, choice and sparse product, compiled by Inductor) one
 after the other, in one process, so that a busy machine hurts all of them alike. Ratios are of medians and of minima over the rounds.
+
+`Ffn.units` and `Ffn.counted` are another form in plain torch, which `make gpu` times: one set of hidden units for all tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sptc.codegen.ops  # noqa: F401
+from bench.kernels.cases import ACTIVATIONS
 from sptc.expression import parse
 from sptc.fit import STAND_IN_RANK
 
@@ -31,7 +34,8 @@ class Case:
     tokens: int
     d: int
     hidden: int
-    gated: bool = False
+    activation: str = "gelu(u0)"  # a key of bench.kernels.cases.ACTIVATIONS
+    bias: bool = True
     lora: int = 0
     trained: bool = False
     blocks: int = 16
@@ -44,7 +48,7 @@ CASES = {
     "lora-384": Case(4096, 384, 1536, lora=16),
     "lora-384-router": Case(4096, 384, 1536, lora=16, trained=True),
     "lora-768-router": Case(4096, 768, 3072, lora=16, trained=True),
-    "swiglu-1024-router": Case(2048, 1024, 2816, gated=True, lora=16, trained=True),
+    "swiglu-1024-router": Case(2048, 1024, 2816, "u1*silu(u0)", bias=False, lora=16, trained=True),
 }
 
 
@@ -63,9 +67,10 @@ class Ffn(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
-        self.activation = parse("u1*silu(u0)" if case.gated else "gelu(u0)").text
-        self.ups = nn.ModuleList(nn.Linear(case.d, case.hidden, bias=not case.gated) for _ in range(1 + case.gated)).requires_grad_(False)
-        self.down = nn.Linear(case.hidden, case.d, bias=not case.gated).requires_grad_(False)
+        activation = parse(case.activation)
+        self.activation, self.function = activation.text, ACTIVATIONS[case.activation]
+        self.ups = nn.ModuleList(nn.Linear(case.d, case.hidden, case.bias) for _ in range(activation.arity)).requires_grad_(False)
+        self.down = nn.Linear(case.hidden, case.d, case.bias).requires_grad_(False)
         rank = case.lora
         self.up_adapters = nn.ModuleList(Adapter(case.d, case.hidden, rank) for _ in self.ups) if rank else []
         self.down_adapter = Adapter(case.hidden, case.d, rank) if rank else None
@@ -74,18 +79,41 @@ class Ffn(nn.Module):
             self.added = nn.Parameter(torch.zeros(case.blocks, case.d))
             self.stand_in = Adapter(case.d, case.d, STAND_IN_RANK)
 
-    def dense(self, x: Tensor) -> Tensor:
-        us = [up(x) for up in self.ups]
+    def dense(self, x: Tensor, units: Tensor | None = None) -> Tensor:
+        """y of all hidden units, or of `units` (their numbers)."""
+
+        def part(weight: Tensor, axis: int = 0) -> Tensor:
+            return weight if units is None else weight.index_select(axis, units)
+
+        hidden = self._hidden(x, part)
+        y = F.linear(hidden, part(self.down.weight, 1), self.down.bias)
+        adapter = self.down_adapter
+        return y if adapter is None else y + F.linear(F.linear(hidden, part(adapter.a, 1)), adapter.b)
+
+    def units(self, x: Tensor, density: float) -> Tensor:
+        """y of the hidden units that put most mean energy into it, told from every 16th token: one set for all tokens."""
+        return self.dense(x, self._greatest(x, density))
+
+    def counted(self, x: Tensor, counted: float, density: float) -> Tensor:
+        """As where the labels of the first tokens, a share `counted`, count in the loss: all units for them, `units` for the others."""
+        first = int(len(x) * counted)
+        return torch.cat([self.dense(x[:first]), self.dense(x[first:], self._greatest(x, density))])
+
+    def _hidden(self, x: Tensor, part: Callable[[Tensor], Tensor] = lambda weight: weight) -> Tensor:
+        us = [F.linear(x, part(up.weight), None if up.bias is None else part(up.bias)) for up in self.ups]
         for i, adapter in enumerate(self.up_adapters):
-            us[i] = us[i] + F.linear(F.linear(x, adapter.a), adapter.b)
-        a = F.silu(us[0]) * us[1] if self.case.gated else F.gelu(us[0])
-        y = self.down(a)
-        return y if self.down_adapter is None else y + F.linear(F.linear(a, self.down_adapter.a), self.down_adapter.b)
+            us[i] = us[i] + F.linear(F.linear(x, adapter.a), part(adapter.b))
+        return self.function(*us)
+
+    @torch.no_grad()
+    def _greatest(self, x: Tensor, density: float) -> Tensor:
+        energy = self._hidden(x[::16]).float().square().mean(0) * self.down.weight.float().square().sum(0)
+        return energy.topk(int(self.case.hidden * density)).indices
 
     def routed(self, x: Tensor) -> Tensor:
-        logits, scale, used = F.linear(x, self.router), None, self.case.active / self.case.blocks
+        logits, scale, used = F.linear(x, self.router).float(), None, self.case.active / self.case.blocks
         if self.case.trained:
-            added = F.linear(x, self.added)
+            added = F.linear(x, self.added).float()
             logits = logits.detach() + added
         tokens, offsets, index = ops.route(logits, self.case.active)
         if self.case.trained:

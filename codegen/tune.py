@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from triton.runtime.errors import OutOfResources
@@ -31,10 +31,16 @@ def tune(run: Callable[[], object], milliseconds: Callable[[Callable[[], object]
     Raises:
         OutOfResources: no candidate fits the device, though the table thinks so.
     """
+    return list(tune_each(run, milliseconds))
+
+
+def tune_each(run: Callable[[], object], milliseconds: Callable[[Callable[[], object]], float]) -> Iterator[Choice]:
+    """What `tune` does, one question after another: what was answered is kept if the caller stops."""
     with asking() as asked:
         run()
     questions = [q for q in dict.fromkeys(asked) if q.target.device and len(q.candidates()) > 1 and q.answer() is None]
-    return [_measure(question, run, milliseconds) for question in questions]
+    for question in questions:
+        yield _measure(question, run, milliseconds)
 
 
 def _measure(question: Question, run: Callable[[], object], milliseconds: Callable[[Callable[[], object]], float]) -> Choice:

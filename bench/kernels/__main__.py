@@ -1,15 +1,14 @@
-"""The emitted kernels: `python -m bench.kernels --aot` (no GPU needed), `--tune` and `--gpu` (a GPU needed, no network)."""
+"""The emitted kernels: `python -m bench.kernels --aot` (no GPU needed) and `--tune` (a GPU needed). `python -m bench.gpu` runs them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import astuple
-from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.kernels import ahead, cases, gpu, tuning
+from bench.kernels import ahead, cases, tuning
 from sptc.codegen.target import KNOWN
 
 
@@ -17,18 +16,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--aot", action="store_true", help="compile every template ahead of time and check what the result uses")
-    what.add_argument("--gpu", action="store_true", help="check the kernels on this GPU, then time them beside dense ones")
     what.add_argument("--tune", action="store_true", help="measure tile sizes on this GPU and keep the best for later runs")
     parser.add_argument("--target", choices=KNOWN, action="append", help="with --aot; default: all")
     parser.add_argument("--only", default="", help="cases whose name contains this; with --aot templates, too")
-    parser.add_argument("--json", type=Path, help="with --gpu: the file of the results (default: bench/results/gpu_<device>.json)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="with --gpu: start no case after this time (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.aot:
         sys.exit(compile_all(arguments.target or list(KNOWN), arguments.only))
-    if arguments.tune:
-        sys.exit(tuning.run(arguments.only))
-    sys.exit(gpu.run(arguments.json, arguments.only, arguments.minutes))
+    sys.exit(tuning.run(arguments.only))
 
 
 def compile_all(targets: list[str], only: str) -> int:

@@ -1,4 +1,7 @@
-"""What the kernels are tried on: attention and FFNs as models have them, with operands on any device, "meta" included."""
+"""What the kernels are tried on: attention and FFNs as models have them, with operands on any device, "meta" included.
+
+A case is what the product does unless it says otherwise: selector, density, FFN blocks.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class AttentionCase:
     query_block: int = 128
     key_block: int = 64
     dropout: float = 0.0
-    selector: str = "pq"
+    selector: str = "pooled"
 
     @property
     def scale(self) -> float:
@@ -67,8 +70,8 @@ class FfnCase:
     scaled: bool = True  # blocks are scaled by their router score
     conv1d: bool = False  # weights are stored [in, out]
     dropout: float = 0.0
-    blocks: int = 8
-    active: int = 4
+    blocks: int = 16
+    active: int = 8
 
     @property
     def text(self) -> str:
@@ -161,10 +164,10 @@ ATTENTION = tuple(
     replace(case, name=f"{case.name} d{size}", size=size)
     for size in (64, 128)
     for case in (
-        AttentionCase("LLaMA-like", 2, 2048, 8, 2, 64, "causal"),
-        AttentionCase("OPT-like", 2, 2048, 8, 8, 64, "causal", selector="pooled"),
-        AttentionCase("GPT-2-like", 2, 1024, 8, 8, 64, "causal", dropout=0.1),
-        AttentionCase("BERT-like", 4, 512, 8, 8, 64, "padding", dropout=0.1),
+        AttentionCase("LLaMA-like", 2, 2048, 8, 2, 64, "causal", selector="pq"),
+        AttentionCase("OPT-like", 2, 2048, 8, 8, 64, "causal"),
+        AttentionCase("GPT-2-like", 2, 1024, 8, 8, 64, "causal", dropout=0.1, selector="pq"),
+        AttentionCase("BERT-like", 4, 512, 8, 8, 64, "padding", dropout=0.1, selector="pq"),
     )
 )
 FFN = (

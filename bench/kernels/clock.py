@@ -24,14 +24,23 @@ class Timing:
     peak_mib: float
 
 
-def alternating(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Time each call `rounds` times, in turns. A call's first run, which compiles it, is not counted."""
-    peaks = {name: _peak(call, device) for name, call in calls.items()}
-    batches = {name: _batch(call, device) for name, call in calls.items()}
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            taken[name].append(_time(call, batches[name], device))
+def alternating(
+    calls: Mapping[str, Call], rounds: int, device: torch.device, over: Callable[[], bool] = lambda: False
+) -> dict[str, Timing]:
+    """Time each call `rounds` times, in turns. A call's first run, which compiles it, is not counted.
+
+    Once `over` says that time is over no round begins, and there are no figures of calls that were not run by then.
+    """
+    peaks: dict[str, float] = {}
+    for name, call in calls.items():
+        if not over():
+            peaks[name] = _peak(call, device)
+    batches = {name: _batch(calls[name], device) for name in peaks}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in peaks}
+    for turn in range(rounds):
+        for name, batch in batches.items():
+            if turn == 0 or not over():
+                taken[name].append(_time(calls[name], batch, device))
     return {
         name: Timing(statistics.median(ms for ms, _ in times), statistics.median(host for _, host in times), peaks[name])
         for name, times in taken.items()

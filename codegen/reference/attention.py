@@ -78,9 +78,7 @@ def select_blocks(
     """ids, counts, code_sums, code_counts of `sptc::select_blocks`."""
     (b, h, n, _), (h_kv, m), group = q.shape, k.shape[1:3], q.shape[1] // k.shape[1]
     shape = (b, h, n, m)
-    pairs = _blocked(mask.allowed(shape, q.device), query_block, key_block).flatten(-2).any(-1)  # [b, h, tiles, blocks]
-    allowed = pairs.unflatten(1, (h_kv, group)).any(2)
-    visible = mask.visible(shape, q.device).unflatten(1, (h_kv, group)).any(2)  # [b, h_kv, m]
+    allowed, visible = choosable(mask, shape, h_kv, query_block, key_block, q.device)
     queries = q.unflatten(1, (h_kv, group)).flatten(2, 3)  # [b, h_kv, group * n, d]
 
     if selector == "pq":
@@ -90,14 +88,7 @@ def select_blocks(
         q_histogram = _runs(q_hot.unflatten(2, (group, n)).sum(2).flatten(3), query_block).sum(3)
         scores = q_histogram @ _runs(k_hot.flatten(3), key_block).sum(3).mT
     else:
-        run = query_run(query_block)
-        within = torch.arange(block_count(n, run) * run, device=q.device).view(-1, run, 1) < n
-        means = _runs(q, run).sum(3) / within.sum(1)  # [b, h, runs, d]
-        open_keys = allowed.repeat_interleave(query_block // run, 2)[:, :, : means.shape[2]].repeat_interleave(key_block, 3)[..., :m]
-        open_keys = (open_keys & visible.unsqueeze(2)).repeat_interleave(group, 1)
-        logits = scale * means @ k.masked_fill(~visible.unsqueeze(-1), 0.0).repeat_interleave(group, 1).mT
-        weights = logits.masked_fill(~open_keys, -math.inf).softmax(-1).nan_to_num(0.0)
-        scores = _blocked(weights, query_block // run, key_block).sum((-2, -1)).unflatten(1, (h_kv, group)).sum(2)
+        scores = pooled_scores(pooled_means(q, query_block), k, allowed, visible, scale, query_block, key_block)
 
     width = int(list_width(n, m, density, query_block, key_block, own))
     must = owned(n, m, query_block, key_block, q.device) if own and query_block > 1 else None
@@ -109,6 +100,32 @@ def select_blocks(
     rows = torch.cat((queries.unflatten(2, (group, n))[:, :, :, q_rows].flatten(2, 3), k[:, :, k_rows]), 2)
     parts = rows.unflatten(-1, (codebooks.shape[1], -1)).double()
     return ids, counts, torch.einsum("bhrme,bhrmi->hmei", hot, parts).float(), hot.sum((0, 2)).float()
+
+
+def pooled_means(q: Tensor, query_block: int) -> Tensor:
+    """[b, h, runs, d]: the mean query of each run (`query_run`), of the rows that exist."""
+    n, run = q.shape[2], query_run(query_block)
+    within = torch.arange(block_count(n, run) * run, device=q.device).view(-1, run, 1) < n
+    return _runs(q, run).sum(3) / within.sum(1)
+
+
+def pooled_scores(means: Tensor, k: Tensor, allowed: Tensor, visible: Tensor, scale: float, query_block: int, key_block: int) -> Tensor:
+    """Scores [b, h_kv, tiles, blocks] of means [b, h, runs, d] and k; `allowed` is bool of that shape, `visible` bool [b, h_kv, m]."""
+    h_kv, m = k.shape[1:3]
+    group, runs_per_tile = means.shape[1] // h_kv, query_block // query_run(query_block)
+    open_keys = allowed.repeat_interleave(runs_per_tile, 2)[:, :, : means.shape[2]].repeat_interleave(key_block, 3)[..., :m]
+    open_keys = (open_keys & visible.unsqueeze(2)).repeat_interleave(group, 1)
+    logits = scale * means @ k.masked_fill(~visible.unsqueeze(-1), 0.0).repeat_interleave(group, 1).mT
+    weights = logits.masked_fill(~open_keys, -math.inf).softmax(-1).nan_to_num(0.0)
+    return _blocked(weights, runs_per_tile, key_block).sum((-2, -1)).unflatten(1, (h_kv, group)).sum(2)
+
+
+def choosable(
+    mask: Mask, shape: tuple[int, int, int, int], h_kv: int, query_block: int, key_block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What lists may hold, bool [b, h_kv, tiles, blocks], and the keys that are visible, bool [b, h_kv, m], of `shape` = [b, h, n, m]."""
+    pairs = _blocked(mask.allowed(shape, device), query_block, key_block).flatten(-2).any(-1)  # [b, h, tiles, blocks]
+    return pairs.unflatten(1, (h_kv, -1)).any(2), mask.visible(shape, device).unflatten(1, (h_kv, -1)).any(2)
 
 
 def sparse_attention(
