@@ -4,6 +4,7 @@
 # `make gpu` runs with the python3 that is there (torch 2.11, triton 3.6, transformers, peft, tabulate, networkx or newer): no .venv, no network,
 # 8 minutes. `GPU_DRY=1 make gpu` runs all of it at small sizes on a CPU.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.12
 MODEL ?=
 DEMO ?=
 QUALITY ?=
@@ -11,7 +12,10 @@ QUALITY ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo quality test lint gpu clean
+BIN_OLDEST := .venv-oldest/bin
+PIP_OLDEST := $(BIN_OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
+
+.PHONY: demo quality test test-oldest lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -22,6 +26,12 @@ quality: .venv/.quality
 test: lint
 	$(BIN)/pytest -n 2
 
+# With torch 2.11, triton 3.6 and transformers 5.17. No part of `make test` or of CI: it downloads gigabytes, CUDA's libraries among them.
+test-oldest: .venv-oldest/.installed
+	$(BIN_OLDEST)/python -c 'import sptc, sptc.backend'
+	$(BIN_OLDEST)/pytest -n 2 tests/kernels tests/codegen
+	$(BIN_OLDEST)/python -m bench.kernels --aot --target sm_90
+
 lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -31,12 +41,18 @@ gpu:
 	$(PYTHON) -m bench.gpu
 
 clean:
-	rm -rf .venv build demo-out *.egg-info
+	rm -rf .venv .venv-oldest build demo-out *.egg-info
 
 .venv/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch setuptools
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(BIN_OLDEST)/python || $(PYTHON_OLDEST) -m venv .venv-oldest
+	$(PIP_OLDEST) torch triton setuptools
+	$(PIP_OLDEST) --no-build-isolation --editable '.[quality]' pytest pytest-xdist hypothesis expecttest
 	touch $@
 
 .venv/.dev: .venv/.base

@@ -26,7 +26,8 @@ from sptc.codegen.load import Kernel, load
 from sptc.codegen.spec import KernelSpec
 from sptc.codegen.target import Target
 
-_MATRIX = {"ptx": r"\b(?:wgmma\.)?mma(?:_async)?\.sync|\btcgen05\.mma\b", "amdgcn": r"^\s*v_mfma_"}
+_WARPGROUP = r"\bwgmma\.mma_async\.sync\b|\btcgen05\.mma\b"
+_MATRIX = {"ptx": rf"{_WARPGROUP}|\bmma\.sync\b", "amdgcn": r"^\s*v_mfma_"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses. `spilled` is thread-private memory, in bytes: 0 unless values did not fit in registers."""
+    """What a compiled kernel uses.
+
+    `spilled` is thread-private memory, in bytes: 0 unless values did not fit in registers. `warpgroup_instructions` are those of the matrix
+    instructions that four warps issue together (wgmma, tcgen05): from sm_90 on mma.sync falls short of the full rate.
+    """
 
     registers: int
     spilled: int
     shared_memory: int
     matrix_instructions: int
+    warpgroup_instructions: int
 
 
 def build(launch: Launch, target: Target) -> CompiledKernel:
@@ -74,10 +80,11 @@ def resources(compiled: Compiled) -> Resources:
     matrix = len(re.findall(_MATRIX[compiled.language], compiled.assembly, re.MULTILINE))
     if compiled.language == "ptx":
         usage = _cubin_usage(compiled.binary)
-        return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.shared_memory + usage["SHARED"], matrix)
+        private, shared = usage["STACK"] + usage["LOCAL"], compiled.shared_memory + usage["SHARED"]
+        return Resources(usage["REG"], private, shared, matrix, len(re.findall(_WARPGROUP, compiled.assembly)))
     counts = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", compiled.assembly, re.MULTILINE)}
     spilled = max(counts["private_segment_fixed_size"], 4 * counts["vgpr_spill_count"])
-    return Resources(counts["vgpr_count"], spilled, compiled.shared_memory, matrix)
+    return Resources(counts["vgpr_count"], spilled, compiled.shared_memory, matrix, 0)
 
 
 def _source(kernel: Kernel, arguments: Mapping[str, Argument], gpu: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:

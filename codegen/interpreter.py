@@ -16,6 +16,7 @@ from typing import Any
 
 import triton.experimental.gluon  # noqa: F401  imported by Triton on first use, and fails while its functions are plain
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -47,14 +48,24 @@ def make_plain(module: ModuleType, kernel: str) -> None:
 
 @functools.cache
 def _library() -> list[tuple[Any, str, Any, Any]]:
-    """(module, name, as Triton has it, as plain Python) of Triton's own functions."""
+    """(module, name, as Triton has it, as it stands in) of what is replaced during a launch."""
     holders: tuple[Any, ...] = (tl, tl.core, tl.standard, tl.math, tl.random, tl.tensor)
-    return [
+    functions = [
         (holder, name, member, _plain(member.fn))
         for holder in holders
         for name, member in list(vars(holder).items())
         if isinstance(member, JITFunction | InterpretedFunction)
     ]
+    return [*functions, (interpreter, "_patch_lang_tensor", interpreter._patch_lang_tensor, _patch_tensor)]
+
+
+def _patch_tensor(tensor: Any, scope: Any, patch: Callable[..., None] = interpreter._patch_lang_tensor) -> None:
+    """Triton's own patch of its tensors, whose `__index__` also reads an array of one element.
+
+    The interpreter keeps scalars as such arrays. Triton 3.6 calls int() on them, which NumPy refuses from 2.4 on; 3.7 squeezes them first.
+    """
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
 
 
 @functools.cache

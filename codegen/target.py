@@ -31,6 +31,11 @@ class Target:
     def name(self) -> str:
         return self.arch if isinstance(self.arch, str) else f"sm_{self.arch}"
 
+    @property
+    def warpgroups(self) -> bool:
+        """Whether four warps multiply together, out of shared memory: wgmma of sm_90, tcgen05 of sm_100; sm_120 has neither."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and 90 <= self.arch < 120
+
 
 KNOWN = {
     target.name: target

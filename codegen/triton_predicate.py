@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sptc.codegen.source import docstring, wrapped
 from sptc.predicate import Binary, Element, Expression, Index, Literal, Not, Predicate, PredicateError, Size, parse
 
-PREDICATE_HOOKS = ("allowed", "allowed_by_tensors", "holds_throughout", "holds_nowhere")
+PREDICATE_HOOKS = ("allowed", "allowed_by_tensors", "allowed_by_positions", "holds_throughout", "holds_nowhere")
 HELPERS = "integers"
 
 _OPPOSITE = {"<": ">=", ">=": "<", ">": "<=", "<=": ">", "==": "!=", "!=": "=="}
@@ -32,11 +32,11 @@ def predicate_source(text: str, name: str) -> str:
     """
     predicate = parse(text)
     sizes = [f"s{i}" for i in range(predicate.size_count)]
-    if name in ("allowed", "allowed_by_tensors"):
+    if name.startswith("allowed"):
         ranks = _ranks(predicate)
         strides = [f"t{i}_stride_{axis}" for i, rank in sorted(ranks.items()) for axis in range(rank)]
         parameters = ["b", "h", "q", "k", "live", *(f"t{i}" for i in range(predicate.tensor_count)), *strides, *sizes]
-        chosen = [part for part in predicate.conjuncts if name == "allowed" or part.tensor_count]
+        chosen = [part for part in predicate.conjuncts if name == "allowed" or bool(part.tensor_count) == (name == "allowed_by_tensors")]
         writer = _Elements()
         conditions = [writer.condition(_positive(part.tree)) for part in chosen]
         result = " & ".join(["live", *map(_grouped, conditions)])

@@ -79,9 +79,30 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
         module.graph.eliminate_dead_code()  # a value that no one uses, such as averaged attention weights, is no second use of its input
+        _forget_detaching_constants(module.graph)
+        _let_views_copy(module.graph)
         lower_einsum(module)
         unmerge_heads(module)
     return graph
+
+
+def _forget_detaching_constants(graph: fx.Graph) -> None:
+    """Take away the `detach_` with which a number in the user's code, `torch.tensor(0.0)`, is traced: a write that changes nothing."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        constant = node.args[0]
+        if isinstance(constant, fx.Node) and constant.target is torch.ops.aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+
+
+def _let_views_copy(graph: fx.Graph) -> None:
+    """Make `view` of every node a `reshape`, which is the same wherever `view` is possible.
+
+    `contiguous` of what already is contiguous leaves no node, so the view after it counts on the strides of the operator before. Sparse
+    operators have other strides. (`F.multi_head_attention_forward` is written so before torch 2.13.)
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:

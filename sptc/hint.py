@@ -2,7 +2,7 @@
 
 try:
     from torch.fx.experimental.symbolic_shapes import optimization_hint
-except ImportError:  # torch before 2.13 names it so
-    from torch.fx.experimental.symbolic_shapes import hint_int as optimization_hint
+except ImportError:  # torch 2.11 names it so (and warns of its older name, hint_int)
+    from torch.fx.experimental.symbolic_shapes import size_hint as optimization_hint
 
 __all__ = ["optimization_hint"]

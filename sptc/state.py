@@ -203,14 +203,19 @@ def _map_first(value: Any, f: Callable[[Tensor], Tensor]) -> tuple[bool, Any]:
             changed, new = _map_first(item, f)
             if changed:
                 entries = {**value, key: new}
-                return True, type(value)(**entries) if dataclasses.is_dataclass(value) else entries
+                return True, type(value)(**entries) if _is_dataclass(value) else entries
         return False, value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if _is_dataclass(value):
         for field in dataclasses.fields(value):
             changed, new = _map_first(getattr(value, field.name), f)
             if changed:
                 return True, dataclasses.replace(value, **{field.name: new})
     return False, value
+
+
+def _is_dataclass(value: Any) -> bool:
+    """`dataclasses.is_dataclass` of an object: Dynamo of torch 2.11 can't trace it for None or a number, and would part hook and layer."""
+    return hasattr(value, "__dataclass_fields__") and not isinstance(value, type)
 
 
 def attach(owner: nn.Module, state: TrainableState) -> None:

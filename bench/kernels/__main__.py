@@ -33,9 +33,10 @@ def compile_all(targets: list[str], only: str) -> int:
     for row in ahead.compiled(chosen, [KNOWN[name] for name in targets], named):
         rows.append(row)
         print(f"{len(rows)} {row.target} {row.template} {', '.join(row.broken)}", file=sys.stderr, flush=True)
-    headers = ["template", "case", "target", "registers", "spilled bytes", "shared memory", "matrix instructions", "broken bounds"]
+    used = ["registers", "spilled bytes", "shared memory", "matrix instructions", "of warpgroups"]
+    headers = ["template", "case", "target", *used, "broken bounds"]
     cells = [
-        (r.template, r.case, r.target, *(astuple(r.used) if r.used else [None] * 4), "; ".join(r.broken))
+        (r.template, r.case, r.target, *(astuple(r.used) if r.used else [None] * len(used)), "; ".join(r.broken))
         for r in sorted(rows, key=lambda r: (r.template, r.target, r.case))
     ]
     broken = sum(bool(r.broken) for r in rows)

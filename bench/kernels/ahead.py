@@ -23,6 +23,8 @@ from sptc.codegen.load import load
 from sptc.codegen.target import Target, targeting
 
 META = torch.device("meta")
+# A warpgroup multiplies 64 rows or more. These have fewer: the 16 codewords of a sub-space, and the mean queries of one tile.
+FEW_ROWS = frozenset({"code_statistics", "pooled_logsumexp"})
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def row(launch: Launch, case: str, target: Target) -> Row:
 
 
 def broken_bounds(launch: Launch, used: Resources, target: Target) -> tuple[str, ...]:
-    """What must not be: values that do not fit in registers, more shared memory than there is, a product off the matrix units."""
+    """What must not be: values that do not fit in registers, more shared memory than there is, a product off the fastest matrix units."""
     found = []
     if used.spilled:
         found.append(f"spills {used.spilled} bytes")
@@ -79,6 +81,9 @@ def broken_bounds(launch: Launch, used: Resources, target: Target) -> tuple[str,
         found.append(f"{used.shared_memory} bytes of shared memory, {target.shared_memory} are there")
     if not used.matrix_instructions and "tl.dot(" in load(launch.spec).source:
         found.append("no matrix instruction")
+    slow = used.matrix_instructions - used.warpgroup_instructions
+    if slow and target.warpgroups and launch.spec.template not in FEW_ROWS:
+        found.append(f"{slow} of {used.matrix_instructions} matrix instructions are mma.sync, those of one warp")
     return tuple(found)
 
 

@@ -118,8 +118,7 @@ class _Call:
     @functools.cached_property
     def _through_registers(self) -> bool:
         """Whether matrix units read both operands from registers: mma.sync and mfma, not wgmma and tcgen05."""
-        target = target_of(self.q.device)
-        return target.backend != "cuda" or not isinstance(target.arch, int) or target.arch < 90
+        return not target_of(self.q.device).warpgroups
 
     @functools.cached_property
     def _precision(self) -> str:

@@ -91,6 +91,16 @@ BACKWARD_KV = Table(
             Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=32),
             Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
         ),
+        "sm_100": (
+            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=128),
+            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=32, BLOCK_N=64),
+            # With two stages ptxas 12.9, which is Triton 3.6's, makes room for three programs and spills for it; 13.1 does not.
+            Tiling.of(8, 3, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
         "": (
             Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=128),
             Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=64),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sptc.codegen.templates.language import allowed, allowed_by_tensors, holds_throughout, many
+from sptc.codegen.templates.language import allowed, allowed_by_positions, allowed_by_tensors, holds_throughout, many
 from sptc.codegen.templates.philox import philox_keep, philox_keep_runs
 
 
@@ -165,18 +165,18 @@ def attention_forward(
             keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[None, :] * mask_stride_k)
             scores = tl.where(keep, scores, float("-inf"))
         if SKIP_TEST:
-            # Conjuncts that read no tensor are known for a whole block at once, as a rule.
+            # Conjuncts that read no tensor are known for a whole block at once, as a rule. The others are tested before the branch:
+            # where each of its sides loads, Triton 3.6 can't compile the pipelined loop for sm_90.
             k_last = tl.minimum(k_first + min(BLOCK_N, KEY_BLOCK), m) - 1
-            if holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
-                if READS_TENSORS:
-                    scores = tl.where(
-                        allowed_by_tensors(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
-                        scores,
-                        float("-inf"),
-                    )
-            else:
+            if READS_TENSORS:
                 scores = tl.where(
-                    allowed(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
+                    allowed_by_tensors(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
+                    scores,
+                    float("-inf"),
+                )
+            if not holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
+                scores = tl.where(
+                    allowed_by_positions(b, h, position[:, None], key[None, :], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
                     scores,
                     float("-inf"),
                 )

@@ -63,6 +63,11 @@ def allowed_by_tensors(b: Any, h: Any, q: Any, k: Any, live: Any, *operands: Any
     raise _unspecialised("allowed_by_tensors")
 
 
+def allowed_by_positions(b: Any, h: Any, q: Any, k: Any, live: Any, *operands: Any) -> Any:
+    """As `allowed`, of the other conjuncts, which read no tensor: those that `holds_throughout` and `holds_nowhere` are about."""
+    raise _unspecialised("allowed_by_positions")
+
+
 def holds_throughout(b: Any, h: Any, q_first: Any, q_last: Any, k_first: Any, k_last: Any, *sizes: Any) -> Any:
     """Scalar bool: each conjunct that reads no tensor certainly holds for all q and k of these ranges, bounds included."""
     raise _unspecialised("holds_throughout")

@@ -31,8 +31,9 @@ def elements(out, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"
     live = (q < n) & (k < m)
     keep = allowed(b, h, q + q_from, k + k_from, live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
     by_tensors = allowed_by_tensors(b, h, q + q_from, k + k_from, live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
+    by_positions = allowed_by_positions(b, h, q + q_from, k + k_from, live, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES])
     at = out + tl.program_id(0) * n * m + q * m + k
-    tl.store(at, tl.where(keep, 1, 0) + tl.where(by_tensors, 2, 0), mask=live)
+    tl.store(at, tl.where(keep, 1, 0) + tl.where(by_tensors, 2, 0) + tl.where(by_positions, 4, 0), mask=live)
 """
 RANGES = """
 @triton.jit
@@ -86,7 +87,7 @@ def run_elements(text, tensors, sizes, q_from=0, k_from=0, transposed=False):
     for name, values in (("T", tensors), ("T_STRIDE", strides), ("S", sizes)):
         arguments |= {f"{name}_{i}": value for i, value in enumerate(values)}
     load(KernelSpec.of("elements", constants, {"predicate": text}), interpret=True).launch((B * H,), arguments, CPU)
-    return (out & 1).bool(), (out & 2).bool()
+    return [(out & bit).bool() for bit in (1, 2, 4)]
 
 
 CASES = [
@@ -112,16 +113,17 @@ CASES = [
 @pytest.mark.parametrize("transposed", [False, True], ids=["qk", "kq"])
 def test_elements_are_those_of_the_predicate(text, sizes, transposed):
     tensors = operands()
-    keep, by_tensors = run_elements(text, tensors, sizes, 3, 2, transposed)
+    keep, by_tensors, by_positions = run_elements(text, tensors, sizes, 3, 2, transposed)
     torch.testing.assert_close(keep, evaluated(text, tensors, sizes, 3, 2))
-    reading = [str(part) for part in parse(text).conjuncts if part.tensor_count]
-    expected = evaluated(" & ".join(f"({part})" for part in reading), tensors, sizes, 3, 2) if reading else torch.ones_like(keep)
-    torch.testing.assert_close(by_tensors, expected)
+    for got, read in ((by_tensors, True), (by_positions, False)):
+        chosen = [str(part) for part in parse(text).conjuncts if bool(part.tensor_count) == read]
+        expected = evaluated(" & ".join(f"({part})" for part in chosen), tensors, sizes, 3, 2) if chosen else torch.ones_like(keep)
+        torch.testing.assert_close(got, expected)
 
 
 def test_negative_operands_round_down():
     text = "((q // s0) == (k // 4)) & ((q % s0) == (k % 4))"
-    keep, _ = run_elements(text, [], [4], q_from=-7, k_from=-9)
+    keep, *_ = run_elements(text, [], [4], q_from=-7, k_from=-9)
     torch.testing.assert_close(keep, evaluated(text, [], [4], -7, -9))
     assert keep.any()
 
@@ -205,7 +207,7 @@ def random_conditions() -> st.SearchStrategy[str]:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(random_conditions(), st.integers(1, 6))
 def test_random_predicates(text, size):
-    keep, _ = run_elements(text, [], [size], q_from=-5, k_from=-3)
+    keep, *_ = run_elements(text, [], [size], q_from=-5, k_from=-3)
     torch.testing.assert_close(keep, evaluated(text, [], [size], -5, -3))
     rectangles = RECTANGLES[::5]
     certain, nowhere = run_ranges(text, [size], rectangles)

@@ -80,22 +80,28 @@ def a_launch(template="attention_forward", target="sm_90"):
 @pytest.mark.parametrize(
     "used, broken",
     [
-        (Resources(128, 0, 227 * 1024, 8), ()),
-        (Resources(255, 8, 0, 8), ("spills 8 bytes",)),
-        (Resources(255, 0, 227 * 1024 + 1, 8), ("232449 bytes of shared memory, 232448 are there",)),
-        (Resources(255, 4, 0, 0), ("spills 4 bytes", "no matrix instruction")),
+        (Resources(128, 0, 227 * 1024, 8, 8), ()),
+        (Resources(255, 8, 0, 8, 8), ("spills 8 bytes",)),
+        (Resources(255, 0, 227 * 1024 + 1, 8, 8), ("232449 bytes of shared memory, 232448 are there",)),
+        (Resources(255, 4, 0, 0, 0), ("spills 4 bytes", "no matrix instruction")),
+        (Resources(128, 0, 0, 8, 6), ("2 of 8 matrix instructions are mma.sync, those of one warp",)),
     ],
 )
 def test_bounds(used, broken):
     assert ahead.broken_bounds(a_launch(), used, KNOWN["sm_90"]) == broken
 
 
+def test_mma_sync_is_what_an_ampere_gpu_has():
+    assert ahead.broken_bounds(a_launch(target="sm_80"), Resources(128, 0, 0, 8, 0), KNOWN["sm_80"]) == ()
+    assert [replace(KNOWN["sm_90"], arch=arch).warpgroups for arch in (86, 90, 100, 103, 120)] == [False, True, True, True, False]
+
+
 def test_a_kernel_without_products_needs_no_matrix_instruction():
-    assert ahead.broken_bounds(a_launch("choose_blocks"), Resources(20, 0, 0, 0), KNOWN["sm_90"]) == ()
+    assert ahead.broken_bounds(a_launch("choose_blocks"), Resources(20, 0, 0, 0, 0), KNOWN["sm_90"]) == ()
 
 
 def test_table_and_exit_code(monkeypatch, capsys):
-    row = ahead.Row("sample", "LLaMA-like", "sm_90", Resources(32, 0, 1024, 8), ())
+    row = ahead.Row("sample", "LLaMA-like", "sm_90", Resources(32, 0, 1024, 8, 8), ())
     broken = ahead.Row("other", "LLaMA-like", "sm_90", None, ("does not compile: CompilationError here",))
     for rows, code in (((row,), 0), ((row, broken), 1)):
         monkeypatch.setattr(ahead, "compiled", lambda *_, rows=rows: iter(rows))
@@ -129,10 +135,20 @@ def test_specialised_as_when_run():
             assert not source.attrs[(3,)] and options["num_warps"] == launch.spec.num_warps
 
 
+def tiled(launch, num_warps, **constants):
+    constants = {**dict(launch.spec.constants), **constants}
+    return replace(launch, spec=replace(launch.spec, constants=tuple(sorted(constants.items())), num_warps=num_warps))
+
+
 def test_spilling_is_seen():
     """A tile far too large for its warps, compiled for real."""
-    launch = a_launch(target="sm_80")
-    constants = {**dict(launch.spec.constants), "BLOCK_M": 256}
-    wide = replace(launch.spec, constants=tuple(sorted(constants.items())), num_warps=2)
-    row = ahead.row(replace(launch, spec=wide), "sample", KNOWN["sm_80"])
+    row = ahead.row(tiled(a_launch(target="sm_80"), 2, BLOCK_M=256), "sample", KNOWN["sm_80"])
     assert row.broken and row.broken[0].startswith("spills")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("warps, rows", [(4, 32), (2, 64)], ids=["too few rows", "too few warps"])
+def test_a_product_of_single_warps_is_seen(target, warps, rows):
+    """A tile that no warpgroup multiplies, compiled for real: it has matrix instructions, but not the fast ones."""
+    row = ahead.row(tiled(a_launch(target=target), warps, BLOCK_M=rows), "sample", KNOWN[target])
+    assert row.used.matrix_instructions and any("mma.sync" in bound for bound in row.broken)

@@ -148,6 +148,19 @@ def test_one_language():
     assert "" not in ops
 
 
+def test_no_view_counts_on_strides_and_no_constant_is_detached_in_place():
+    """A region's sparse form has strides of its own; a `detach_` of `torch.tensor(0.0)` would hide from the reader of masks what it is."""
+
+    def function(x):
+        return torch.where(x > 0, torch.tensor(0.0), -1.0).transpose(0, 1).contiguous().view(-1) + x.t().reshape(-1)
+
+    x = torch.randn(3, 4)
+    graph = normalize(torch.fx.symbolic_trace(function), [x])
+    names = {op(n) for n in graph.graph.nodes}
+    assert not names & {"aten.view.default", "aten.detach_.default"} and "aten.reshape.default" in names
+    torch.testing.assert_close(graph(x), function(x))
+
+
 def test_placeholders_keep_order_and_source():
     ((gm, unit),) = _lowered(Dropout(), torch.randn(2, 5, 8))
     before, after = gm.graph.find_nodes(op="placeholder"), unit.gm.graph.find_nodes(op="placeholder")
