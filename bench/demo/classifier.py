@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -42,11 +43,12 @@ class Classifier(nn.Module):
         self.transformer = transformer
         self.head = nn.Linear(width, classes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [b, classes] of input_ids and attention_mask, int64 [b, n]."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [b, classes] of input_ids and attention_mask, int64 [b, n]; the mean loss of labels, int64 [b], where these are given."""
         states = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        return self.head((states * weights).sum(1) / weights.sum(1))
+        logits: Tensor = self.head((states * weights).sum(1) / weights.sum(1))
+        return logits if labels is None else cross_entropy(logits, labels)
 
 
 def classifier(model: str, classes: int, dropout: float) -> Classifier:

@@ -54,7 +54,7 @@ class Worker:
         self._process = context.Process(target=work, args=(job, theirs), name=self.name)
         self._process.start()
         theirs.close()
-        self.prepare_seconds: float = self.receive()
+        self.receive()
 
     def receive(self) -> Any:
         try:
@@ -129,7 +129,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _take_turns(workers: list[Worker], plan: Plan, held_out: int, progress: Progress) -> tuple[Outcome, Outcome]:
-    outcomes = {worker.name: Outcome(worker.name, worker.prepare_seconds) for worker in workers}
+    outcomes = {worker.name: Outcome(worker.name) for worker in workers}
     bars = {worker.name: progress.add_task(f"{worker.name} training", total=plan.steps, last="compiling") for worker in workers}
     for first in range(0, plan.steps, TURN):
         last = min(first + TURN, plan.steps)

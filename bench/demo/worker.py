@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.functional import cross_entropy
 
 import sptc
 from bench.demo.classifier import classifier
@@ -33,16 +32,16 @@ class Job:
     learning_rate: float
     dropout: float
     seed: int
-    options: dict[str, Any] = field(default_factory=dict)  # of torch.compile and sptc.prepare
+    options: dict[str, Any] = field(default_factory=dict)  # of torch.compile
 
 
 def work(job: Job, connection: Connection) -> None:
-    """Build the run, send the seconds `sptc.prepare` took, then answer commands (a method of `Run` and its arguments) until None."""
+    """Build the run, say so, then answer commands (a method of `Run` and its arguments) until None."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job.cache, "inductor"))
     os.environ["TRITON_CACHE_DIR"] = str(Path(job.cache, "triton"))
     torch.set_num_threads(os.cpu_count() or 1)
     run = Run(job)
-    connection.send(run.prepare_seconds)
+    connection.send(True)
     while (command := connection.recv()) is not None:
         name, *args = command
         for answer in getattr(run, name)(*args):
@@ -61,14 +60,8 @@ class Run:
         torch.manual_seed(job.seed)
         self.model = classifier(job.model, job.classes, job.dropout)
         self.model.train()
-        start = time.perf_counter()
-        if job.backend == "spt":
-            sptc.prepare(self.model, self._batch(0), job.options)
-        self.prepare_seconds = time.perf_counter() - start
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=job.learning_rate, weight_decay=0.0)
-        if job.backend == "spt":
-            self.optimizer.register_step_post_hook(lambda *_: sptc.step(self.model))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, job.steps))
         self.compiled = torch.compile(self.model, backend=job.backend, options=job.options or None)
 
@@ -78,7 +71,7 @@ class Run:
         for step in range(first, last):
             batch = self._batch(step)
             start = time.perf_counter()
-            loss = cross_entropy(self.compiled(**batch), self.train_labels[self.order[step]])
+            loss = self.compiled(**batch, labels=self.train_labels[self.order[step]])
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()

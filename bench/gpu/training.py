@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,22 +28,27 @@ _COUNTED = 4  # one of so many tokens has a label: a question with its answer
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is compiled: by Inductor if `decline` is None. `prepared`: with routers for the FFNs."""
+    """How a step is compiled: by Inductor if `options` is None, else by backend "spt" with them."""
 
     name: str
-    decline: str | None = None
-    prepared: bool = True
+    options: Mapping[str, Any] | None = None
     graphs: bool = False
 
 
+# Densities are given: those that would be measured on random weights say nothing.
+CONTEXT = {"ffn.density": 1.0, "ffn.context_density": 0.25}
+HALF = {"ffn.density": 0.5, "ffn.context_density": None}
+NEVER, AUTO = {"decline": "never"}, {"decline": "auto"}
+
 WAYS = (
     Way("Inductor"),
-    Way("spt never", "never"),
-    Way("spt auto", "auto"),
-    Way("spt never, not prepared", "never", prepared=False),
+    Way("spt never, context 1/4", {**NEVER, **CONTEXT}),
+    Way("spt auto, context 1/4", {**AUTO, **CONTEXT}),
+    Way("spt never, units 1/2", {**NEVER, **HALF}),
+    Way("spt never, router", {**NEVER, "ffn.selector": "router"}),
     Way("Inductor, CUDA graphs", graphs=True),
-    Way("spt never, CUDA graphs", "never", graphs=True),
-    Way("spt auto, CUDA graphs", "auto", graphs=True),
+    Way("spt never, units 1/2, CUDA graphs", {**NEVER, **HALF}, graphs=True),
+    Way("spt auto, context 1/4, CUDA graphs", {**AUTO, **CONTEXT}, graphs=True),
 )
 
 
@@ -60,8 +65,8 @@ def step(length: int, way: Way, sizes: Sizes, limit: Limit) -> Iterator[Figures]
     began = time.monotonic()
     torch.manual_seed(0)
     model, batch = make_model(length, sizes), make_batch(length, sizes)
-    if way.decline and way.prepared:
-        sptc.prepare(model, batch, {"decline": way.decline})
+    if way.options and way.options.get("ffn.selector") == "router":
+        sptc.prepare(model, batch, way.options)
     prepared = time.monotonic()
     limit.check()
     run = compiled(model, way, sizes.dry)
@@ -78,7 +83,7 @@ def step(length: int, way: Way, sizes: Sizes, limit: Limit) -> Iterator[Figures]
 
     loss = float(once())
     row: Figures = {"loss": loss, "prepare_seconds": prepared - began, "first_step_seconds": time.monotonic() - prepared}
-    if way.decline:
+    if way.options is not None:
         row["rewritten"] = sum(region.status == "rewritten" for region in sptc.report(run).regions)
     yield row
     timing = one(once, sizes, limit)
@@ -108,9 +113,9 @@ def make_batch(length: int, sizes: Sizes) -> dict[str, Tensor]:
 def compiled(model: nn.Module, way: Way, dry: bool) -> Any:
     """In a dry run without Inductor, whose C++ takes a minute to compile."""
     graphs: dict[str, Any] = {"triton.cudagraphs": True} if way.graphs else {}
-    if way.decline is None:
+    if way.options is None:
         return torch.compile(model, dynamic=False, backend="aot_eager") if dry else torch.compile(model, dynamic=False, options=graphs)
-    options = {"decline": way.decline, "inductor": graphs}
+    options = {**way.options, "inductor": graphs}
     if not dry:
         return torch.compile(model, dynamic=False, backend=spt, options=options)
     config = Config.from_options(options)

@@ -155,7 +155,7 @@ def test_a_stage_of_the_dry_run(name, case, dry, monkeypatch):
 
 
 def test_a_step_of_the_dry_run(dry, interpreted):
-    way = training.Way("spt never", "never")
+    way = training.Way("spt never", {**training.NEVER, **training.CONTEXT})
     first, timed = training.step(32, way, DRY, Limit(200.0))
     assert first["rewritten"] == 2 and timed["loss_after"] < first["loss"] == pytest.approx(math.log(32), rel=0.05)
 
