@@ -24,13 +24,13 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from sptc.passes.effects import remove_dead_code
 from sptc.passes.lower_einsum import lower_einsum
+from sptc.passes.pattern import CHECKPOINT
 from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
 from sptc.passes.unmerge_heads import unmerge_heads
 from sptc.region import Refusal
-
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 def lower(unit: Unit) -> Unit:
@@ -78,7 +78,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
-        module.graph.eliminate_dead_code()  # a value that no one uses, such as averaged attention weights, is no second use of its input
+        remove_dead_code(module.graph)  # a value that no one uses, such as averaged attention weights, is no second use of its input
         lower_einsum(module)
         unmerge_heads(module)
     return graph
@@ -148,7 +148,7 @@ class _Lowering(fx.Interpreter):
         tracer = _tracer()
         fake_mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
         with disable_proxy_modes_tracing():
-            out = pytree.tree_map(lambda t: _same_metadata(t, fake_mode), self._node.meta["example_value"])
+            out = pytree.tree_map(lambda t: _same_metadata(t, fake_mode), self._node.meta.get("example_value"))
 
         def proxy(a: Any) -> Any:
             if isinstance(a, fx.GraphModule):

@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx import Node
 
 from sptc.passes.counted import insert_mask
+from sptc.passes.effects import remove_dead_code
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
@@ -40,7 +41,7 @@ def rewrite(unit: Unit) -> Unit:
     for decision in chosen:
         _erase(decision)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
-        frame.gm.graph.eliminate_dead_code()
+        remove_dead_code(frame.gm.graph)
         drop_unused_operands(frame)
     return unit
 
