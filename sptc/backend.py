@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._logging import warning_once
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
@@ -21,6 +22,7 @@ from sptc.config import Config, ConfigError
 from sptc.device import calibrate
 from sptc.dump import Dump
 from sptc.emit import emit
+from sptc.fingerprint import fingerprint
 from sptc.passes import PIPELINE
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
@@ -47,7 +49,11 @@ def spt(
 
 
 def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Callable[..., Any]:
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=config.inductor or None)
+    """Compile by Inductor. The key of its cache and of AOTAutograd's holds our sources: an upgrade never runs what was traced before it."""
+    tagged = functools.partial(torch.compiler.config.patch, cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptc-{fingerprint()}")
+    with tagged():
+        # Twice, as compile_fx itself does with config_patches: the backward graph is compiled later, out of this scope.
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(compile_fx_inner), config_patches=config.inductor or None)
     return compiled
 
 
