@@ -37,5 +37,5 @@ class Unit:
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
     counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked
     decisions: tuple[Decision, ...] = ()
-    closed: bool = False  # a graph that can't be looked into: it stays as Dynamo captured it
+    closed: Refusal | None = None  # why the graph can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

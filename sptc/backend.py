@@ -85,12 +85,16 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         for refusal in unit.refusals:
             if refusal.rule == "state":  # parameters that the user trains and that this graph does not use
                 warning_once(log, f"{refusal.site.module or 'the model'}: {refusal.reason}")
+        if unit.closed is not None:
+            warning_once(log, f"{unit.closed.site.source or 'a graph'}: {unit.closed.reason}; Inductor compiles it as it was captured")
         kernels = emit(unit, _device(example_inputs))
-        compiled = inner(unit.gm, example_inputs, config)
+        # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
+        rewritten = any(decision.rewrite for decision in unit.decisions)
+        compiled = inner(unit.gm if rewritten else gm, example_inputs, config)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
     except Exception:
-        if config.on_error == "raise":
+        if config.on_error != "dense":
             raise
         log.warning("sptc failed on a graph and leaves it dense, as on_error='dense' asks", exc_info=True)
         report, kernels = Report.of([]), ()

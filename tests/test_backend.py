@@ -11,7 +11,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import sptc
-from sptc.config import ConfigError
+from sptc.backend import compile_graph
+from sptc.config import Config, ConfigError
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES
 
@@ -98,6 +99,66 @@ def test_a_graph_that_cannot_be_traced_again_runs_as_captured():
     torch.testing.assert_close(compiled(q), F.scaled_dot_product_attention(q, q, q, is_causal=True), rtol=1e-4, atol=1e-5)
     assert model.count.tolist() == [2, 2]
     assert {(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions} == {("graph", "refused", "higher-order")}
+
+
+@torch._dynamo.allow_in_graph
+def shifted(x):
+    x.data.add_(1)
+    return x * 2
+
+
+class Hiding(Block):
+    """A function that Dynamo does not look into, and that does what no tracer sees."""
+
+    def forward(self, x):
+        return super().forward(shifted(x))
+
+
+def test_what_cannot_be_traced_again_goes_to_inductor_with_a_warning(caplog):
+    torch._logging.warning_once.cache_clear()
+    model, x = Hiding(), torch.randn(2, 19, 32)
+    want = gradients(model, model(x.clone()).square().mean())
+    with caplog.at_level(logging.WARNING, "sptc"):
+        compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+        got = gradients(model, compiled(x.clone()).square().mean())
+    assert_gradients_close(got, want)
+    (said,) = [r.getMessage() for r in caplog.records if "traced" in r.getMessage()]
+    assert said.startswith("test_backend.py:") and "add_" in said and said.endswith("Inductor compiles it as it was captured")
+    assert [(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions] == [("graph", "refused", "untraceable")]
+    assert [(r.kind, r.status, r.rule) for r in sptc.explain(model, x, SPARSE).regions] == [("graph", "refused", "untraceable")]
+
+
+def test_what_cannot_be_traced_again_raises_if_asked():
+    with pytest.raises(BackendCompilerFailed, match="out of sight of the tracer"):
+        torch.compile(Hiding(), backend=without_inductor(**SPARSE, on_error="raise"))(torch.randn(2, 19, 32))
+
+
+def test_a_failed_trace_leaves_no_mode_behind():
+    def program(x):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return shifted(x) @ x
+
+    torch.compile(program, backend=without_inductor(**SPARSE))(torch.randn(8, 8))
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_graph_with_nothing_for_us_is_compiled_as_it_was_captured():
+    captured, compiled = [], []
+
+    def backend(gm, example_inputs):
+        def inner(g, inputs, _):
+            compiled.append(g)
+            return g.forward
+
+        captured.append(gm)
+        return compile_graph(gm, example_inputs, Config(), inner=inner)
+
+    model, x = _block()
+    torch.compile(model, backend=backend)(x)  # its regions would not pay
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).sum().backward()
+    torch.compile(optimizer.step, backend=backend)()
+    assert len(captured) == len(compiled) > 1 and all(a is b for a, b in zip(captured, compiled, strict=True))
 
 
 class Flat(nn.Module):
