@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
+from sptc.passes.modes import remember_autocast
 from sptc.passes.pattern import CHECKPOINT
 
 
@@ -195,6 +196,7 @@ def _lower_body(body: fx.GraphModule, *args: Any) -> fx.GraphModule:
             return Lowering(body).run(*inputs)
 
     lowered = reenter_make_fx(run)(*args)
+    remember_autocast(lowered)
     lowered.meta.update(body.meta)  # a selective checkpoint's policy among it
     return lowered
 

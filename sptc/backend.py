@@ -50,7 +50,8 @@ def spt(
 
 def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Callable[..., Any]:
     """Compile by Inductor. The key of its cache and of AOTAutograd's holds our sources: an upgrade never runs what was traced before it."""
-    tagged = functools.partial(torch.compiler.config.patch, cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptc-{fingerprint()}")
+    config_module: Any = torch.compiler.config
+    tagged = functools.partial(config_module.patch, cache_key_tag=f"{config_module.cache_key_tag}sptc-{fingerprint()}")
     with tagged():
         # Twice, as compile_fx itself does with config_patches: the backward graph is compiled later, out of this scope.
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(compile_fx_inner), config_patches=config.inductor or None)
