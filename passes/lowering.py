@@ -20,6 +20,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, set_meta, track_tensor_tree
 from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sptc.passes.modes import remember_autocast
 from sptc.passes.pattern import CHECKPOINT
@@ -48,6 +49,13 @@ class _Opaque:
     """What a call returned that no graph can hold, such as an autocast block, and its node."""
 
     value: Any
+    proxy: fx.Proxy
+
+
+@dataclass(frozen=True)
+class _Subclass:
+    """What a call returned that is of a tensor subclass: its node alone, since what its owner does with it is no business of ours."""
+
     proxy: fx.Proxy
 
 
@@ -94,10 +102,21 @@ class Lowering(fx.Interpreter):
             if target is CHECKPOINT:
                 args = (_lower_body(*args), *args[1:])
             return self._record(target, args, kwargs)
-        return self._seen("call_function", target, args, kwargs)
+        return self._call("call_function", target, args, kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._seen("call_method", target, args, kwargs)
+        return self._call("call_method", target, args, kwargs)
+
+    def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(leaf, _Subclass) for leaf in pytree.tree_leaves(args)):
+            raise Untraceable(self._node, "the graph returns a tensor of a subclass")
+        return super().output(target, args, kwargs)
+
+    def _call(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Tensors of a subclass, such as quantized weights, are inputs of the calls that they stand in: tracing would look into them."""
+        if any(isinstance(leaf, _Subclass) or is_traceable_wrapper_subclass(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            return self._record(target, args, kwargs, kind)
+        return self._seen(kind, target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor that the graph holds, such as an optimizer's state: itself in the new graph too, a fake while tracing."""
@@ -158,21 +177,28 @@ class Lowering(fx.Interpreter):
             self._entered.remove(args[0])
         return _Opaque(out, node)
 
-    def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One node for a higher-order call; its result is what Dynamo saw, its body is not run."""
+    def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str = "call_function") -> Any:
+        """One node for a call that is not run, such as a higher-order one; its result is what Dynamo saw."""
         tracer = _tracer()
-        fake_mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
+        fake_mode = detect_fake_mode()
         with disable_proxy_modes_tracing():
             out = pytree.tree_map(lambda t: _same_metadata(t, fake_mode), self._node.meta.get("example_value"))
+        call = tracer.create_proxy(kind, target, *pytree.tree_map(_proxy, (args, kwargs)))
+        return _tracked(out, call)
 
-        call = tracer.create_proxy("call_function", target, *pytree.tree_map(_proxy, (args, kwargs)))
-        return track_tensor_tree(out, call, constant=None, tracer=tracer)
+
+def _tracked(out: Any, proxy: fx.Proxy) -> Any:
+    if out is _Subclass:
+        return _Subclass(proxy)
+    if any(leaf is _Subclass for leaf in pytree.tree_leaves(out)):
+        return [_tracked(item, proxy[i]) for i, item in enumerate(out)]
+    return track_tensor_tree(out, proxy, constant=None, tracer=_tracer())
 
 
 def _proxy(argument: Any) -> Any:
     """What stands for an argument in the graph at hand; a body is registered with it."""
     tracer = _tracer()
-    if isinstance(argument, _Opaque):
+    if isinstance(argument, (_Opaque, _Subclass)):
         return argument.proxy
     if isinstance(argument, fx.GraphModule):
         name = tracer.get_fresh_qualname("body")
@@ -204,6 +230,8 @@ def _lower_body(body: fx.GraphModule, *args: Any) -> fx.GraphModule:
 def _same_metadata(t: Any, fake_mode: FakeTensorMode | None) -> Any:
     if not isinstance(t, torch.Tensor):
         return t
+    if is_traceable_wrapper_subclass(t):
+        return _Subclass
     assert fake_mode is not None
     with fake_mode:
         out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
