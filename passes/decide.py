@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols, statically_known_true
 
 from sptc.device import DeviceCosts
 from sptc.hint import optimization_hint
+from sptc.passes.constraints import guardable, lower_bound
 from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
 from sptc.passes.counted import find_counted, fits
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
@@ -96,9 +97,11 @@ def _decide(unit: Unit, region: Region, planned: float | None) -> Decision:
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
     if planned == 1.0:
         return Decision(region, False, "the plan keeps it dense", settings, *costs)
+    if isinstance(settings, AttentionSettings) and (reason := _specializes(unit, region, settings)):
+        return Decision(region, False, reason, settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
-    rewrite, border = _pays(dense, sparse, length)
+    rewrite, border = _pays(unit, dense, sparse, length)
     figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense"
     reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
     return Decision(region, rewrite, reason + border, settings, *costs)
@@ -146,15 +149,30 @@ def _four(sizes: tuple[int | torch.SymInt, ...]) -> tuple[int | torch.SymInt, ..
     return sizes if len(sizes) == 4 else (1, *sizes)
 
 
-def _pays(dense: Work, sparse: Work, length: _Length) -> tuple[bool, str]:
-    """Whether sparse is faster, and for a symbolic length from where on."""
+def _pays(unit: Unit, dense: Work, sparse: Work, length: _Length) -> tuple[bool, str]:
+    """Whether sparse is faster, and for a symbolic length from where on.
+
+    Where the user's constraints allow no guard that would tell the two sides apart, the example's side is taken for all lengths.
+    """
     difference = sympy.lambdify(_LENGTH, sparse.seconds - dense.seconds, modules="math")
     if not isinstance(length.size, torch.SymInt) or has_free_unbacked_symbols(length.size):  # nothing can be guarded on data
         return bool(difference(length.hint) < 0), ""
     border = crossover(difference, length.hint)
     if border is None:
         return bool(difference(length.hint) < 0), ""
-    return guard_bool(length.size >= border), f"; sparse from {border} on"
+    above, below = length.size >= border, length.size < border
+    if not (statically_known_true(above) or statically_known_true(below) or guardable(length.size, unit.gm, unit.example_inputs)):
+        return bool(difference(length.hint) < 0), f" at {length.hint}, chosen for the whole range that mark_dynamic was given"
+    return guard_bool(above), f"; sparse from {border} on"
+
+
+def _specializes(unit: Unit, region: Region, settings: AttentionSettings) -> str:
+    """Why sparse attention would break the promise of mark_dynamic; "" if it does not. Torch guards on sizes of 1, as of a single tile."""
+    assert isinstance(region, AttentionRegion)
+    for size, least in ((shape(region.q)[-2], settings.query_block), (shape(region.k)[-2], settings.key_block / settings.density)):
+        if isinstance(size, torch.SymInt) and not guardable(size, unit.gm, unit.example_inputs) and lower_bound(size) <= least:
+            return f"mark_dynamic was given lengths from {lower_bound(size)} on; one compile for all of them needs more than {least:.0f}"
+    return ""
 
 
 def crossover(difference: Callable[[int], float], hint: int) -> int | None:

@@ -180,6 +180,17 @@ def test_symbolic_batch_and_length():
     assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
 
 
+@pytest.mark.parametrize(("least", "attention"), [(8, "declined"), (9, "rewritten")])
+def test_sparse_forms_keep_the_range_that_the_user_marked(least, attention):
+    """With 8 keys a list holds a single block, and torch compiles sizes of 1 apart."""
+    model, x = _block()
+    torch._dynamo.mark_dynamic(x, 1, min=least, max=4096)
+    compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+    want = gradients(model, compiled(x).square().mean())
+    assert want.keys() == dict(model.named_parameters()).keys()
+    assert [r.status for r in sptc.report(compiled).regions] == [attention, "rewritten"]
+
+
 def test_symbolic_lora_scaling():
     from peft import LoraConfig, inject_adapter_in_model
 

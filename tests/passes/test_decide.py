@@ -229,3 +229,36 @@ def test_a_static_length_adds_no_guard_and_a_sure_decision_neither():
         torch._dynamo.mark_dynamic(x, 1)
         compiled(x)
     assert compiles == [True]
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention"])
+@pytest.mark.parametrize(("first", "rewritten"), [(64, False), (4096, True)])
+def test_a_range_that_the_user_marks_gets_one_side_and_no_guard(kind, first, rewritten):
+    """The crossover lies within the range: a guard there would break the promise of mark_dynamic, which Dynamo calls an error."""
+    model, reasons = Ffn() if kind == "ffn" else SelfAttention(), []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        (decision,) = judge(gm, inputs, **{"attention.query_block": 32, "attention.key_block": 7}).decisions  # a list has two at 60 keys
+        reasons.append((decision.rewrite, decision.reason))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=backend)
+    for length in (first, 96, 4000):
+        x = torch.randn((2, length, 64) if kind == "ffn" else (2, 2, length, 64), requires_grad=True)
+        torch._dynamo.mark_dynamic(x, x.dim() - 2, min=60, max=4096)
+        compiled(x)
+    ((decided, reason),) = reasons
+    assert decided is rewritten and reason.endswith("chosen for the whole range that mark_dynamic was given")
+
+
+def test_a_range_on_one_side_of_the_crossover_needs_no_choice():
+    reasons = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        reasons.append(judge(gm, inputs).decisions[0].reason)
+        return gm.forward
+
+    x = torch.randn(2, 64, 64)
+    torch._dynamo.mark_dynamic(x, 1, min=8, max=100)
+    torch.compile(Ffn(), backend=backend)(x)
+    assert len(reasons) == 1 and "sparse from" in reasons[0]
