@@ -147,7 +147,6 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _save(path: Path, values: dict[str, Any]) -> None:
     """Write whole or not at all. Without a place to write, the constants last for this process."""
     try:
-        private_folder()
-        write_whole(path, json.dumps(values, indent=1))
+        write_whole(private_folder() / path.name, json.dumps(values, indent=1))
     except OSError as error:
         log.warning("cannot keep the device's measurements in %s (%s): they are taken again by the next process", path.parent, error)
