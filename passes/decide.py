@@ -19,6 +19,7 @@ from sptc.hint import optimization_hint
 from sptc.passes.constraints import guardable, lower_bound
 from sptc.passes.cost import AttentionShape, FfnShape, Size, Work, dense_attention, dense_ffn, share, sparse_attention, sparse_ffn
 from sptc.passes.counted import find_counted, fits
+from sptc.passes.operand_dtypes import misfit
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.planned import planned_densities
 from sptc.passes.unit import Unit
@@ -45,7 +46,8 @@ _LONGEST = 1 << 24
 def decide(unit: Unit) -> Unit:
     """Fill `decisions`, one a region in the order of `regions`.
 
-    A region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks".
+    A region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks", one in dtypes that the device's sparse
+    operators don't compute in a refusal of rule "dtype".
     """
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
     regions: list[Region] = []
@@ -55,6 +57,9 @@ def decide(unit: Unit) -> Unit:
         if isinstance(region, FfnRegion) and region.hidden % (blocks := _blocks(unit, state)):
             reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
+            continue
+        if reason := misfit(region, unit.device):
+            refusals.append(Refusal(region.kind, "dtype", region.y, reason, region.site))
             continue
         regions.append(region)
     unit = replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals))

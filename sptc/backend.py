@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch._logging import warning_once
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.codegen.kernels.selection import default_blocks as kernel_blocks
-from sptc.codegen.target import runs_kernels
+from sptc.codegen.target import KERNEL_DTYPES, runs_kernels
 from sptc.compiled import CompiledGraph
 from sptc.config import Config, ConfigError
 from sptc.device import calibrate
@@ -65,11 +66,12 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         ConfigError: a device without kernels, or a plan that can't be read or contradicts an option.
     """
     device = _device(example_inputs)
-    blocks = kernel_blocks if runs_kernels(device) else default_blocks
+    kernels = runs_kernels(device)
+    costs = calibrate(device, kernel_blocks if kernels else default_blocks)
     plan = None if config.plan is None else Plan.load(config.plan)
     if plan is not None:
         config = plan.applied_to(config)
-    return Unit(gm, tuple(example_inputs), config, calibrate(device, blocks), plan)
+    return Unit(gm, tuple(example_inputs), config, replace(costs, dtypes=KERNEL_DTYPES) if kernels else costs, plan)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:

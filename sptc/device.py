@@ -54,12 +54,13 @@ class DeviceCosts:
     attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward
     routed_seconds: float  # routed FFN of next to nothing, one block, forward and backward
     default_blocks: Blocks  # (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block)
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})  # that it computes in
 
     def rates(self, dtype: torch.dtype | None) -> Rates:
         return self.half if dtype in (torch.bfloat16, torch.float16) else self.single
 
 
-_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks"}
+_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks", "dtypes"}
 
 
 def check_device(device: torch.device) -> None:

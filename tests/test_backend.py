@@ -226,6 +226,25 @@ def test_the_router_is_single_precision_however_autocast_is_spelled():
     assert route.args[0].target is torch.ops.aten.to.dtype and route.args[0].args[1] is torch.float32
 
 
+def test_kernels_refuse_double_precision(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, x = _block()
+    model.double()
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    torch.testing.assert_close(compiled(x.double()), model(x.double()), rtol=0, atol=0)
+    assert [(r.status, r.rule) for r in sptc.report(compiled).regions] == [("refused", "dtype")] * 2
+
+
+def test_attention_of_two_dtypes_is_refused():
+    def attend(q, v):
+        return torch.softmax(q @ q.mT / 8, -1).to(v.dtype) @ v
+
+    q, v = torch.randn(1, 4, 19, 8), torch.randn(1, 4, 19, 8, dtype=torch.bfloat16)
+    compiled = torch.compile(attend, backend=without_inductor(**SPARSE))
+    torch.testing.assert_close(compiled(q, v), attend(q, v), rtol=0, atol=0)
+    assert [(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions] == [("attention", "refused", "dtype")]
+
+
 def test_nothing_enabled_is_dense():
     model, x = _block()
     compiled = torch.compile(model, backend=without_inductor(**{"attention.enabled": False, "ffn.enabled": False, "decline": "never"}))
