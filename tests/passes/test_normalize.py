@@ -186,6 +186,8 @@ CASES = [
 @pytest.mark.parametrize("backends", [("eager", _normalized), (_aot, _normalized_aot)], ids=["eager", "aot"])
 def test_computes_the_same(case, backends):
     """With equal random numbers, the normalized graph computes what the captured one does: run as it is, and through AOTAutograd."""
+    if case is Inference and backends[0] is _aot and torch.__version__ < (2, 13):
+        pytest.skip("this AOTAutograd fails on inference mode, with the captured graph too")
     torch.manual_seed(0)
     model = case()
     plain, normalized = (_compiled(copy.deepcopy(model), backend) for backend in backends)
