@@ -39,9 +39,6 @@ def emit(unit: Unit, device: torch.device) -> tuple[EmittedKernel, ...]:
 
     Shapes are those that the graph was captured with: another length may need a further kernel, which is emitted when it is launched.
     Empty for a device that runs no kernels.
-
-    Raises:
-        TypeError: operands in a dtype that has no kernels.
     """
     if not runs_kernels(device):
         return ()
