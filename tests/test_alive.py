@@ -84,3 +84,30 @@ def test_no_tensor_survives(run):
     before = live()
     run(model, x)
     assert live() - before == Counter()
+
+
+class Rotating(nn.Module):
+    """As rotary embeddings are: the first thing in the graph is a block without gradients, at whose end they are switched on."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = x.square().mean(-1, keepdim=True).rsqrt()
+        return self.block(x * scale)
+
+
+def test_a_trial_keeps_nothing_for_gradients():
+    saved = []
+    model, x = nn.Sequential(Rotating()), torch.randn(2, 19, 32)
+
+    def keep(tensor):
+        if not isinstance(tensor, FakeTensor):  # tracing has gradients, but no memory
+            saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        report = sptc.prepare(model, x, OPTIONS)
+    assert [r.status for r in report.regions] == ["rewritten", "rewritten"] and not saved
