@@ -47,6 +47,9 @@ KNOWN = {
     )
 }
 
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""What kernels take operands in."""
+
 _chosen: ContextVar[Target | None] = ContextVar("target", default=None)
 
 

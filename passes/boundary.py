@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import torch
-from networkx.utils import UnionFind
-from torch.fx import Graph, Node
+from torch.fx import Node
 
+from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.pattern import is_mode_change, op
 
 
@@ -93,35 +92,3 @@ def disturbance(seen_through: Collection[Node], y: Node) -> Breach | None:
 
 def _switches_gradients(node: Node) -> bool:
     return is_mode_change(node) and "autocast" not in str(getattr(node.target, "__name__", ""))
-
-
-def written_by(node: Node) -> list[Node]:
-    """The tensors that a node changes in place."""
-    if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)):
-        return []
-    arguments = node.target._schema.arguments
-    return [
-        arg
-        for i, spec in enumerate(arguments)
-        if spec.alias_info is not None and spec.alias_info.is_write
-        for arg in [node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)]
-        if isinstance(arg, Node)
-    ]
-
-
-def alias_sets(graph: Graph) -> UnionFind:
-    """Nodes that may share memory, by the alias annotations of operator schemas: `sets[a] is sets[b]`."""
-    sets: UnionFind = UnionFind(graph.nodes)
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if isinstance(node.target, torch._ops.OpOverload):
-            schema = node.target._schema
-            if any(r.alias_info is not None for r in schema.returns):
-                for i, spec in enumerate(schema.arguments):
-                    arg = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
-                    if spec.alias_info is not None and isinstance(arg, Node):
-                        sets.union(node, arg)
-        elif getattr(node.target, "__name__", "") == "getitem":
-            sets.union(node, node.args[0])
-    return sets

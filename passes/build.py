@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_aggregate
 
+from sptc.passes.modes import autocast_like
 from sptc.passes.pattern import dtype, shape, value
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ class Builder:
         values = map_aggregate(args, value)  # type: ignore[arg-type]
         options = map_aggregate(kwargs, value)  # type: ignore[arg-type]
         assert self._fake_mode is not None
-        with self._fake_mode, torch.no_grad():
+        with self._fake_mode, torch.no_grad(), autocast_like(node, value(self._like).device.type):
             node.meta["val"] = target(*values, **options)  # type: ignore[misc]
         # A size that only data will tell is this node's to define, as if it had been traced.
         if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):
@@ -53,7 +54,7 @@ class Builder:
         return node if to is None or dtype(node) == to else self.call(aten.to.dtype, node, to)
 
     def single(self, node: Node) -> Node:
-        """In fp32 whatever autocast makes of `node`: inside an autocast block of the model its fake dtype says nothing."""
+        """In fp32 whatever autocast makes of `node`."""
         return self.call(aten.to.dtype, node, torch.float32)
 
     def rows(self, node: Node) -> Node:

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from sptc.hint import optimization_hint
-from sptc.passes.boundary import alias_sets, written_by
 from sptc.passes.build import Builder, aten
+from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.frame import frames
 from sptc.passes.pattern import TRANSPARENT, VIEWS, argument, dtype, keeps_last_axis, op, same_size, shape, value
 from sptc.region import Counted, FfnRegion, Pad, Permute, Reshape

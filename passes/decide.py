@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols, statically_known_true
 
 from sptc.device import DeviceCosts
 from sptc.hint import optimization_hint
+from sptc.passes.constraints import guardable, lower_bound
 from sptc.passes.cost import (
     AttentionShape,
     FfnShape,
@@ -30,6 +31,7 @@ from sptc.passes.cost import (
 )
 from sptc.passes.counted import counted_share, find_counted, fits
 from sptc.passes.gradients import with_gradients
+from sptc.passes.operand_dtypes import misfit
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.planned import planned_densities
 from sptc.passes.unit import Unit
@@ -60,7 +62,8 @@ TRIED = {True: (1 / 2, 1 / 4, 1 / 8), False: (3 / 4, 1 / 2)}
 def decide(unit: Unit) -> Unit:
     """Fill `decisions`, one a region in the order of `regions`.
 
-    A region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks".
+    A region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks", one in dtypes that the device's sparse
+    operators don't compute in a refusal of rule "dtype".
     """
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
     regions: list[Region] = []
@@ -70,6 +73,9 @@ def decide(unit: Unit) -> Unit:
         if isinstance(region, FfnRegion) and routes(unit, region) and region.hidden % (blocks := _blocks(unit, state)):
             reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
+            continue
+        if reason := misfit(region, unit.device):
+            refusals.append(Refusal(region.kind, "dtype", region.y, reason, region.site))
             continue
         regions.append(region)
     unit = replace(unit, regions=tuple(regions), refusals=(*unit.refusals, *refusals))
@@ -127,11 +133,13 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool) ->
         return Decision(region, False, "no gradient is recorded here, and option 'inference' is 'dense'", settings, *costs)
     if region in unit.states:  # what a trained model computes must not depend on how fast this machine is
         return Decision(region, True, "it has trained state", settings, *costs)
+    if isinstance(settings, AttentionSettings) and (reason := _specializes(unit, region, settings)):
+        return Decision(region, False, reason, settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
     if isinstance(settings, UnitSettings) and settings.whole:
         return Decision(region, False, "at density 1 nothing would be left out", settings, *costs)
-    rewrite, border = _pays(dense, sparse, length)
+    rewrite, border = _pays(unit, dense, sparse, length)
     figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense"
     reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
     return Decision(region, rewrite, reason + border, settings, *costs)
@@ -179,15 +187,30 @@ def _four(sizes: tuple[int | torch.SymInt, ...]) -> tuple[int | torch.SymInt, ..
     return sizes if len(sizes) == 4 else (1, *sizes)
 
 
-def _pays(dense: Work, sparse: Work, length: _Length) -> tuple[bool, str]:
-    """Whether sparse is faster, and for a symbolic length from where on."""
+def _pays(unit: Unit, dense: Work, sparse: Work, length: _Length) -> tuple[bool, str]:
+    """Whether sparse is faster, and for a symbolic length from where on.
+
+    Where the user's constraints allow no guard that would tell the two sides apart, the example's side is taken for all lengths.
+    """
     difference = sympy.lambdify(_LENGTH, sparse.seconds - dense.seconds, modules="math")
     if not isinstance(length.size, torch.SymInt) or has_free_unbacked_symbols(length.size):  # nothing can be guarded on data
         return bool(difference(length.hint) < 0), ""
     border = crossover(difference, length.hint)
     if border is None:
         return bool(difference(length.hint) < 0), ""
-    return guard_bool(length.size >= border), f"; sparse from {border} on"
+    above, below = length.size >= border, length.size < border
+    if not (statically_known_true(above) or statically_known_true(below) or guardable(length.size, unit.gm, unit.example_inputs)):
+        return bool(difference(length.hint) < 0), f" at {length.hint}, chosen for the whole range that mark_dynamic was given"
+    return guard_bool(above), f"; sparse from {border} on"
+
+
+def _specializes(unit: Unit, region: Region, settings: AttentionSettings) -> str:
+    """Why sparse attention would break the promise of mark_dynamic; "" if it does not. Torch guards on sizes of 1, as of a single tile."""
+    assert isinstance(region, AttentionRegion)
+    for size, least in ((shape(region.q)[-2], settings.query_block), (shape(region.k)[-2], settings.key_block / settings.density)):
+        if isinstance(size, torch.SymInt) and not guardable(size, unit.gm, unit.example_inputs) and lower_bound(size) <= least:
+            return f"mark_dynamic was given lengths from {lower_bound(size)} on; one compile for all of them needs more than {least:.0f}"
+    return ""
 
 
 def crossover(difference: Callable[[int], float], hint: int) -> int | None:

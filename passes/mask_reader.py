@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from sptc.passes import mask_positions, mask_values  # noqa: F401  they fill RULES
 from sptc.passes import mask_terms as terms
-from sptc.passes.boundary import alias_sets, written_by
+from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.mask_rules import RULES, At
 from sptc.passes.mask_terms import ZERO, Element, Linear, Number, Size, Term, Unreadable
 from sptc.passes.pattern import op, same_size, shape, value

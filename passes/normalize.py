@@ -9,7 +9,7 @@ are kept as they are, since inlining their forward would lose the backward that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,30 +18,42 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
-from torch._higher_order_ops.utils import reenter_make_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.utils import _pytree as pytree
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from sptc.passes.effects import remove_dead_code
 from sptc.passes.lower_einsum import lower_einsum
+from sptc.passes.lowering import Lowering, Untraceable
+from sptc.passes.pattern import CHECKPOINT
 from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
 from sptc.passes.unmerge_heads import unmerge_heads
 from sptc.region import Refusal
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-
 
 def lower(unit: Unit) -> Unit:
-    """The unit with its graph normalized; higher-order operators, whose bodies no pass looks into, become refusals."""
+    """The unit with its graph normalized; higher-order operators, whose bodies no pass looks into, become refusals.
+
+    A graph that can't be traced again is closed: it stays as it was captured.
+
+    Raises:
+        Untraceable: in place of closing the graph, with option on_error="raise".
+    """
     opaque = [n for module in unit.gm.modules() if isinstance(module, fx.GraphModule) for n in module.graph.nodes if _is_higher_order(n)]
     refusals = tuple(
         Refusal("graph", "higher-order", n, f"{_name(n)} is kept as it is; nothing inside it is rewritten", site_of([n])) for n in opaque
     )
-    if any(_name(n) in _UNTRACEABLE for n in opaque):
-        return replace(unit, refusals=refusals, closed=True)
-    return replace(unit, gm=normalize(unit.gm, unit.example_inputs), refusals=refusals)
+    vmapped = next((refusal for refusal in refusals if _name(refusal.node) in _UNTRACEABLE), None)
+    if vmapped is not None:
+        return replace(unit, refusals=refusals, closed=vmapped)
+    try:
+        return replace(unit, gm=normalize(unit.gm, unit.example_inputs), refusals=refusals)
+    except Untraceable as stop:
+        if unit.config.on_error == "raise":
+            raise
+        reason = f"{_name(stop.node)} can't be traced again ({stop.reason}); nothing in its graph is rewritten"
+        refusal = Refusal("graph", "untraceable", stop.node, reason, site_of([stop.node]))
+        return replace(unit, refusals=(*refusals, refusal), closed=refusal)
 
 
 # Their graphs hold vmapped constants (block masks) that can't be traced once more; the whole graph goes to Inductor as captured.
@@ -66,19 +78,20 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         example_inputs: one tensor, SymInt or number a placeholder, as a Dynamo backend receives them.
 
     Raises:
-        Whatever tracing raises; control-flow exceptions of Dynamo (restarts) pass through.
+        Untraceable: part of `gm` can't be traced again; control-flow exceptions of Dynamo (restarts) pass through.
     """
     fake_mode, fakes = _fake_inputs(example_inputs)
 
     def run(*args: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return _Lowering(gm).run(*args)
+            return Lowering(gm).run(*args)
 
     with fake_mode, enable_python_dispatcher():
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
-        module.graph.eliminate_dead_code()  # a value that no one uses, such as averaged attention weights, is no second use of its input
+        _check_constants(module)
+        remove_dead_code(module.graph)  # a value that no one uses, such as averaged attention weights, is no second use of its input
         _forget_detaching_constants(module.graph)
         _let_views_copy(module.graph)
         lower_einsum(module)
@@ -119,79 +132,11 @@ def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [gm, *(inner for _, body in checkpoint_bodies(gm) for inner in graphs(body))]
 
 
-_MODE_CHANGES = (_enter_autocast, _exit_autocast, torch._C._set_grad_enabled)
-
-
-@dataclass(frozen=True)
-class _Mode:
-    """What a mode change returned, and its node."""
-
-    value: Any
-    proxy: fx.Proxy
-
-
-def _tracer() -> Any:
-    mode = get_proxy_mode()
-    assert mode is not None, "normalize runs under make_fx"
-    return mode.tracer
-
-
-class _Lowering(fx.Interpreter):
-    """Runs a Dynamo graph under make_fx; what must not be traced through is recorded as one node."""
-
-    _node: fx.Node
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._node = n
-        return super().run_node(n)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _MODE_CHANGES:
-            return self._change_mode(target, args, kwargs)
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            if target is CHECKPOINT:
-                args = (_lower_body(*args), *args[1:])
-            return self._record(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
-
-    def _change_mode(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take effect, so that what follows is traced with its dtypes, and be one node of the graph at hand.
-
-        make_fx's own recording always writes to the outermost graph: a switch inside a checkpoint's body would leave the body.
-        """
-        node = _tracer().create_proxy("call_function", target, *pytree.tree_map_only(_Mode, lambda m: m.proxy, (args, kwargs)))
-        args, kwargs = pytree.tree_map_only(_Mode, lambda m: m.value, (args, kwargs))
-        with torch._C.DisableTorchFunction():
-            return _Mode(target(*args, **kwargs), node)
-
-    def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One node for a higher-order call; its result is what Dynamo saw, its body is not run."""
-        tracer = _tracer()
-        fake_mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
-        with disable_proxy_modes_tracing():
-            out = pytree.tree_map(lambda t: _same_metadata(t, fake_mode), self._node.meta["example_value"])
-
-        def proxy(a: Any) -> Any:
-            if isinstance(a, fx.GraphModule):
-                name = tracer.get_fresh_qualname("body")
-                tracer.root.register_module(name, a)
-                return tracer.create_proxy("get_attr", name, (), {})
-            return tracer.unwrap_proxy(a)
-
-        call = tracer.create_proxy("call_function", target, pytree.tree_map(proxy, args), pytree.tree_map(proxy, kwargs))
-        return track_tensor_tree(out, call, constant=None, tracer=tracer)
-
-
-def _lower_body(body: fx.GraphModule, *args: Any) -> fx.GraphModule:
-    """The body of a checkpoint, normalized. (PyTorch's own rule for tracing it would warn of a context function that nobody passed.)"""
-
-    def run(*inputs: Any) -> Any:
-        with torch.fx.traceback.preserve_node_meta():
-            return _Lowering(body).run(*inputs)
-
-    lowered = reenter_make_fx(run)(*args)
-    lowered.meta.update(body.meta)  # a selective checkpoint's policy among it
-    return lowered
+def _check_constants(gm: fx.GraphModule) -> None:
+    """No constant is a fake: that would be a tensor whose making went unseen, and what is written to it or read of it would be lost."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(gm, str(node.target), None), FakeTensor):
+            raise Untraceable(next(iter(node.users), node), "it uses a tensor that was made out of sight of the tracer")
 
 
 def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -206,15 +151,6 @@ def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[An
             value = mode.from_tensor(value, symbolic_context=context, source=source, trace=context is None)
         fakes.append(value)
     return mode, fakes
-
-
-def _same_metadata(t: Any, fake_mode: FakeTensorMode | None) -> Any:
-    if not isinstance(t, torch.Tensor):
-        return t
-    assert fake_mode is not None
-    with fake_mode:
-        out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-    return out.requires_grad_() if t.requires_grad else out
 
 
 def _keep_dynamo_metadata(gm: fx.GraphModule, graph: fx.GraphModule) -> None:

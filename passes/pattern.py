@@ -11,6 +11,8 @@ from torch.fx import Node
 
 from sptc.region import Lora, Projection
 
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
 # Operators whose result is their first argument under another shape, stride or dtype.
 VIEWS = frozenset(
     {

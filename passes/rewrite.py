@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx import Node
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from sptc.passes.effects import remove_dead_code
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
@@ -46,7 +47,7 @@ def rewrite(unit: Unit) -> Unit:
         if frame.call is not None and any(node.target in _choosers() for node in frame.gm.graph.nodes):
             frame.gm.meta.setdefault("_checkpoint_context_fn", _keeping_choices)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
-        frame.gm.graph.eliminate_dead_code()
+        remove_dead_code(frame.gm.graph)
         drop_unused_operands(frame)
     return unit
 

@@ -22,12 +22,12 @@ def run(unit: Unit, pipeline: Sequence[tuple[Pass, str]], observe: Observer | No
         observe: called with the pass's name and its result after every pass (a dump, a test).
     """
     for apply, _ in pipeline:
-        if unit.closed:
+        if unit.closed is not None:
             break
         before = _size(unit)
         start = time.perf_counter()
         unit = apply(unit)
-        if not unit.closed:
+        if unit.closed is None:
             for gm in graphs(unit.gm):
                 gm.graph.lint()
                 gm.recompile()

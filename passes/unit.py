@@ -38,5 +38,5 @@ class Unit:
     counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked
     counted_share: float | None = None  # of the example batch's tokens, where it can be computed
     decisions: tuple[Decision, ...] = ()
-    closed: bool = False  # a graph that can't be looked into: it stays as Dynamo captured it
+    closed: Refusal | None = None  # why the graph can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

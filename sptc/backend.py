@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._logging import warning_once
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.codegen.kernels.selection import default_blocks as kernel_blocks
-from sptc.codegen.target import runs_kernels
+from sptc.codegen.target import KERNEL_DTYPES, runs_kernels
 from sptc.compiled import CompiledGraph
 from sptc.config import Config, ConfigError
 from sptc.device import calibrate
 from sptc.dump import Dump
 from sptc.emit import emit
+from sptc.fingerprint import fingerprint
 from sptc.passes import ANALYSIS, REWRITING
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
@@ -48,7 +51,12 @@ def spt(
 
 
 def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Callable[..., Any]:
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=config.inductor or None)
+    """Compile by Inductor. The key of its cache and of AOTAutograd's holds our sources: an upgrade never runs what was traced before it."""
+    config_module: Any = torch.compiler.config
+    tagged = functools.partial(config_module.patch, cache_key_tag=f"{config_module.cache_key_tag}sptc-{fingerprint()}")
+    with tagged():
+        # Twice, as compile_fx itself does with config_patches: the backward graph is compiled later, out of this scope.
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(compile_fx_inner), config_patches=config.inductor or None)
     return compiled
 
 
@@ -59,11 +67,12 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         ConfigError: a device without kernels, or a plan that can't be read or contradicts an option.
     """
     device = _device(example_inputs)
-    blocks = kernel_blocks if runs_kernels(device) else default_blocks
+    kernels = runs_kernels(device)
+    costs = calibrate(device, kernel_blocks if kernels else default_blocks)
     plan = None if config.plan is None else Plan.load(config.plan)
     if plan is not None:
         config = plan.applied_to(config)
-    return Unit(gm, tuple(example_inputs), config, calibrate(device, blocks), plan)
+    return Unit(gm, tuple(example_inputs), config, replace(costs, dtypes=KERNEL_DTYPES) if kernels else costs, plan)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
@@ -80,12 +89,16 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         for refusal in unit.refusals:
             if refusal.rule == "state":  # parameters that the user trains and that this graph does not use
                 warning_once(log, f"{refusal.site.module or 'the model'}: {refusal.reason}")
+        if unit.closed is not None:
+            warning_once(log, f"{unit.closed.site.source or 'a graph'}: {unit.closed.reason}; Inductor compiles it as it was captured")
         kernels = emit(unit, _device(example_inputs))
-        compiled = inner(unit.gm, example_inputs, config)
+        # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
+        rewritten = any(decision.rewrite for decision in unit.decisions)
+        compiled = inner(unit.gm if rewritten else gm, example_inputs, config)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
     except Exception:
-        if config.on_error == "raise":
+        if config.on_error != "dense":
             raise
         log.warning("sptc failed on a graph and leaves it dense, as on_error='dense' asks", exc_info=True)
         report, kernels = Report.of([]), ()

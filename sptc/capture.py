@@ -46,12 +46,15 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph, a
         Whatever the model or `on_graph` raises.
     """
     args, kwargs = _arguments(example_inputs)
-    count = 0
+    runs: list[_Run] = []
+
+    collectors = [on_graph]
 
     def collect(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        nonlocal count
-        count += 1
-        return on_graph(gm, inputs) or gm.forward
+        (collector,) = collectors
+        run = _Run(collector(gm, inputs) or gm.forward)
+        runs.append(run)
+        return run
 
     plain = _undecorated(model)
     # A code object of its own: Dynamo keeps what it compiles on the code object, and so forgets this one.
@@ -73,11 +76,28 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph, a
                     break
         except BackendCompilerFailed as error:
             raise error.inner_exception from error.inner_exception.__cause__
-    if count == 0:
+        finally:
+            collectors.clear()  # Dynamo keeps its backends, and with them what they refer to
+            for done in runs:
+                done.call = None
+    if not runs:
         raise CaptureError(
             f"Dynamo captured no graph of {_name(model)}: nothing in it could be compiled (is torch.compile disabled, "
             "or does every call sit in a function that Dynamo skips? TORCH_LOGS=graph_breaks tells)"
         )
+
+
+class _Run:
+    """What runs in a graph's place. Dynamo leaves it in the globals of the frame that it compiled: emptied, it keeps nothing alive."""
+
+    __slots__ = ("__weakref__", "call")  # Dynamo's wrapper copies the dict of what it wraps
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call: Callable[..., Any] | None = call
+
+    def __call__(self, *args: Any) -> Any:
+        assert self.call is not None, "the capture is over"
+        return self.call(*args)
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -52,7 +52,9 @@ class Config:
     )
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
-    on_error: Literal["raise", "dense"] = _option("on_error", "raise", "on an unexpected failure: raise, or warn and compile dense")
+    on_error: Literal["raise", "dense"] | None = _option(
+        "on_error", None, "None: what can't be traced again stays dense, with a warning, and a bug raises; 'raise': both; 'dense': neither"
+    )
     dump: str | None = _option("dump", None, "a folder for graphs, kernels and the report")
     inductor: dict[str, Any] = _option("inductor", {}, "config patches for Inductor")
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # keys that from_options was given; no option itself

@@ -55,6 +55,7 @@ class DeviceCosts:
     routed_seconds: float  # routed FFN of next to nothing, forward and backward; `calls` says how often
     default_blocks: Blocks  # (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block)
     gpu: bool = False
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})  # that it computes in
 
     def rates(self, dtype: torch.dtype | None) -> Rates:
         return self.half if dtype in (torch.bfloat16, torch.float16) else self.single
@@ -77,7 +78,7 @@ class DeviceCosts:
         return self.half.attention / rates.attention, self.half.attention_backward / rates.attention_backward
 
 
-_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks", "gpu"}
+_NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks", "gpu", "dtypes"}
 
 
 def check_device(device: torch.device) -> None:
@@ -170,7 +171,6 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _save(path: Path, values: dict[str, Any]) -> None:
     """Write whole or not at all. Without a place to write, the constants last for this process."""
     try:
-        private_folder()
-        write_whole(path, json.dumps(values, indent=1))
+        write_whole(private_folder() / path.name, json.dumps(values, indent=1))
     except OSError as error:
         log.warning("cannot keep the device's measurements in %s (%s): they are taken again by the next process", path.parent, error)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
 
 from sptc.codegen.launch import Launch
@@ -18,6 +17,7 @@ from sptc.codegen.precompile import precompile
 from sptc.codegen.spec import KernelSpec
 from sptc.codegen.target import runs_kernels, target_of, targeting
 from sptc.hint import optimization_hint
+from sptc.passes.modes import autocast_dtype
 from sptc.passes.normalize import graphs
 from sptc.passes.pattern import op, requires_grad, value
 from sptc.passes.site import site_of
@@ -44,7 +44,6 @@ def emit(unit: Unit, device: torch.device) -> tuple[EmittedKernel, ...]:
     Empty for a device that runs no kernels.
 
     Raises:
-        TypeError: operands in a dtype that has no kernels.
         triton.CompilationError: an emitted kernel is not valid Triton.
     """
     if not runs_kernels(device):
@@ -76,24 +75,11 @@ def _emitted(spec: KernelSpec, origins: tuple[str, ...], device: torch.device) -
 
 def _calls(gm: fx.GraphModule) -> Iterator[tuple[Node, tuple[Any, ...]]]:
     """Calls of sparse operators with their arguments, tensors on "meta", in the dtypes that autocast will make of them."""
-    blocks: dict[Node, Any] = {}
     for node in gm.graph.nodes:
-        if node.target is _enter_autocast:
-            blocks[node] = node.args
-        elif node.target is _exit_autocast:
-            blocks.pop(node.args[0])
-        elif op(node).startswith("sptc."):
+        if op(node).startswith("sptc."):
             positions = cast_positions(node.target)
-            casts = {kind: _autocast_dtype(kind, blocks.values()) for kind in ("cpu", "cuda")}
+            casts = {kind: autocast_dtype(node, kind) for kind in ("cpu", "cuda")}
             yield node, tuple(_concrete(arg, casts if i in positions else {}) for i, arg in enumerate(node.args))
-
-
-def _autocast_dtype(kind: str, blocks: Iterable[Any]) -> torch.dtype | None:
-    """What autocast casts to inside of `blocks`, the arguments of the model's own autocast blocks, outermost first; None if it is off."""
-    for device, dtype, enabled, *_ in reversed([*blocks]):
-        if device == kind:
-            return (dtype or torch.get_autocast_dtype(kind)) if enabled else None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _concrete(argument: Any, casts: Mapping[str, torch.dtype | None]) -> Any:

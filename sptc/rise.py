@@ -27,8 +27,8 @@ from tqdm import tqdm
 from sptc.beside import Mixed, insert_beside, remove
 from sptc.budget import replan
 from sptc.hint import optimization_hint
-from sptc.passes.boundary import alias_sets, written_by
 from sptc.passes.decide import TRIED, at_density, measured, splits
+from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.frame import frames, input_index, outermost, parameter
 from sptc.passes.key import region_keys
 from sptc.passes.unit import Unit

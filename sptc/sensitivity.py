@@ -66,8 +66,8 @@ class Sensitivity:
 
     def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         unit = run(captured_unit(gm, inputs, self._config), ANALYSIS)
-        if unit.closed:
-            raise SensitivityError(f"{unit.refusals[0].reason}; the time of its graph can't be predicted, so no plan can be made")
+        if unit.closed is not None:
+            raise SensitivityError(f"{unit.closed.reason}; the time of its graph can't be predicted, so no plan can be made")
         beside, ends = insert_beside(unit, {r: tuple(_candidates(unit, r)) for r in unit.regions}), _before_scalars(unit)
         costs = _costs(unit, self._graphs, self.regions)
         other, self._graphs = remainder_seconds(unit), self._graphs + 1

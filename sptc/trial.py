@@ -189,13 +189,13 @@ class Check:
         def call(*args: Any) -> Any:
             self.reached.update(id(args[index]) for index in indices)
             with torch.no_grad():
-                return gm(*args)
+                return _Watching(gm, {}).run(*args)
 
         return call
 
 
 class _Watching(fx.Interpreter):
-    """Runs a normalized graph eagerly, checkpoint bodies included, and shows the values of some nodes."""
+    """Runs a graph eagerly and without gradients, checkpoint bodies included, and shows the values of some nodes."""
 
     def __init__(self, gm: fx.GraphModule, watched: dict[Node, list[Callable[[Tensor], None]]]) -> None:
         super().__init__(gm)
@@ -210,6 +210,8 @@ class _Watching(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is CHECKPOINT:
             return _Watching(args[0], self._watched).run(*args[1:])
+        if target is torch._C._set_grad_enabled:
+            return None  # the model's own no_grad ends here; ours does not
         return super().call_function(target, args, kwargs)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import sptc
-from sptc.config import ConfigError
+from sptc.backend import compile_graph
+from sptc.config import Config, ConfigError
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES
 
@@ -101,6 +102,66 @@ def test_a_graph_that_cannot_be_traced_again_runs_as_captured():
     assert {(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions} == {("graph", "refused", "higher-order")}
 
 
+@torch._dynamo.allow_in_graph
+def shifted(x):
+    x.data.add_(1)
+    return x * 2
+
+
+class Hiding(Block):
+    """A function that Dynamo does not look into, and that does what no tracer sees."""
+
+    def forward(self, x):
+        return super().forward(shifted(x))
+
+
+def test_what_cannot_be_traced_again_goes_to_inductor_with_a_warning(caplog):
+    torch._logging.warning_once.cache_clear()
+    model, x = Hiding(), torch.randn(2, 19, 32)
+    want = gradients(model, model(x.clone()).square().mean())
+    with caplog.at_level(logging.WARNING, "sptc"):
+        compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+        got = gradients(model, compiled(x.clone()).square().mean())
+    assert_gradients_close(got, want)
+    (said,) = [r.getMessage() for r in caplog.records if "traced" in r.getMessage()]
+    assert said.startswith("test_backend.py:") and "add_" in said and said.endswith("Inductor compiles it as it was captured")
+    assert [(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions] == [("graph", "refused", "untraceable")]
+    assert [(r.kind, r.status, r.rule) for r in sptc.explain(model, x, SPARSE).regions] == [("graph", "refused", "untraceable")]
+
+
+def test_what_cannot_be_traced_again_raises_if_asked():
+    with pytest.raises(BackendCompilerFailed, match="out of sight of the tracer"):
+        torch.compile(Hiding(), backend=without_inductor(**SPARSE, on_error="raise"))(torch.randn(2, 19, 32))
+
+
+def test_a_failed_trace_leaves_no_mode_behind():
+    def program(x):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return shifted(x) @ x
+
+    torch.compile(program, backend=without_inductor(**SPARSE))(torch.randn(8, 8))
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_graph_with_nothing_for_us_is_compiled_as_it_was_captured():
+    captured, compiled = [], []
+
+    def backend(gm, example_inputs):
+        def inner(g, inputs, _):
+            compiled.append(g)
+            return g.forward
+
+        captured.append(gm)
+        return compile_graph(gm, example_inputs, Config(), inner=inner)
+
+    model, x = _block()
+    torch.compile(model, backend=backend)(x)  # its regions would not pay
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).sum().backward()
+    torch.compile(optimizer.step, backend=backend)()
+    assert len(captured) == len(compiled) > 1 and all(a is b for a, b in zip(captured, compiled, strict=True))
+
+
 class Flat(nn.Module):
     """The up projection over flat tokens, the down projection over [b, n]."""
 
@@ -118,6 +179,17 @@ def test_symbolic_batch_and_length():
     compiled = torch.compile(model, backend=without_inductor(**FULL), dynamic=True)
     torch.testing.assert_close(compiled(x), model(x))
     assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+
+
+@pytest.mark.parametrize(("least", "attention"), [(8, "declined"), (9, "rewritten")])
+def test_sparse_forms_keep_the_range_that_the_user_marked(least, attention):
+    """With 8 keys a list holds a single block, and torch compiles sizes of 1 apart."""
+    model, x = _block()
+    torch._dynamo.mark_dynamic(x, 1, min=least, max=4096)
+    compiled = torch.compile(model, backend=without_inductor(**SPARSE))
+    want = gradients(model, compiled(x).square().mean())
+    assert want.keys() == dict(model.named_parameters()).keys()
+    assert [r.status for r in sptc.report(compiled).regions] == [attention, "rewritten"]
 
 
 def test_symbolic_lora_scaling():
@@ -155,6 +227,25 @@ def test_the_router_is_single_precision_however_autocast_is_spelled():
     torch.compile(within, backend=backend)(torch.randn(2, 8, 32))
     (route,) = seen[0].graph.find_nodes(op="call_function", target=torch.ops.sptc.route.default)
     assert route.args[0].target is torch.ops.aten.to.dtype and route.args[0].args[1] is torch.float32
+
+
+def test_kernels_refuse_double_precision(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, x = _block()
+    model.double()
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    torch.testing.assert_close(compiled(x.double()), model(x.double()), rtol=0, atol=0)
+    assert [(r.status, r.rule) for r in sptc.report(compiled).regions] == [("refused", "dtype")] * 2
+
+
+def test_attention_of_two_dtypes_is_refused():
+    def attend(q, v):
+        return torch.softmax(q @ q.mT / 8, -1).to(v.dtype) @ v
+
+    q, v = torch.randn(1, 4, 19, 8), torch.randn(1, 4, 19, 8, dtype=torch.bfloat16)
+    compiled = torch.compile(attend, backend=without_inductor(**SPARSE))
+    torch.testing.assert_close(compiled(q, v), attend(q, v), rtol=0, atol=0)
+    assert [(r.kind, r.status, r.rule) for r in sptc.report(compiled).regions] == [("attention", "refused", "dtype")]
 
 
 def test_nothing_enabled_is_dense():

@@ -121,5 +121,4 @@ def test_emitting_adds_no_guard(interpreter):
 
 
 def test_double_precision_has_no_kernels(interpreter):
-    with pytest.raises(TypeError, match="float64"):
-        emitted(Mlp().double(), torch.randn(5, 16, dtype=torch.float64))
+    assert emitted(Mlp(), torch.randn(5, 16)) and not emitted(Mlp().double(), torch.randn(5, 16, dtype=torch.float64))

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from sptc.backend import compile_graph
 from sptc.config import Config
 
-_aot = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward))
+_aot = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward), keep_inference_input_mutations=True)  # as Inductor does
 
 FULL = {
     "decline": "never",

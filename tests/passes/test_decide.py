@@ -234,12 +234,9 @@ def test_a_static_length_adds_no_guard_and_a_sure_decision_neither():
     assert compiles == [True]
 
 
-@pytest.mark.parametrize(
-    "density, context, units", [(0.5, None, (128, None)), (0.1, None, (26, None)), (1.0, None, (256, None)), (1e-9, 1, (1, None))]
-)
-def test_units_are_the_exact_ceiling(density, context, units):
-    options = {"ffn.density": density, "ffn.context_density": context}
-    assert decided(Ffn(), torch.randn(8, 64), **options).decisions[0].settings == UnitSettings(256, *units)
+@pytest.mark.parametrize("density, units", [(0.5, 128), (0.1, 26), (1.0, 256), (1e-9, 1)])
+def test_units_are_the_exact_ceiling(density, units):
+    assert decided(Ffn(), torch.randn(8, 64), **{"ffn.density": density}).decisions[0].settings == UnitSettings(256, units)
 
 
 class Frozen(nn.Module):
@@ -282,3 +279,38 @@ def test_a_region_with_trained_state_is_never_declined_by_its_time():
     with torch.no_grad():
         dense = replace(unit, states=state, config=Config.from_options({**ROUTER, "inference": "dense"}))
         assert not decide(dense).decisions[0].rewrite
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention"])
+@pytest.mark.parametrize(("first", "rewritten"), [(64, False), (4096, True)])
+def test_a_range_that_the_user_marks_gets_one_side_and_no_guard(kind, first, rewritten):
+    """The crossover lies within the range: a guard there would break the promise of mark_dynamic, which Dynamo calls an error."""
+    model, reasons = Ffn() if kind == "ffn" else SelfAttention(), []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        (decision,) = judge(
+            gm, inputs, **ROUTER, **{"attention.query_block": 32, "attention.key_block": 7}
+        ).decisions  # a list has two at 60 keys
+        reasons.append((decision.rewrite, decision.reason))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=backend)
+    for length in (first, 96, 4000):
+        x = torch.randn((2, length, 64) if kind == "ffn" else (2, 2, length, 64), requires_grad=True)
+        torch._dynamo.mark_dynamic(x, x.dim() - 2, min=60, max=4096)
+        compiled(x)
+    ((decided, reason),) = reasons
+    assert decided is rewritten and reason.endswith("chosen for the whole range that mark_dynamic was given")
+
+
+def test_a_range_on_one_side_of_the_crossover_needs_no_choice():
+    reasons = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        reasons.append(judge(gm, inputs, **ROUTER).decisions[0].reason)
+        return gm.forward
+
+    x = torch.randn(2, 64, 64)
+    torch._dynamo.mark_dynamic(x, 1, min=8, max=100)
+    torch.compile(Ffn(), backend=backend)(x)
+    assert len(reasons) == 1 and "sparse from" in reasons[0]

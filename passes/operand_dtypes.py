@@ -1,0 +1,34 @@
+"""Whether the sparse operators compute in the dtypes of a region's operands, as autocast leaves them."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from sptc.device import DeviceCosts
+from sptc.passes.modes import autocast_dtype
+from sptc.passes.pattern import dtype, value
+from sptc.region import AttentionRegion, Region
+
+
+def misfit(region: Region, device: DeviceCosts) -> str:
+    """Why they don't, for people; "" if they do."""
+    found = {_cast(node, region.y) for node in _operands(region)} - {None}
+    names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
+    if len(found) > 1:
+        return f"its operands are of {names}, which the sparse operators don't mix"
+    return f"the sparse operators don't compute in {names} on this device" if found - device.dtypes else ""
+
+
+def _operands(region: Region) -> list[Node]:
+    if isinstance(region, AttentionRegion):
+        return [region.q, region.k, region.v]
+    return [region.x, *(projection.weight for projection in (*region.ups, region.down))]
+
+
+def _cast(node: Node, place: Node) -> torch.dtype | None:
+    """The dtype of `node` after what autocast makes of it at `place`; fp64 stays."""
+    kind = dtype(node)
+    if kind is None or kind == torch.float64:
+        return kind
+    return autocast_dtype(place, value(node).device.type) or kind
