@@ -175,7 +175,7 @@ def _match_dense(node: Node) -> Projection | None:
         transposed = not transposed
         nodes.add(weight)
         weight = weight.args[0]  # type: ignore[assignment]
-    if not _is_weight(weight):  # type: ignore[arg-type]
+    if not is_weight(weight):  # type: ignore[arg-type]
         return None
     flat = list(units(x))
     if len(flat) > 1 and name != "aten.linear.default":
@@ -184,7 +184,7 @@ def _match_dense(node: Node) -> Projection | None:
     return Projection(x, node, weight, transposed, bias, None, None, frozenset(nodes))
 
 
-def _is_weight(node: Node) -> bool:
+def is_weight(node: Node) -> bool:
     """Whether a matrix is an input of the graph, or computed from parameters and buffers alone: not from activations."""
     if node.op in ("placeholder", "get_attr"):
         return True
