@@ -34,6 +34,9 @@ class Config:
     ffn_density: float = _option("ffn.density", 0.5, "share of blocks active for a token, in (0, 1]")
     ffn_blocks: int = _option("ffn.blocks", 16, "blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option("ffn.keep", "loss", "'loss': tokens whose label counts get more blocks, of the same total")
+    exclude: list[str] | None = _option(
+        "exclude", None, "modules to leave alone: patterns of their names; trained heads are left alone too, unless it is []"
+    )
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
     on_error: Literal["raise", "dense"] = _option("on_error", "raise", "on an unexpected failure: raise, or warn and compile dense")
@@ -73,6 +76,9 @@ class Config:
         return {key: value for key, (value, default) in values.items() if key in self.given or value != default}
 
     def _check_ranges(self) -> None:
+        for pattern in self.exclude or ():
+            if not isinstance(pattern, str):
+                raise ConfigError(f"option 'exclude' must hold patterns of module names, got {pattern!r} ({type(pattern).__name__})")
         for key, value in (("attention.density", self.attention_density), ("ffn.density", self.ffn_density)):
             if not 0.0 < value <= 1.0:
                 raise ConfigError(f"option {key!r} must be in (0, 1], got {value}")
