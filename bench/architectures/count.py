@@ -94,7 +94,7 @@ def _ffns(gm: fx.GraphModule) -> Iterator[Place]:
         if not _NONLINEAR.fullmatch(_name(node)):
             continue
         before, sources = _reach(node, _inputs_of_pointwise, _is_any_projection)
-        after, ends = _reach(node, _users_if_pointwise, _is_any_projection)
+        after, ends = _reach(node, lambda n, own=sources: _users_with(n, own), _is_any_projection)
         if sources:
             for end in ends:
                 if _reads(end, {node, *after}):
@@ -153,8 +153,15 @@ def _inputs_of_pointwise(node: Node) -> list[Node]:
     return node.all_input_nodes if _pointwise(node) else []
 
 
-def _users_if_pointwise(node: Node) -> list[Node]:
-    return [user for user in node.users if _pointwise(user) or _is_any_projection(user)]
+def _users_with(node: Node, sources: set[Node]) -> list[Node]:
+    """What reads a value, but for sums with what comes from elsewhere than `sources`: a residual stream, where hidden units end."""
+    users = [user for user in node.users if _pointwise(user) or _is_any_projection(user)]
+    return [user for user in users if _name(user) not in ("aten.add", "aten.add_", "aten.sub") or _others_from(user, node, sources)]
+
+
+def _others_from(total: Node, term: Node, sources: set[Node]) -> bool:
+    others = [n for n in total.all_input_nodes if n is not term and not _from_parameters(n)]
+    return all(n in sources or _reach(n, lambda m: m.all_input_nodes, _is_any_projection)[1] <= sources for n in others)
 
 
 def _is_product(node: Node) -> bool:
