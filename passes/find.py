@@ -27,6 +27,7 @@ def find(unit: Unit) -> Unit:
         unit,
         regions=tuple(r for r in every_region if r not in spared),
         refusals=(*unit.refusals, *(r for f in found for r in f.refusals), *spared.values()),
+        unmatched=tuple(p for p in unit.config.exclude or () if not any(excluding(region, [p]) for region in every_region)),
     )
 
 
