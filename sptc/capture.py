@@ -25,6 +25,8 @@ from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_lis
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+from sptc.state import erase_marks
+
 OnGraph = Callable[[fx.GraphModule, list[Any]], Callable[..., Any] | None]
 
 
@@ -51,7 +53,9 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph, a
     def collect(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal count
         count += 1
-        return on_graph(gm, inputs) or gm.forward
+        run = on_graph(gm, inputs)
+        erase_marks(gm)  # nothing is compiled here: a prepared model is looked at
+        return run or gm.forward
 
     plain = _undecorated(model)
     # A code object of its own: Dynamo keeps what it compiles on the code object, and so forgets this one.
