@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,6 +235,27 @@ def _match_lora(node: Node) -> Projection | None:
             lora, inner = adapter
             return Projection(base.x, node, base.weight, base.transposed, base.bias, None, lora, base.nodes | inner | set(chain))
     return None
+
+
+def match_adapters(node: Node) -> tuple[Projection, tuple[Lora, ...]] | None:
+    """`node` as a projection with two or more low-rank adapters, which no region has: all of it without them, and the adapters in order."""
+    terms: list[Node] = []
+    nodes: set[Node] = set()
+    here = node
+    while (base := _match_dense(here)) is None:
+        chain = list(units(here))
+        nodes.update(chain)
+        last = chain[-1]
+        if op(last) != "aten.add.Tensor" or last.kwargs or not all(isinstance(arg, Node) for arg in last.args):
+            return None
+        here, term = last.args  # type: ignore[assignment]
+        terms.append(term)  # type: ignore[arg-type]
+    found = [_match_adapter(term, base.x) for term in reversed(terms)] if len(terms) > 1 else []
+    adapters = [adapter for adapter in found if adapter is not None]
+    if not adapters or len(adapters) < len(found):
+        return None
+    whole = replace(base, y=node, nodes=base.nodes.union(nodes, *(inner for _, inner in adapters)))
+    return whole, tuple(lora for lora, _ in adapters)
 
 
 def _match_adapter(term: Node, x: Node) -> tuple[Lora, frozenset[Node]] | None:

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import fx
 
 from sptc.passes.normalize import graphs
-from sptc.passes.pattern import requires_grad
+from sptc.passes.pattern import requires_grad, same_size, shape
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, Refusal, Region, RouterState
 
@@ -249,11 +249,29 @@ def _notes(unit: Unit) -> Iterator[str]:
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
         yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
+    yield from _own_blocks_unknown([d for d in unit.decisions if d.rewrite])
     if unit.config.ffn_keep is not None and "ffn.keep" in unit.config.given:
         yield from _routed_alike(unit)
     for region, state in unit.states.items():
         if isinstance(state, RouterState) and state.training and not state.trainable:
             yield f"the router of {region.site.module or 'the model'} is frozen: it chooses but does not learn"
+
+
+def _own_blocks_unknown(rewritten: Sequence[Decision]) -> Iterator[str]:
+    """What is lost where a mask stays a tensor: whether it is causal can't be told from it, and so which keys are a tile's own."""
+    lost = [d.region for d in rewritten if isinstance(d.region, AttentionRegion) and d.settings.density < 1 and _may_be_causal(d.region)]
+    if lost:
+        names = ", ".join(dict.fromkeys(r.site.module or "(root)" for r in lost[:2])) + (", ..." if len(lost) > 2 else "")
+        yield (
+            f"the mask of {len(lost)} attention region{'s' * (len(lost) != 1)} ({names}) could not be read and stays a tensor: "
+            "if it is causal, that is not known, and a query's own keys are not kept before others"
+        )
+
+
+def _may_be_causal(region: AttentionRegion) -> bool:
+    """Whether a region of as many queries as keys has a mask of which no more is known than its tensor."""
+    unread = region.mask.boolean is not None or region.mask.bias is not None
+    return unread and not region.mask.causal and same_size(shape(region.q)[-2], shape(region.k)[-2])
 
 
 def _routed_alike(unit: Unit) -> Iterator[str]:

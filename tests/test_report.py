@@ -226,3 +226,24 @@ def test_a_pattern_that_names_no_region_is_a_note():
     assert report.unmatched == ("third",) and "note: option 'exclude': 'third' names no region" in str(report)
     assert [(r.module, r.rule) for r in report.regions] == [("first", None), ("second", "exclude")]
     assert "option 'exclude': 'third' names no region" in report.to_dict()["notes"]
+
+
+class Masked(nn.Module):
+    """Attention under a mask that comes as a tensor, and one that is built."""
+
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def test_what_an_unread_mask_loses_is_a_note():
+    q, causal = torch.randn(1, 2, 64, 8), torch.ones(64, 64, dtype=torch.bool).tril()
+    lost = "could not be read and stays a tensor"
+    (note,) = explain(Masked(), (q, causal), NEVER).notes
+    assert note.startswith(f"the mask of 1 attention region ((root)) {lost}")
+    (note,) = explain(Masked(), (q, torch.zeros(64, 64).masked_fill(~causal, -torch.inf)), NEVER).notes
+    assert lost in note
+    assert explain(Masked(), (q,), NEVER).notes == ()
+    assert explain(Masked(), (q, causal), {**NEVER, "attention.density": 1.0}).notes == ()
+    assert explain(Masked(), (q, causal), {"attention.enabled": False}).notes == ()
