@@ -11,6 +11,7 @@ from sptc.passes.find_attention import find_attention
 from sptc.passes.find_ffn import find_ffn
 from sptc.passes.frame import frames, operands
 from sptc.passes.lookalike import ffn_refusals
+from sptc.passes.pattern import match_adapters, origin_of_units
 from sptc.passes.spare import excluding, is_trained_head
 from sptc.passes.unit import Unit
 from sptc.region import Found, Refusal, Region
@@ -45,5 +46,8 @@ def _spared(region: Region, config: Config) -> Refusal | None:
 def _every_ffn(gm: fx.GraphModule) -> Found:
     """FFN regions, and refusals of all that is like one."""
     found = find_ffn(gm)
-    known = {node for region in found.regions for node in region.nodes} | {refusal.node for refusal in found.refusals}
+    known = {node for region in found.regions for node in region.nodes}
+    for refusal in found.refusals:
+        adapted = match_adapters(refusal.node)
+        known |= {refusal.node} if adapted is None else {refusal.node, origin_of_units(adapted[0].x)}
     return replace(found, refusals=(*found.refusals, *ffn_refusals(gm, known)))

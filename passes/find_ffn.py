@@ -22,6 +22,7 @@ from sptc.passes.frame import parameter
 from sptc.passes.pattern import (
     TRANSPARENT,
     VIEWS,
+    before_dropout,
     dtype,
     keeps_last_axis,
     match_adapters,
@@ -84,8 +85,8 @@ def find_ffn(gm: fx.GraphModule) -> Found:
         if isinstance(result, FfnRegion):
             regions.append(result)
             covered |= result.nodes
-        elif result is not None and origin_of_units(down.x) not in refused:
-            refused.add(origin_of_units(down.x))
+        elif result is not None and before_dropout(down.x) not in refused:
+            refused.add(before_dropout(down.x))
             refusals.append(result)
     return Found(tuple(reversed(regions)), tuple(reversed(refusals)))
 

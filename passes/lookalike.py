@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from sptc import expression
 from sptc.passes.boundary import alias_sets, written_by
-from sptc.passes.pattern import VIEWS, base_name, is_weight, keeps_last_axis, op, shape, transparent
+from sptc.passes.pattern import VIEWS, base_name, before_dropout, is_weight, keeps_last_axis, op, shape, transparent
 from sptc.passes.site import site_of
 from sptc.region import Refusal
 
@@ -133,8 +133,13 @@ def ffn_refusals(gm: fx.GraphModule, known: Collection[Node]) -> Iterator[Refusa
     for node in gm.graph.nodes:
         sources[node] = _sources(node, sources)
     bent = {node for node in gm.graph.nodes if _BENDS.fullmatch(base_name(node)) and any(projects(n) for n in sources[node])}
+    said: set[Node] = set()  # hidden values; one refusal is enough for all that reads one, such as an adapter beside its layer
     for like in _likes(gm, bent, sources):
+        hidden = before_dropout(like.path[-1])
+        if hidden in said:
+            continue
         if not any(node in known for node in (like.down, *like.path)) and not _same_hidden(like, known):
+            said.add(hidden)
             yield _refusal(like)
 
 

@@ -297,6 +297,14 @@ def origin_of_units(node: Node) -> Node:
     return last
 
 
+def before_dropout(node: Node) -> Node:
+    """What `node` was before copies, views that keep the last axis, and dropout."""
+    last = origin_of_units(node)
+    while op(last) == "aten.dropout.default":
+        last = origin_of_units(last.args[0])  # type: ignore[arg-type]
+    return last
+
+
 def _match_slice(node: Node) -> Projection | None:
     """A range of a projection's features: one part of chunk, split, or a slice of the last axis."""
     chain = list(units(node))

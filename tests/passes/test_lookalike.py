@@ -179,6 +179,34 @@ def test_whatever_bends_between_two_projections_is_refused(name):
     assert not [r for r in unit.regions if r.kind == "ffn"]
 
 
+class Adapted(nn.Module):
+    """A linear layer with low-rank adapters beside it."""
+
+    def __init__(self, *ranks: int):
+        super().__init__()
+        self.base = nn.Linear(D, D)
+        self.low = nn.ModuleList(nn.Linear(D, r, bias=False) for r in ranks)
+        self.high = nn.ModuleList(nn.Linear(r, D, bias=False) for r in ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for low, high in zip(self.low, self.high, strict=True):
+            y = y + high(low(F.dropout(x, 0.1))) * 0.5
+        return y
+
+
+@pytest.mark.parametrize(("ranks", "rule"), [((2,), "operand"), ((2, 3), "adapters")])
+def test_adapters_of_a_layer_are_not_refused_beside_it(ranks, rule):
+    model = Gated()
+    model.down = Adapted(*ranks)
+    assert rules(found(model)) == [("ffn", rule)]
+
+
+def test_two_adapters_are_one_refusal():
+    model = nn.Sequential(nn.Linear(D, D), nn.GELU(), Adapted(2, 3))
+    assert rules(found(model)) == [("ffn", "adapters")]
+
+
 class Stem(nn.Module):
     """A nonlinearity into a residual stream, which every later layer reads through a norm."""
 
