@@ -96,8 +96,8 @@ def _switches_gradients(node: Node) -> bool:
 
 
 def written_by(node: Node) -> list[Node]:
-    """The tensors that a node changes in place."""
-    if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)):
+    """The tensors whose elements a node changes in place; `detach_`, which Dynamo puts behind each new constant, changes none."""
+    if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)) or op(node) == "aten.detach_.default":
         return []
     arguments = node.target._schema.arguments
     return [

@@ -165,8 +165,10 @@ def _from_product(node: Any) -> bool:
     return False
 
 
+_FLOORS = frozenset({"aten.max.other", "aten.maximum.default", "aten.clamp.default", "aten.clamp_min.default"})
 _UNTAGGED = frozenset(  # elementwise, but torch does not tag these overloads as such
     {
+        "aten.max.other",
         "aten.where.ScalarOther",
         "aten.where.ScalarSelf",
         "aten.where.Scalar",
@@ -255,6 +257,8 @@ class _Scores:
             self._masks_out(node, fill)
             self._mask("keep" if kept is then else "drop", keep, node)
             return kept  # type: ignore[return-value]
+        if name in _FLOORS:
+            return self._above_a_floor(node)
         if name == DROPOUT:
             raise Refused("dropout", node, f"{node.name} drops attention scores before softmax")
         raise Refused("scores", node, f"{node.name} ({op(node)}) changes the scores between q k^T and softmax")
@@ -278,14 +282,24 @@ class _Scores:
             raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")
         scores, mask = (a, b) if products[0] else (b, a)
         factor = node.kwargs.get("alpha", 1) * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
-        if not isinstance(mask, Node):
-            raise Refused("scores", node, f"{node.name} adds {mask} to all scores")
         if scores is not a and factor != 1:
             raise Refused("scores", node, f"{node.name} subtracts the scores")
+        if not isinstance(mask, Node):
+            return scores  # softmax is the same for scores that are all greater by one number
         if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
             raise Refused("shape", node, f"{node.name} broadcasts the scores to {_sizes(node)}")
         self._mask("add", mask, node, self.scale * factor)
         return scores  # type: ignore[return-value]
+
+    def _above_a_floor(self, node: Node) -> Node:
+        """The scores before they were raised to a number so low that it masks: only what is masked changes."""
+        first: Any = node.args[0]
+        a, floor = first, argument(node, 1, "min" if "clamp" in op(node) else "other")
+        scores, floor = (a, floor) if _from_product(a) else (floor, a)
+        number = self._reader.constant(floor)
+        if number is None or number > MASKED or argument(node, 2, "max") is not None:
+            raise Refused("scores", node, f"{node.name} ({op(node)}) bounds the scores by {floor}")
+        return scores
 
     def _masks_out(self, node: Node, fill: Any) -> None:
         number = self._reader.constant(fill)

@@ -65,7 +65,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
         if name.endswith("num_key_value_heads") and fields[name] in heads:
             changes[name] = HEADS
     if any(
-        "num_heads" in name and isinstance(value, list) for name, value in fields.items()
+        "num_heads" in name and isinstance(value, list | tuple) for name, value in fields.items()
     ):  # stages that grow: widths fit heads as they are
         changes = {name: value for name, value in changes.items() if value != WIDTH}
     layers = next((changes[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in changes), None)
