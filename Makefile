@@ -10,7 +10,7 @@ QUALITY ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo quality test lint gpu clean
+.PHONY: demo quality test test-all lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -20,6 +20,9 @@ quality: .venv/.quality
 
 test: lint
 	$(BIN)/pytest -n 2
+
+test-all: lint
+	$(BIN)/pytest -n 2 -m ''
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -134,11 +136,14 @@ def _error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the advice of transformers and the notices of sptc, of which a hundred models give many."""
-    import logging
-    import warnings
-
+    ours = logging.getLogger("sptc")
+    theirs, level = transformers.logging.get_verbosity(), ours.level
     transformers.logging.set_verbosity_error()
-    logging.getLogger("sptc").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    ours.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(theirs)
+        ours.setLevel(level)
