@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BIN_OLDEST := .venv-oldest/bin
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo quality test test-oldest lint gpu clean
+.PHONY: demo quality test test-all test-oldest lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -25,6 +25,9 @@ quality: .venv/.quality
 
 test: lint
 	$(BIN)/pytest -n 2
+
+test-all: lint
+	$(BIN)/pytest -n 2 -m ''
 
 # With torch 2.11, triton 3.6 and transformers 5.17. No part of `make test` or of CI: it downloads gigabytes, CUDA's libraries among them.
 test-oldest: .venv-oldest/.installed

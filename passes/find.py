@@ -4,16 +4,50 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import fx
+
+from sptc.config import Config
 from sptc.passes.find_attention import find_attention
 from sptc.passes.find_ffn import find_ffn
 from sptc.passes.frame import frames, operands
+from sptc.passes.lookalike import ffn_refusals
+from sptc.passes.pattern import match_adapters, origin_of_units
+from sptc.passes.spare import excluding, is_trained_head
 from sptc.passes.unit import Unit
+from sptc.region import Found, Refusal, Region
 
 
 def find(unit: Unit) -> Unit:
-    """Fill `regions` and `refusals`, in the order of the model."""
+    """Fill `regions` and `refusals`, in the order of the model; regions to be left alone are refusals of rule "exclude" or "head"."""
     every = list(frames(unit.gm))
     outer = {inner: node for frame in every for inner, node in operands(frame).items()}
-    found = [f for frame in every for f in (find_attention(frame.gm, outer), find_ffn(frame.gm))]
-    regions = tuple(r for f in found for r in f.regions)
-    return replace(unit, regions=regions, refusals=(*unit.refusals, *(r for f in found for r in f.refusals)))
+    found = [f for frame in every for f in (find_attention(frame.gm, outer), _every_ffn(frame.gm))]
+    every_region = [r for f in found for r in f.regions]
+    spared = {region: refusal for region in every_region if (refusal := _spared(region, unit.config)) is not None}
+    return replace(
+        unit,
+        regions=tuple(r for r in every_region if r not in spared),
+        refusals=(*unit.refusals, *(r for f in found for r in f.refusals), *spared.values()),
+        unmatched=tuple(p for p in unit.config.exclude or () if not any(excluding(region, [p]) for region in every_region)),
+    )
+
+
+def _spared(region: Region, config: Config) -> Refusal | None:
+    """Why a region is left alone; None if it is not."""
+    pattern = excluding(region, config.exclude or ())
+    if pattern is not None:
+        return Refusal(region.kind, "exclude", region.y, f"option 'exclude' names it: {pattern!r}", region.site)
+    if config.exclude != [] and is_trained_head(region):
+        reason = "a head that is trained and adds to no residual stream; exclude=[] would have it rewritten"
+        return Refusal(region.kind, "head", region.y, reason, region.site)
+    return None
+
+
+def _every_ffn(gm: fx.GraphModule) -> Found:
+    """FFN regions, and refusals of all that is like one."""
+    found = find_ffn(gm)
+    known = {node for region in found.regions for node in region.nodes}
+    for refusal in found.refusals:
+        adapted = match_adapters(refusal.node)
+        known |= {refusal.node} if adapted is None else {refusal.node, origin_of_units(adapted[0].x)}
+    return replace(found, refusals=(*found.refusals, *ffn_refusals(gm, known)))

@@ -6,6 +6,7 @@ every operator is either understood (scale, mask, dropout, cast, view) or the ca
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch.fx import Node
 
 from sptc.passes.attention_operands import Operand, grouped, key_of, merged_heads, query_of, split_heads, without_empty
 from sptc.passes.boundary import Breach, breach, disturbance
+from sptc.passes.lookalike import Flow, between_products
 from sptc.passes.lower_einsum import EINSUM
 from sptc.passes.mask import MASKED, Frame, MaskInput, Refused, read_mask
 from sptc.passes.mask_reader import Reader
@@ -38,7 +40,6 @@ _MOVES = VIEWS | {  # looked through to find candidates; those that a region doe
     "aten.transpose.int",
     "aten.mT.default",
 }
-_MAX_STEPS = 24
 
 
 def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None) -> Found:
@@ -51,10 +52,10 @@ def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None)
     """
     regions: list[AttentionRegion] = []
     refusals: list[Refusal] = []
-    reader = Reader(outer)
+    reader, flow = Reader(outer), Flow(gm.graph)
     for node in gm.graph.nodes:
         try:
-            draft = _fused(node) if op(node) == FUSED else draft_of(node, reader) if op(node) in SOFTMAX else None
+            draft = _fused(node) if op(node) == FUSED else _spelled_out(node, reader, flow) if op(node) in SOFTMAX else None
             if draft is not None:
                 regions.append(_region(draft, outer))
         except Refused as refused:
@@ -94,8 +95,17 @@ def _fused(node: Node) -> Draft:
     return draft
 
 
+def _spelled_out(softmax: Node, reader: Reader, flow: Flow) -> Draft | None:
+    """The candidate around a softmax; None if no product leads to it or follows it, by whatever way."""
+    draft = draft_of(softmax, reader)
+    odd = between_products(softmax, flow, lambda n: _pointwise(n) or op(n) in _MOVES or base_name(n) == DROPOUT) if draft is None else None
+    if odd is not None:
+        raise Refused("between", odd, f"{odd.name} ({op(odd) or odd.target}) stands between a softmax and its products")
+    return draft
+
+
 def draft_of(softmax: Node, reader: Reader) -> Draft | None:
-    """The candidate around a softmax; None if no product leads to it or follows it.
+    """The candidate around a softmax; None if no product leads to it or follows it through elementwise operators and views.
 
     Raises:
         Refused: it is attention, but not of the form that a region has.
@@ -126,17 +136,16 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
 
 def _to_product(softmax: Node) -> list[Node] | None:
     """The nodes that lead from softmax to the product with v, that product last."""
-    paths: list[list[Node]] = [[]]
-    for _ in range(_MAX_STEPS):
-        longer = []
-        for path in paths:
-            here = path[-1] if path else softmax
-            for user in here.users:
-                if _is_product(user) and (op(user) == EINSUM or _node(user, 0) is here):
-                    return [*path, user]
-                if base_name(user) == DROPOUT or _pointwise(user) or op(user) in _MOVES:
-                    longer.append([*path, user])
-        paths = longer
+    paths: dict[Node, list[Node]] = {softmax: []}
+    queue = deque([softmax])
+    while queue:
+        here = queue.popleft()
+        for user in here.users:
+            if _is_product(user) and (op(user) == EINSUM or _node(user, 0) is here):
+                return [*paths[here], user]
+            if user not in paths and (base_name(user) == DROPOUT or _pointwise(user) or op(user) in _MOVES):
+                paths[user] = [*paths[here], user]
+                queue.append(user)
     return None
 
 
@@ -144,7 +153,7 @@ def _from_product(node: Any) -> bool:
     """Whether a product of two tensors leads to `node` through elementwise operators and views."""
     seen: set[Node] = set()
     todo = [node]
-    while todo and len(seen) < _MAX_STEPS:
+    while todo:
         here = todo.pop()
         if not isinstance(here, Node) or here in seen:
             continue
@@ -156,8 +165,10 @@ def _from_product(node: Any) -> bool:
     return False
 
 
+_FLOORS = frozenset({"aten.max.other", "aten.maximum.default", "aten.clamp.default", "aten.clamp_min.default"})
 _UNTAGGED = frozenset(  # elementwise, but torch does not tag these overloads as such
     {
+        "aten.max.other",
         "aten.where.ScalarOther",
         "aten.where.ScalarSelf",
         "aten.where.Scalar",
@@ -246,6 +257,8 @@ class _Scores:
             self._masks_out(node, fill)
             self._mask("keep" if kept is then else "drop", keep, node)
             return kept  # type: ignore[return-value]
+        if name in _FLOORS:
+            return self._above_a_floor(node)
         if name == DROPOUT:
             raise Refused("dropout", node, f"{node.name} drops attention scores before softmax")
         raise Refused("scores", node, f"{node.name} ({op(node)}) changes the scores between q k^T and softmax")
@@ -269,14 +282,24 @@ class _Scores:
             raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")
         scores, mask = (a, b) if products[0] else (b, a)
         factor = node.kwargs.get("alpha", 1) * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
-        if not isinstance(mask, Node):
-            raise Refused("scores", node, f"{node.name} adds {mask} to all scores")
         if scores is not a and factor != 1:
             raise Refused("scores", node, f"{node.name} subtracts the scores")
+        if not isinstance(mask, Node):
+            return scores  # softmax is the same for scores that are all greater by one number
         if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
             raise Refused("shape", node, f"{node.name} broadcasts the scores to {_sizes(node)}")
         self._mask("add", mask, node, self.scale * factor)
         return scores  # type: ignore[return-value]
+
+    def _above_a_floor(self, node: Node) -> Node:
+        """The scores before they were raised to a number so low that it masks: only what is masked changes."""
+        first: Any = node.args[0]
+        a, floor = first, argument(node, 1, "min" if "clamp" in op(node) else "other")
+        scores, floor = (a, floor) if _from_product(a) else (floor, a)
+        number = self._reader.constant(floor)
+        if number is None or number > MASKED or argument(node, 2, "max") is not None:
+            raise Refused("scores", node, f"{node.name} ({op(node)}) bounds the scores by {floor}")
+        return scores
 
     def _masks_out(self, node: Node, fill: Any) -> None:
         number = self._reader.constant(fill)

@@ -7,6 +7,7 @@ expression; it is never matched against a list of known activations.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,16 @@ from torch import fx
 from torch.fx import Node
 
 from sptc import expression
+from sptc.passes.bind import parameter_path
 from sptc.passes.boundary import breach
+from sptc.passes.frame import parameter
 from sptc.passes.pattern import (
     TRANSPARENT,
     VIEWS,
+    before_dropout,
     dtype,
     keeps_last_axis,
+    match_adapters,
     match_projection,
     op,
     origin_of_units,
@@ -30,7 +35,7 @@ from sptc.passes.pattern import (
     units,
 )
 from sptc.passes.site import site_of
-from sptc.region import FfnRegion, Found, Projection, Refusal
+from sptc.region import FfnRegion, Found, Lora, Projection, Refusal
 
 # Operators that mix hidden units: a region with one of them between its projections is reported, not rewritten.
 MIXING = frozenset(
@@ -64,20 +69,31 @@ def find_ffn(gm: fx.GraphModule) -> Found:
     for node in reversed(gm.graph.nodes):
         if node in covered or transparent(node) or op(node) in VIEWS:
             continue
-        down = match_projection(node)
+        several = match_adapters(node)
+        down = match_projection(node) if several is None else several[0]
         if down is None:
             continue
         covered |= down.nodes
+        if several is not None:
+            covered |= {node for lora in several[1] if (low := match_projection(lora.low)) is not None for node in low.nodes}
+            if _region(down) is not None:
+                refusals.append(Refusal("ffn", "adapters", node, _several(node, several[1]), site_of(down.nodes)))
+            continue
         if down.rows is not None:
             continue
         result = _region(down)
         if isinstance(result, FfnRegion):
             regions.append(result)
             covered |= result.nodes
-        elif result is not None and origin_of_units(down.x) not in refused:
-            refused.add(origin_of_units(down.x))
+        elif result is not None and before_dropout(down.x) not in refused:
+            refused.add(before_dropout(down.x))
             refusals.append(result)
     return Found(tuple(reversed(regions)), tuple(reversed(refusals)))
+
+
+def _several(node: Node, adapters: Sequence[Lora]) -> str:
+    names = [".".join(parameter_path(parameter(lora.a))[-3:-1]) or lora.a.name for lora in adapters]
+    return f"{node.name} is a projection with {len(adapters)} active adapters ({', '.join(names)}); a region has one: merge the others"
 
 
 def _may_be_ffn(start: Node, hidden: Any) -> bool:
@@ -194,6 +210,11 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
     up = match_projection(node)
     if up is not None and same_size(shape(node)[-1], walk.hidden):
         walk.ups[node] = up
+        return expression.SYMBOLS[len(walk.ups) - 1]
+    several = match_adapters(node)
+    if several is not None and same_size(shape(node)[-1], walk.hidden):
+        walk.refuse("adapters", node, _several(node, several[1]))
+        walk.ups[node] = several[0]
         return expression.SYMBOLS[len(walk.ups) - 1]
     name = op(node)
     if not name or not shape(node):

@@ -38,9 +38,9 @@ def _constant(reader: Reader, node: Node, at: At) -> Term:
     return number if isinstance(number, bool) else Linear(number)
 
 
-@reads(*COPIES, "aten.expand_copy.default")
+@reads(*COPIES, "aten.expand_copy.default", "aten.detach_.default")
 def _copy(reader: Reader, node: Node, at: At) -> Term:
-    return converted(reader.element(source_of(node), at), dtype(node))
+    return converted(reader.element(source_of(node), at, writes(node)), dtype(node))
 
 
 # factories

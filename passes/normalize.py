@@ -169,6 +169,6 @@ def _keep_dynamo_metadata(gm: fx.GraphModule, graph: fx.GraphModule) -> None:
     for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
         sources.setdefault(name, ConstantSource(name))  # AOTAutograd insists on a source for each constant that tracing lifted
     graph._param_name_to_source = sources
-    for name in ("_source_to_user_stacks", "_backend_id"):
+    for name in ("_source_to_user_stacks", "_backend_id", "compile_subgraph_reason"):
         if hasattr(gm, name):
             setattr(graph, name, getattr(gm, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ def _match_dense(node: Node) -> Projection | None:
         transposed = not transposed
         nodes.add(weight)
         weight = weight.args[0]  # type: ignore[assignment]
-    if not _is_weight(weight):  # type: ignore[arg-type]
+    if not is_weight(weight):  # type: ignore[arg-type]
         return None
     flat = list(units(x))
     if len(flat) > 1 and name != "aten.linear.default":
@@ -186,7 +187,7 @@ def _match_dense(node: Node) -> Projection | None:
     return Projection(x, node, weight, transposed, bias, None, None, frozenset(nodes))
 
 
-def _is_weight(node: Node) -> bool:
+def is_weight(node: Node) -> bool:
     """Whether a matrix is an input of the graph, or computed from parameters and buffers alone: not from activations."""
     if node.op in ("placeholder", "get_attr"):
         return True
@@ -238,6 +239,27 @@ def _match_lora(node: Node) -> Projection | None:
     return None
 
 
+def match_adapters(node: Node) -> tuple[Projection, tuple[Lora, ...]] | None:
+    """`node` as a projection with two or more low-rank adapters, which no region has: all of it without them, and the adapters in order."""
+    terms: list[Node] = []
+    nodes: set[Node] = set()
+    here = node
+    while (base := _match_dense(here)) is None:
+        chain = list(units(here))
+        nodes.update(chain)
+        last = chain[-1]
+        if op(last) != "aten.add.Tensor" or last.kwargs or not all(isinstance(arg, Node) for arg in last.args):
+            return None
+        here, term = last.args  # type: ignore[assignment]
+        terms.append(term)  # type: ignore[arg-type]
+    found = [_match_adapter(term, base.x) for term in reversed(terms)] if len(terms) > 1 else []
+    adapters = [adapter for adapter in found if adapter is not None]
+    if not adapters or len(adapters) < len(found):
+        return None
+    whole = replace(base, y=node, nodes=base.nodes.union(nodes, *(inner for _, inner in adapters)))
+    return whole, tuple(lora for lora, _ in adapters)
+
+
 def _match_adapter(term: Node, x: Node) -> tuple[Lora, frozenset[Node]] | None:
     chain = list(units(term))
     scaling: float | Node = 1.0
@@ -274,6 +296,14 @@ def _match_adapter(term: Node, x: Node) -> tuple[Lora, frozenset[Node]] | None:
 def origin_of_units(node: Node) -> Node:
     """What `node` was before copies and views that keep the last axis."""
     *_, last = units(node)
+    return last
+
+
+def before_dropout(node: Node) -> Node:
+    """What `node` was before copies, views that keep the last axis, and dropout."""
+    last = origin_of_units(node)
+    while op(last) == "aten.dropout.default":
+        last = origin_of_units(last.args[0])  # type: ignore[arg-type]
     return last
 
 

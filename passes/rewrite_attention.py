@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from sptc.passes.build import Builder, aten
-from sptc.passes.pattern import dtype
+from sptc.passes.pattern import dtype, same_size, shape, value
 from sptc.region import AttentionRegion, AttentionSettings, CodebookState
 
 
@@ -50,5 +50,17 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         region.scale,
         *blocks,
     )
-    y = b.item(out, 0)
-    return b.cast(y, dtype(region.y))
+    return _laid_out(b.cast(b.item(out, 0), dtype(region.y)), region.y, b)
+
+
+def _laid_out(out: Node, y: Node, b: Builder) -> Node:
+    """`out` with the strides of `y`, where fused attention keeps the heads of a position together: what was captured relies on them.
+
+    Dynamo leaves out a `contiguous` that changes nothing, so that a `view` of the transposed result may follow. Where a copy into that
+    layout follows anyway, it is this one.
+    """
+    _, h, _, d = shape(y)
+    strides = value(y).stride()
+    if not (same_size(strides[1], d) and same_size(strides[2], h * d)) or same_size(h, 1):
+        return out
+    return b.call(aten.transpose.int, b.call(aten.contiguous.default, b.call(aten.transpose.int, out, 1, 2)), 1, 2)

@@ -33,6 +33,13 @@ def site_of(nodes: Iterable[Node]) -> Site:
     return Site(_module_path(name), _source(trace, cls), tuple(owner))
 
 
+def modules_of(nodes: Iterable[Node]) -> set[str]:
+    """The paths of all modules that `nodes` were computed in, with those around them, called or not; the root has none."""
+    names = {name for node in nodes for name, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    parts = [path.split(".") for name in names if (path := _module_path(name))]
+    return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
+
+
 def _common_prefix(stacks: Sequence[list[str]]) -> list[str]:
     prefix: list[str] = []
     for keys in zip(*stacks, strict=False):

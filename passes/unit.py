@@ -34,6 +34,7 @@ class Unit:
     plan: Plan | None = None  # densities of single regions
     regions: tuple[Region, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    unmatched: tuple[str, ...] = ()  # patterns of option `exclude` that name no region
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
     counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked
     counted_share: float | None = None  # of the example batch's tokens, where it can be computed

@@ -25,6 +25,8 @@ from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_lis
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+from sptc.state import erase_marks
+
 OnGraph = Callable[[fx.GraphModule, list[Any]], Callable[..., Any] | None]
 
 
@@ -52,7 +54,9 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph, a
 
     def collect(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         (collector,) = collectors
-        run = _Run(collector(gm, inputs) or gm.forward)
+        result = collector(gm, inputs)
+        erase_marks(gm)  # nothing is compiled here: a prepared model is looked at
+        run = _Run(result or gm.forward)
         runs.append(run)
         return run
 

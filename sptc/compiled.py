@@ -9,16 +9,20 @@ instances of a class, and a decorator's wrapper between all that it decorates: p
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, innermost_fn
 
 from sptc.capture import called_modules
+from sptc.outside import outside_note
 from sptc.report import Report
 
 
@@ -35,10 +39,14 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
 
+    def live_parameters(self) -> list[nn.Parameter]:
+        """The parameters that it was compiled with, as far as they exist."""
+        return [p for p in (held() for held in self.parameters) if p is not None]
+
     def compiled_for(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether it was compiled with one of these parameters."""
         own = {id(p) for p in parameters}
-        return any(id(p()) in own for p in self.parameters)
+        return any(id(p) in own for p in self.live_parameters())
 
     def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether it could run for these parameters, as far as shapes tell: Dynamo reuses code for another instance of an architecture."""
@@ -54,18 +62,44 @@ def report(model: Callable[..., Any]) -> Report:
     Raises:
         RuntimeError: nothing was compiled for it yet.
     """
-    graphs = compiled_graphs(model)
+    found, codes = _compiled(model)
+    graphs = [found[at] for at in sorted(found)]
     if not graphs:
         name = getattr(model, "__name__", type(model).__name__)
         raise RuntimeError(
             f"no graph of {name} was compiled with backend 'spt': compile it with torch.compile(model, backend='spt') or "
             "model.compile(backend='spt'), and run it once before asking for its report (sptc.explain needs no compile)"
         )
-    return Report.merged(graph.report for graph in graphs)
+    first: dict[Any, int] = {}  # by frame and parameters
+    keys = [(at[0], frozenset(map(id, graph.live_parameters()))) for at, graph in sorted(found.items())]
+    same = [first.setdefault(key, i) for i, key in enumerate(keys)]
+    notes = [note for code in codes if (note := _limit_note(code)) is not None]
+    root = model._orig_mod if isinstance(model, OptimizedModule) else innermost_fn(model)
+    if isinstance(root, nn.Module):
+        outside = outside_note(root, {id(p) for graph in graphs for p in graph.live_parameters()})
+        notes += [outside] if outside is not None else []
+    return Report.merged((graph.report for graph in graphs), notes, same)
+
+
+def _limit_note(code: types.CodeType) -> str | None:
+    count, limit = len(_debug_get_cache_entry_list(code)), torch._dynamo.config.recompile_limit
+    if count < limit:
+        return None
+    where = f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+    return (
+        f"{where} was compiled {count} times, as often as torch._dynamo.config.recompile_limit allows: what needs one more graph, such as "
+        "other sizes or another layer, runs eagerly"
+    )
 
 
 def compiled_graphs(model: Callable[..., Any]) -> list[CompiledGraph]:
     """The graphs that backend "spt" compiled for `model`, in the order of compiling."""
+    found, _ = _compiled(model)
+    return [found[at] for at in sorted(found)]
+
+
+def _compiled(model: Callable[..., Any]) -> tuple[dict[tuple[int, int], CompiledGraph], set[types.CodeType]]:
+    """The graphs of `model` by (frame, compile of the frame), and the code objects that were looked at."""
     seen: set[types.CodeType] = set()
     root: Callable[..., Any] = innermost_fn(model)
     backend = _backend(model)
@@ -84,8 +118,7 @@ def compiled_graphs(model: Callable[..., Any]) -> list[CompiledGraph]:
     if any(graph.compiled_for(parameters) for graph in fitting.values()):
         # The rest of a frame after a graph break may hold no parameter at all.
         fitting = {at: graph for at, graph in fitting.items() if graph.compiled_for(parameters) or not graph.parameters}
-    own |= fitting
-    return [own[at] for at in sorted(own)]
+    return own | fitting, seen
 
 
 def _backend(model: Callable[..., Any]) -> Any:

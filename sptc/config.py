@@ -50,6 +50,9 @@ class Config:
     inference: Literal["dense", "sparse"] = _option(
         "inference", "dense", "graphs without gradients; with trained routers or codebooks they are sparse unless this is given"
     )
+    exclude: list[str] | None = _option(
+        "exclude", None, "modules to leave alone: patterns of their names; trained heads are left alone too, unless it is []"
+    )
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
     on_error: Literal["raise", "dense"] | None = _option(
@@ -91,6 +94,9 @@ class Config:
         return {key: value for key, (value, default) in values.items() if key in self.given or value != default}
 
     def _check_ranges(self) -> None:
+        for pattern in self.exclude or ():
+            if not isinstance(pattern, str):
+                raise ConfigError(f"option 'exclude' must hold patterns of module names, got {pattern!r} ({type(pattern).__name__})")
         densities = {
             "attention.density": self.attention_density,
             "ffn.density": self.ffn_density,

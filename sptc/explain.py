@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from sptc.backend import captured_unit
 from sptc.capture import capture
 from sptc.config import Config
 from sptc.dump import Dump
+from sptc.outside import outside_note
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.report import Report
@@ -34,6 +35,7 @@ def explain(model: Callable[..., Any], example_inputs: Any, options: Mapping[str
     """
     config = Config.from_options(options)
     reports: list[Report] = []
+    read: set[int] = set()  # parameters
 
     def judge(gm: fx.GraphModule, inputs: list[Any]) -> None:
         dump = Dump.of(config)
@@ -44,6 +46,8 @@ def explain(model: Callable[..., Any], example_inputs: Any, options: Mapping[str
         if dump is not None:
             dump.report(report)
         reports.append(report)
+        read.update(id(x) for x in inputs if isinstance(x, nn.Parameter))
 
     capture(model, example_inputs, judge)
-    return Report.merged(reports)
+    outside = outside_note(model, read) if isinstance(model, nn.Module) else None
+    return Report.merged(reports, [outside] if outside is not None else ())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from tabulate import tabulate
+from torch import fx
 
 from sptc.passes.normalize import graphs
-from sptc.passes.pattern import requires_grad
+from sptc.passes.pattern import requires_grad, same_size, shape
 from sptc.passes.unit import Unit
 from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, Refusal, Region, RouterState
 
@@ -46,6 +49,9 @@ class Report:
     passes: tuple[tuple[str, float], ...] = ()  # name and seconds, summed over graphs
     notes: tuple[str, ...] = ()
     graphs: int = 0
+    breaks: tuple[str, ...] = ()  # where Dynamo ended a graph before the model's end, and why
+    first: tuple[int, ...] = ()  # for each graph: the one that was compiled of the same code before, for other sizes; or itself
+    unmatched: tuple[str, ...] = ()  # patterns of option `exclude` that name no region
 
     @classmethod
     def of(cls, units: Sequence[Unit]) -> Report:
@@ -53,52 +59,92 @@ class Report:
         return cls.merged(_of_unit(unit) for unit in units)
 
     @classmethod
-    def merged(cls, reports: Iterable[Report]) -> Report:
-        """One report of several graphs; a graph break makes several."""
+    def merged(cls, reports: Iterable[Report], notes: Iterable[str] = (), first: Sequence[int] | None = None) -> Report:
+        """One report of several graphs; graph breaks and recompiles make several.
+
+        Args:
+            reports: of the graphs, in the order of compiling.
+            notes: what is to be said of all of them together.
+            first: for each graph, the earlier one of the same code and the same parameters, or itself; None: no graph repeats another.
+        """
+        reports = list(reports)
         regions: list[RegionReport] = []
         seconds: dict[str, float] = {}
-        notes: dict[str, None] = {}
-        count = 0
+        said: dict[str, None] = {}
+        own: list[int] = []
         for report in reports:
-            regions += [replace(r, graph=r.graph + count) for r in report.regions]
+            regions += [replace(r, graph=r.graph + len(own)) for r in report.regions]
             for name, spent in report.passes:
                 seconds[name] = seconds.get(name, 0.0) + spent
-            notes.update(dict.fromkeys(report.notes))
-            count += report.graphs
-        return cls(tuple(regions), tuple(seconds.items()), tuple(notes), count)
+            said.update(dict.fromkeys(report.notes))
+            own += [graph + len(own) for graph in report.first]
+        breaks = dict.fromkeys(where for report in reports for where in report.breaks)
+        unmatched = [p for p in reports[0].unmatched if all(p in report.unmatched for report in reports)] if reports else []
+        said.update(dict.fromkeys(notes))
+        return cls(
+            tuple(regions),
+            tuple(seconds.items()),
+            tuple(said),
+            len(own),
+            tuple(breaks),
+            tuple(own if first is None else first),
+            tuple(unmatched),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return {
             "graphs": self.graphs,
+            "breaks": list(self.breaks),
             "regions": [asdict(r) for r in self.regions],
             "totals": self.totals(),
             "passes": [{"name": name, "seconds": seconds} for name, seconds in self.passes],
-            "notes": list(self.notes),
+            "notes": self._all_notes(),
         }
 
     def totals(self) -> dict[str, float]:
-        """Sums over the regions that have costs; seconds as decided."""
-        known = [r for r in self.regions if r.seconds_dense is not None]
+        """Sums over the regions that have costs, each counted once, at its largest sizes; seconds as decided."""
+        known = [_largest(rows) for rows in self._by_region() if any(r.seconds_dense is not None for r in rows)]
         sums = {key: sum(getattr(r, key) or 0.0 for r in known) for key in ("flops_before", "flops_after", "bytes_before", "bytes_after")}
         after = sum((r.seconds_sparse if r.status == "rewritten" else r.seconds_dense) or 0.0 for r in known)
         return {**sums, "seconds_before": sum(r.seconds_dense or 0.0 for r in known), "seconds_after": after}
+
+    def _by_region(self) -> list[list[RegionReport]]:
+        """The rows of each region: one for each graph that was compiled of its code."""
+        numbers: Counter[Any] = Counter()
+        groups: dict[Any, list[RegionReport]] = {}
+        for r in self.regions:
+            key = (r.kind, r.module, r.source)
+            numbers[r.graph, key] += 1
+            first = self.first[r.graph] if self.first else r.graph
+            groups.setdefault((first, *key, numbers[r.graph, key]), []).append(r)
+        return list(groups.values())
+
+    def _all_notes(self) -> list[str]:
+        return [*self.notes, *(f"option 'exclude': {pattern!r} names no region" for pattern in self.unmatched)]
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
+        apart = len(set(self.first)) if self.first else self.graphs
+        graphs = f"{self.graphs} graph{'s' * (self.graphs != 1)}"
+        if apart != self.graphs:
+            graphs += f", {self.graphs - apart} of them of the same code for other sizes"
+        if apart > 1:
+            yield f"sptc: the model is in {apart} graphs; no region reaches from one into another"
+            yield from (f"break: {where}" for where in self.breaks)
         if not self.regions:
-            yield f"sptc: no attention or FFN region in {self.graphs} graph{'s' * (self.graphs != 1)}"
+            yield f"sptc: no attention or FFN region in {graphs}"
         else:
             headers = ("module", "kind", "status", "density", "GFLOP", "after", "MB", "after", "ms dense", "sparse", "source", "why")
-            rows = [_row(r) for r in self.regions]
-            yield tabulate([*rows, self._total_row()], headers, disable_numparse=True, colalign=_ALIGN)
-            done = sum(r.status == "rewritten" for r in self.regions)
-            yield f"\n{done} of {len(self.regions)} regions rewritten, {self.graphs} graph{'s' * (self.graphs != 1)}; times are predicted"
+            groups = self._by_region()
+            yield tabulate([*map(_row, groups), self._total_row()], headers, disable_numparse=True, colalign=_ALIGN)
+            done = sum(any(r.status == "rewritten" for r in rows) for rows in groups)
+            yield f"\n{done} of {len(groups)} regions rewritten, {graphs}; times are predicted"
         if self.passes:
             yield "passes: " + ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in self.passes)
-        yield from (f"note: {note}" for note in self.notes)
+        yield from (f"note: {note}" for note in self._all_notes())
 
     def _total_row(self) -> tuple[str, ...]:
         t = self.totals()
@@ -110,7 +156,17 @@ class Report:
 _ALIGN = ("left", "left", "left", *("right",) * 7, "left", "left")
 
 
-def _row(r: RegionReport) -> tuple[str, ...]:
+def _largest(rows: Sequence[RegionReport]) -> RegionReport:
+    """The row of the largest sizes that a region was compiled for."""
+    return max(rows, key=lambda r: r.flops_before or 0.0)
+
+
+def _row(rows: Sequence[RegionReport]) -> tuple[str, ...]:
+    """One region; with several rows, one for each size that it was compiled for, the figures are those of the largest."""
+    r = _largest(rows)
+    same = sum(row.status == r.status for row in rows)
+    status = r.status if same == len(rows) else f"{r.status} in {same} of {len(rows)} graphs"
+
     def scaled(value: float | None, factor: float) -> str:
         return "" if value is None else _number(value * factor)
 
@@ -118,7 +174,7 @@ def _row(r: RegionReport) -> tuple[str, ...]:
     figures = [(r.flops_before, 1e-9), (r.flops_after, 1e-9), (r.bytes_before, 1e-6), (r.bytes_after, 1e-6)]
     times = [(r.seconds_dense, 1e3), (r.seconds_sparse, 1e3)]
     why = f"[{r.rule}] {r.reason}" if r.rule else r.reason
-    return (r.module or "(root)", r.kind, r.status, density, *(scaled(*pair) for pair in [*figures, *times]), r.source, why)
+    return (r.module or "(root)", r.kind, status, density, *(scaled(*pair) for pair in [*figures, *times]), r.source, why)
 
 
 def _number(value: float) -> str:
@@ -136,7 +192,20 @@ def _of_unit(unit: Unit) -> Report:
         tuple((record.name, record.seconds) for record in unit.records),
         tuple(_notes(unit)),
         1,
+        tuple(_breaks(unit.gm)),
+        (0,),
+        unit.unmatched,
     )
+
+
+def _breaks(gm: fx.GraphModule) -> Iterator[str]:
+    """Where Dynamo broke the model behind a graph, and what it says of it."""
+    why: Any = getattr(gm, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return
+    frame = why.user_stack[-1] if why.user_stack else None
+    where = f"{os.path.basename(frame.filename)}:{frame.lineno}: " if frame is not None else ""
+    yield where + str(why.reason).strip().partition("\n")[0]
 
 
 def _decided(decision: Decision) -> RegionReport:
@@ -181,11 +250,29 @@ def _notes(unit: Unit) -> Iterator[str]:
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
         yield f"{_regions(ffn, 'FFN')} by the means of weights; sptc.prepare(model, ...) would add routers that train"
+    yield from _own_blocks_unknown([d for d in unit.decisions if d.rewrite])
     if unit.config.ffn_keep is not None and "ffn.keep" in unit.config.given:
         yield from _routed_alike(unit)
     for region, state in unit.states.items():
         if isinstance(state, RouterState) and state.training and not state.trainable:
             yield f"the router of {region.site.module or 'the model'} is frozen: it chooses but does not learn"
+
+
+def _own_blocks_unknown(rewritten: Sequence[Decision]) -> Iterator[str]:
+    """What is lost where a mask stays a tensor: whether it is causal can't be told from it, and so which keys are a tile's own."""
+    lost = [d.region for d in rewritten if isinstance(d.region, AttentionRegion) and d.settings.density < 1 and _may_be_causal(d.region)]
+    if lost:
+        names = ", ".join(dict.fromkeys(r.site.module or "(root)" for r in lost[:2])) + (", ..." if len(lost) > 2 else "")
+        yield (
+            f"the mask of {len(lost)} attention region{'s' * (len(lost) != 1)} ({names}) could not be read and stays a tensor: "
+            "if it is causal, that is not known, and a query's own keys are not kept before others"
+        )
+
+
+def _may_be_causal(region: AttentionRegion) -> bool:
+    """Whether a region of as many queries as keys has a mask of which no more is known than its tensor."""
+    unread = region.mask.boolean is not None or region.mask.bias is not None
+    return unread and not region.mask.causal and same_size(shape(region.q)[-2], shape(region.k)[-2])
 
 
 def _routed_alike(unit: Unit) -> Iterator[str]:

@@ -54,13 +54,13 @@ def weigh_alone(unit: Unit) -> Unit:
 
 
 def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], tuple[list[float], str]]) -> Unit:
-    waiting = [d.region for d in unit.decisions if d.rewrite and measured(unit, d.region)]
+    waiting = [r for d in unit.decisions if d.rewrite and isinstance(r := d.region, FfnRegion) and measured(unit, r)]
     if not waiting:
         return unit
     weights = [_weight(unit, region) for region in waiting]
     apart = [splits(unit, region) for region in waiting]
-    known = [None if w is None else remembered.get(w, {}).get(split) for w, split in zip(weights, apart, strict=True)]
-    if None not in known:
+    known = [remembered.get(w, {}).get(split) for w, split in zip(weights, apart, strict=True) if w is not None]
+    if len(known) == len(waiting) and None not in known:
         return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
     reason = _obstacle(unit, weights)
     if reason is not None:
@@ -104,7 +104,7 @@ class _Predictions:
     loss: float
 
 
-def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
+def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str]:
     """Densities in the order of `regions`, and what was measured, for the report."""
     keys = region_keys(unit.regions)
     candidates = {r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions}

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._logging import warning_once
+from torch._subclasses.fake_tensor import FakeTensor
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,27 @@ _library.define("mark(Tensor(a) x, Tensor[] state, str layout, bool training) ->
 
 
 def _mark(x: Tensor, state: list[Tensor], layout: str, training: bool) -> Tensor:
+    if not isinstance(x, FakeTensor):  # fakes are Dynamo's and our passes'; what remains is compiled or run as it is
+        warning_once(
+            log,
+            "a model prepared by sptc was compiled, but not by backend 'spt' with its passes: it runs dense, without its routers and "
+            'codebooks; compile it with backend="spt"',
+        )
     return x.view(x.shape)
 
 
 _library.impl("mark", _mark, "CompositeImplicitAutograd")
 MARK = torch.ops.sptc.mark.default
+
+
+def erase_marks(gm: fx.GraphModule) -> None:
+    """Take the marks out of a graph of Dynamo's and the graphs in it, in place, before it is run as it is."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=MARK):
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+            module.recompile()
 
 
 class Router(nn.Module):

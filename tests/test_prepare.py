@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._logging import warning_once
 
 import sptc
 from sptc.adapter import AdapterError
@@ -423,3 +424,20 @@ def test_an_adapter_that_saves_no_modules_is_an_error():
     with pytest.raises(AdapterError, match="TrainableTokensConfig"):
         sptc.prepare(model, inputs, OPTIONS)
     assert not list(owners(model))
+
+
+@pytest.mark.parametrize("other", ["eager", "aot_eager"])
+def test_another_backend_is_said_once_and_ours_never(other, caplog):
+    def said() -> int:
+        return sum("it runs dense" in record.getMessage() for record in caplog.records)
+
+    warning_once.cache_clear()
+    model = Model()
+    sptc.prepare(model, batch(), OPTIONS)
+    sptc.explain(model, batch(), OPTIONS)
+    torch.compile(model, backend=Compiled())(batch()).sum().backward()
+    assert said() == 0
+    torch._dynamo.reset()
+    for length in (12, 14):
+        torch.compile(model, backend=other)(batch(length)).sum().backward()
+    assert said() == 1

@@ -154,3 +154,100 @@ def test_nothing_compiled_is_an_error():
     other(X)
     with pytest.raises(RuntimeError, match="no graph"):
         sptc.report(other)
+
+
+def test_recompiles_are_rows_of_one_region():
+    model = nn.Sequential(Ffn(), Ffn())
+    wrapped = torch.compile(model, backend=without_inductor(**NEVER), dynamic=False)
+    for n in (5, 7, 11):
+        wrapped(torch.randn(n, 16))
+    report = sptc.report(wrapped)
+    assert report.graphs == 3 and len(report.regions) == 6
+    text = str(report)
+    assert "2 of 2 regions rewritten, 3 graphs, 2 of them of the same code for other sizes" in text
+    assert text.count("ffn") == 2 and "break:" not in text and "the model is in" not in text
+    assert report.totals()["flops_before"] == sum(r.flops_before for r in report.regions if r.graph == 2)
+
+
+def test_other_instances_of_the_same_code_are_regions_of_their_own():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = Ffn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return self.ffn(x)
+
+    report = sptc.report(compiled(nn.Sequential(Layer(), Layer())))
+    assert "2 of 2 regions rewritten" in str(report) and "of the same code" not in str(report)
+
+
+def test_breaks_come_first_with_their_places():
+    for report in (explain(Broken(), X, NEVER), sptc.report(compiled(Broken()))):
+        first, second, *_ = str(report).splitlines()
+        assert first == "sptc: the model is in 2 graphs; no region reaches from one into another"
+        assert second.startswith("break: test_report.py:") and "graph_break" in second
+        assert report.to_dict()["breaks"] == list(report.breaks) and len(report.breaks) == 1
+
+
+class Partly(nn.Module):
+    """One of two FFNs runs outside of any graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.hidden = Ffn(), Ffn(hidden=32)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seen(self.outside(x))
+
+    @torch.compiler.disable
+    def outside(self, x: Tensor) -> Tensor:
+        return self.hidden(x) * self.scale
+
+
+def test_what_is_in_no_graph_is_listed():
+    for report in (explain(Partly(), X, NEVER), sptc.report(compiled(Partly()))):
+        (note,) = [note for note in report.notes if "in no graph" in note]
+        assert note.startswith("in no graph: scale, hidden; ")
+    assert not [note for note in explain(Broken(), X, NEVER).notes if "in no graph" in note]
+
+
+def test_the_recompile_limit_is_a_note():
+    with torch._dynamo.config.patch(recompile_limit=2):
+        wrapped = torch.compile(Ffn(), backend=without_inductor(**NEVER), dynamic=False)
+        wrapped(X)
+        assert not [note for note in sptc.report(wrapped).notes if "recompile_limit" in note]
+        for n in (6, 7, 8):
+            wrapped(torch.randn(n, 16))
+        (note,) = [note for note in sptc.report(wrapped).notes if "recompile_limit" in note]
+        assert "Ffn.forward (test_report.py:" in note and "was compiled 2 times" in note
+
+
+def test_a_pattern_that_names_no_region_is_a_note():
+    report = explain(Broken(), X, {**NEVER, "exclude": ["second", "s*d", "third"]})
+    assert report.unmatched == ("third",) and "note: option 'exclude': 'third' names no region" in str(report)
+    assert [(r.module, r.rule) for r in report.regions] == [("first", None), ("second", "exclude")]
+    assert "option 'exclude': 'third' names no region" in report.to_dict()["notes"]
+
+
+class Masked(nn.Module):
+    """Attention under a mask that comes as a tensor, and one that is built."""
+
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def test_what_an_unread_mask_loses_is_a_note():
+    q, causal = torch.randn(1, 2, 64, 8), torch.ones(64, 64, dtype=torch.bool).tril()
+    lost = "could not be read and stays a tensor"
+    (note,) = explain(Masked(), (q, causal), NEVER).notes
+    assert note.startswith(f"the mask of 1 attention region ((root)) {lost}")
+    (note,) = explain(Masked(), (q, torch.zeros(64, 64).masked_fill(~causal, -torch.inf)), NEVER).notes
+    assert lost in note
+    assert explain(Masked(), (q,), NEVER).notes == ()
+    assert explain(Masked(), (q, causal), {**NEVER, "attention.density": 1.0}).notes == ()
+    assert explain(Masked(), (q, causal), {"attention.enabled": False}).notes == ()

@@ -187,7 +187,26 @@ def random_bias(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(k[:, :1].detach() @ q[:, :1].detach().mT))
 
 
+def filled_with_a_tensor(q, k, v):
+    future = torch.ones(13, 13, dtype=torch.bool).triu(1)
+    lowest = torch.tensor(torch.finfo(q.dtype).min)  # Dynamo detaches it in place
+    return torch.where(future, lowest, q @ k.mT).softmax(-1) @ v
+
+
+def all_raised_by_a_number(q, k, v):
+    future = torch.ones(13, 13, dtype=torch.bool).triu(1)
+    return ((q @ k.mT).masked_fill(future, -1e9) + 3 - 1.5).softmax(-1) @ v
+
+
+def raised_to_the_least_number(q, k, v):
+    future = torch.zeros(13, 13).masked_fill(torch.ones(13, 13, dtype=torch.bool).triu(1), torch.finfo(q.dtype).min)
+    return torch.max(q @ k.mT + future, torch.tensor(torch.finfo(q.dtype).min)).clamp(min=-1e30).softmax(-1) @ v
+
+
 SPELLINGS = {
+    filled_with_a_tensor: "k <= q",
+    all_raised_by_a_number: "k <= q",
+    raised_to_the_least_number: "k <= q",
     scaled_query: "True",
     scaled_both: "True",
     scaled_scores_and_query: "True",
@@ -358,6 +377,18 @@ def trainable_fused_bias(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=q[:, :, :, :1].expand(-1, -1, -1, 13))
 
 
+def clipped_scores(q, k, v):
+    return (q @ k.mT).clamp(min=-1.0).softmax(-1) @ v
+
+
+def clipped_on_both_sides(q, k, v):
+    return (q @ k.mT).clamp(-1e9, 1.0).softmax(-1) @ v
+
+
+def subtracted_from_a_number(q, k, v):
+    return (1 - q @ k.mT).softmax(-1) @ v
+
+
 def dropped_scores(q, k, v):
     return F.dropout(q @ k.mT, 0.1).softmax(-1) @ v
 
@@ -444,6 +475,9 @@ def masked_under_other_heads(q, k, v):
 
 
 TWINS = {
+    clipped_scores: "scores",
+    clipped_on_both_sides: "scores",
+    subtracted_from_a_number: "scores",
     source_of_scaled_query_zeroed: "mutated",
     scaled_key_changed_after: "mutated",
     query_scaled_without_gradient: "mode-boundary",

@@ -258,3 +258,31 @@ def test_twins_are_refused(name):
     assert not regions
     assert refusal.kind == "ffn" and refusal.rule == rule and reason in refusal.reason
     assert refusal.site.source.startswith("test_find_ffn.py:")
+
+
+class TwoAdapters(nn.Module):
+    """A linear layer with low-rank adapters, as PEFT adds them up."""
+
+    def __init__(self, size, out, adapters):
+        super().__init__()
+        self.base = nn.Linear(size, out)
+        self.lora_A = nn.ModuleDict({name: nn.Linear(size, 2, bias=False) for name in adapters})
+        self.lora_B = nn.ModuleDict({name: nn.Linear(2, out, bias=False) for name in adapters})
+
+    def forward(self, x):
+        y = self.base(x)
+        for name, low in self.lora_A.items():
+            y = y + self.lora_B[name](low(x)) * 0.5
+        return y
+
+
+@pytest.mark.parametrize(("up", "down"), [(["en", "de"], []), ([], ["en", "de"]), (["en", "de"], ["en", "de"]), (["en", "de"], ["en"])])
+def test_two_active_adapters_are_named(up, down):
+    _, refusals = found(nn.Sequential(TwoAdapters(D, H, up), nn.GELU(), TwoAdapters(H, D, down)))
+    (refusal,) = refusals
+    assert refusal.rule == "adapters" and "2 active adapters (lora_A.en, lora_A.de)" in refusal.reason
+
+
+def test_one_active_adapter_is_none_too_many():
+    (region,), refusals = found(nn.Sequential(TwoAdapters(D, H, ["en"]), nn.GELU(), TwoAdapters(H, D, ["de"])))
+    assert not refusals and region.down.lora is not None and region.ups[0].lora is not None

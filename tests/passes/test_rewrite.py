@@ -53,3 +53,28 @@ def test_gradients_inside_checkpoints(name):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     got = gradients(model, CASES[name].loss(torch.compile(model, backend=without_inductor(**FULL))(**inputs)))
     assert_gradients_close(got, want)
+
+
+class Viewed(torch.nn.Module):
+    """Fused attention whose heads are put together by a `contiguous` that changes nothing, which Dynamo leaves out, and a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (t.view(b, n, 2, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.permute(0, 2, 1, 3).contiguous().view(b, n, 16))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_relies_on_the_layout_of_fused_attention_still_finds_it(dynamic):
+    torch.manual_seed(0)
+    model = Viewed()
+    compiled = torch.compile(model, backend=without_inductor(**FULL), dynamic=dynamic)
+    for n in (11, 7):
+        x = torch.randn(2, n, 16)
+        want = gradients(model, model(x).square().sum())
+        assert_gradients_close(gradients(model, compiled(x).square().sum()), want)

@@ -1,0 +1,1 @@
+"""What is found in each architecture of transformers: `python -m bench.architectures`."""
