@@ -33,7 +33,7 @@ from sptc.passes.frame import frames, input_index, outermost, parameter
 from sptc.passes.key import region_keys
 from sptc.passes.unit import Unit
 from sptc.plan import Choice, Plan, PlannedRegion
-from sptc.region import Counted, Decision, FfnRegion, Region
+from sptc.region import Counted, Decision, FfnRegion, Region, Settings
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,9 @@ class _Predictions:
 def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str]:
     """Densities in the order of `regions`, and what was measured, for the report."""
     keys = region_keys(unit.regions)
-    candidates = {r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions}
+    candidates: dict[Region, tuple[Settings, ...]] = {
+        r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions
+    }
     beside = insert_beside(unit, candidates)
     runs = [(r, settings.density) for r in regions for settings in candidates[r]]
     try:
