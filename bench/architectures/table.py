@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import transformers
-from tabulate import tabulate
 
 from bench.architectures.look import KINDS, Look
 
@@ -24,6 +23,11 @@ train mode without dropout. Written by `python -m bench.architectures table` fro
 - density 1: outputs and every gradient in fp32 with everything kept, all passes, against fp64 eager: the largest relative error, and that
   of eager in fp32 (0: a model that mixes dtypes has no fp64 form and was compared with fp32). Empty: not run.
 """
+
+
+def _markdown(rows: Iterable[Sequence[object]]) -> str:
+    """Without padding, so that a changed row changes one line."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def bad(one: Look) -> bool:
@@ -55,4 +59,4 @@ def table(looks: Iterable[Look]) -> str:
     reasons = sorted({reason for one in every for reason in one.reasons})
     said = "\n".join(f"- {reason}" for reason in reasons)
     head = _HEAD.format(transformers=transformers.__version__, torch=torch.__version__.partition("+")[0])
-    return f"{head}\n{summary}\n\n{tabulate(rows, headers, tablefmt='github')}\n\n## What the refusals say\n\n{said}\n"
+    return f"{head}\n{summary}\n\n{_markdown([headers, ['---'] * len(headers), *rows])}\n\n## What the refusals say\n\n{said}\n"
