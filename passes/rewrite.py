@@ -82,14 +82,15 @@ def sparse_form(region: Region, settings: Settings, state: State | None, by_grap
 
 
 def _with_mask_at_hand(region: AttentionRegion, by_graph: Mapping[fx.Graph, Frame]) -> AttentionRegion:
-    """The region with the tensors of its mask, read outside of its checkpoint body, passed into the body."""
+    """The region with the operands of its mask, read outside of its checkpoint body, passed into the body."""
     end = by_graph[region.y.graph]
 
     def local(node: Any) -> Any:
         return hand_down(node, by_graph[node.graph], end) if isinstance(node, Node) else node
 
     mask = region.mask
-    return replace(region, mask=replace(mask, tensors=tuple(map(local, mask.tensors)), sizes=tuple(map(local, mask.sizes))))
+    tensors, sizes = (tuple(map(local, operands)) for operands in (mask.tensors, mask.sizes))
+    return replace(region, mask=replace(mask, tensors=tensors, sizes=sizes, boolean=local(mask.boolean), bias=local(mask.bias)))
 
 
 def _erase(decision: Decision) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import sptc
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.config import Config
 from sptc.device import calibrate
@@ -78,3 +83,29 @@ def test_what_relies_on_the_layout_of_fused_attention_still_finds_it(dynamic):
         x = torch.randn(2, n, 16)
         want = gradients(model, model(x).square().sum())
         assert_gradients_close(gradients(model, compiled(x).square().sum()), want)
+
+
+class Biased(nn.Module):
+    """Attention inside a checkpoint, with a bias from outside that does not read as a predicate."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.projection, self.make = nn.Linear(16, 16), make
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, self.make(bias), use_reentrant=False)
+
+    def attend(self, x: Tensor, bias: Tensor) -> Tensor:
+        q = self.projection(x).view(*x.shape[:2], 2, 8).transpose(1, 2)
+        return (torch.softmax(0.3 * q @ q.transpose(-1, -2) + bias, -1) @ q).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("make", [lambda b: b, lambda b: b.sin().to(torch.float32), lambda b: b.masked_fill(b > 1, -torch.inf)])
+def test_a_bias_from_outside_a_checkpoint(make):
+    model, x, bias = Biased(make), torch.randn(2, 12, 16), torch.randn(1, 1, 12, 12)
+    want = gradients(model, model(x, bias).square().sum())
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    assert_gradients_close(gradients(model, compiled(x, bias).square().sum()), want)
+    (region,) = sptc.report(compiled).regions
+    assert region.status == "rewritten"
