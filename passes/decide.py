@@ -55,7 +55,7 @@ from sptc.region import (
 _LENGTH = sympy.Symbol("length", positive=True, integer=True)
 _LONGEST = 1 << 24
 _ROUTED_DENSITY = 1 / 2  # of ffn.density="auto"
-TRIED = {True: (1 / 2, 1 / 4, 1 / 8), False: (3 / 4, 1 / 2)}
+TRIED = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}
 """Densities of hidden units that are measured: of tokens that do not count in the loss, and of all."""
 
 

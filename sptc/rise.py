@@ -1,7 +1,8 @@
 """Densities of FFNs by what they cost the model: measured layer by layer on the first batch, within `ffn.max_rise`.
 
 How much an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once dense, then
-once for each FFN and density with this one sparse, without gradients and without dropout, before the graph is compiled. A run's rise is
+once for each FFN and density with this one sparse, without gradients and without dropout, before the graph is compiled. In deep models
+neighbours are measured together: a dozen groups bound the runs. A run's rise is
 the divergence of its predictions from the dense ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels
 drawn from the dense model would rise by, without the noise of the batch's own labels. Rises add, as squared errors do; the cheapest
 densities are taken whose sum stays within `ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
@@ -38,6 +39,7 @@ from sptc.region import Counted, Decision, FfnRegion, Region, Settings
 log = logging.getLogger(__name__)
 
 _ROWS = 512  # at most, whose predictions are compared
+_GROUPS = 12
 _SILENT_SECONDS = 2.0
 
 _chosen: Any = WeakTensorKeyDictionary()  # down weight -> {whether the context was told apart: density}
@@ -110,25 +112,45 @@ def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str
     candidates: dict[Region, tuple[Settings, ...]] = {
         r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions
     }
+    groups = {keys[group[0]]: group for group in grouped(unit, regions)}
+    runs = [(key, density) for key, group in groups.items() for density in TRIED[splits(unit, group[0])]]
     beside = insert_beside(unit, candidates)
-    runs = [(r, settings.density) for r in regions for settings in candidates[r]]
     try:
         dense = _run(unit, beside, {})
-        progress = tqdm(runs, "sptc measures FFNs", delay=_SILENT_SECONDS, leave=False, unit="run")
-        rises = {(r, density): _divergence(dense, _run(unit, beside, {keys[r]: density})) for r, density in progress}
+        rises = {}
+        for key, density in tqdm(runs, "sptc measures FFNs", delay=_SILENT_SECONDS, leave=False, unit="run"):
+            settings = {keys[r]: at_density(unit, r, density)[0].density for r in groups[key]}
+            rises[key, density] = _divergence(dense, _run(unit, beside, settings))
     finally:
         remove(beside)
+
+    def flops(key: str, density: float) -> float:
+        return math.fsum(at_density(unit, r, density)[1 if density == 1.0 else 2].flops for r in groups[key])
+
     planned = []
-    for r in regions:
-        tried = [Choice(s.density, at_density(unit, r, s.density)[2].flops, math.sqrt(rises[r, s.density])) for s in candidates[r]]
-        whole = Choice(1.0, at_density(unit, r, 1.0)[1].flops, 0.0)
-        planned.append(PlannedRegion(keys[r], (0,), {}, 1.0, (whole, *(c for c in tried if math.isfinite(c.error)))))
+    for key, group in groups.items():
+        tried = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in TRIED[splits(unit, group[0])]]
+        planned.append(
+            PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *(c for c in tried if math.isfinite(c.error))))
+        )
     allowed = unit.config.ffn_max_rise * dense.loss
     squares = {(r.key, c.density): c.error**2 for r in planned for c in r.choices}
     plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed), squares=squares)
     log.info("FFN densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
+    chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
     text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all FFNs so, before training"
-    return [region.density for region in plan.regions], text
+    return [chosen[region] for region in regions], text
+
+
+def grouped(unit: Unit, regions: Sequence[FfnRegion]) -> list[list[FfnRegion]]:
+    """At most `_GROUPS` runs of neighbours whose tokens are told apart alike; the first region, as a rule the most sensitive, is alone."""
+    groups: list[list[FfnRegion]] = []
+    size = max(1, math.ceil((len(regions) - 1) / (_GROUPS - 1)))
+    for i, region in enumerate(regions):
+        if i <= 1 or (i - 1) % size == 0 or splits(unit, region) != splits(unit, groups[-1][0]):
+            groups.append([])
+        groups[-1].append(region)
+    return groups
 
 
 def _run(unit: Unit, beside: Any, densities: Mapping[str, float]) -> _Predictions:

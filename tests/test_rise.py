@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 import sptc
 from sptc import rise
+from sptc.capture import capture
+from sptc.config import Config
+from sptc.passes import ANALYSIS
+from sptc.passes.runner import run
+from sptc.passes.unit import Unit
 from tests.models.compiled import without_inductor
+from tests.planning_device import DEVICE
 
 D, HIDDEN, CLASSES = 16, 64, 7
 OPTIONS = {"decline": "never", "attention.enabled": False, "ffn.max_rise": 0.02}
@@ -178,3 +184,15 @@ def test_explaining_changes_nothing(measurements: list[int]) -> None:
     compiled = torch.compile(model, backend=without_inductor(**OPTIONS))
     compiled(*batch())
     assert measurements == [2, 2] and densities(compiled) == [r.density for r in report.regions]
+
+
+def test_deep_models_are_measured_in_groups() -> None:
+    units: list[Unit] = []
+    model = nn.Sequential(*(Ffn() for _ in range(30)))
+    config = Config.from_options(OPTIONS)
+    capture(model, torch.randn(2, 3, D), lambda gm, inputs: units.append(run(Unit(gm, tuple(inputs), config, DEVICE), ANALYSIS)))
+    (unit,) = units
+    groups = rise.grouped(unit, unit.regions)
+    assert [region for group in groups for region in group] == list(unit.regions) and len(unit.regions) == 30
+    assert len(groups) <= 12 and len(groups[0]) == 1 and {len(group) for group in groups[1:-1]} == {3}
+    assert [len(group) for group in rise.grouped(unit, unit.regions[:5])] == [1] * 5
