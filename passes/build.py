@@ -10,6 +10,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_aggregate
+from torch.utils.checkpoint import CheckpointPolicy
 
 from sptc.passes.modes import autocast_like
 from sptc.passes.pattern import dtype, shape, value
@@ -40,6 +41,12 @@ class Builder:
         # A size that only data will tell is this node's to define, as if it had been traced.
         if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):
             node.meta["unbacked_bindings"] = bindings
+        return node
+
+    def recomputed(self, node: Node) -> Node:
+        """The node, to be computed again in backward and not kept until then. Not for random numbers."""
+        # The partitioner wants to know which checkpoint a mark is of; those of checkpoints count from 1.
+        node.meta.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=0)
         return node
 
     def item(self, node: Node, index: int) -> Node:

@@ -80,7 +80,7 @@ class _Ffn:
         return self._again(self._region.down.x, known)
 
     def _again(self, node: Node, known: dict[Node, Node]) -> Node:
-        """The activation's nodes once more. Views and copies have nothing to do on rows."""
+        """The activation's nodes once more; backward keeps what they are computed from. Views and copies have nothing to do on rows."""
         if node not in known:
             name = op(node)
             if name in VIEWS or name in TRANSPARENT:
@@ -91,7 +91,7 @@ class _Ffn:
                 known[node] = self._b.call(aten.dropout.default, below, p, True) if p else below
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._again(n, known))
-                known[node] = self._b.call(node.target, *args, **kwargs)
+                known[node] = self._b.recomputed(self._b.call(node.target, *args, **kwargs))
         return known[node]
 
     def _up(self, up: Projection, units: Node | None) -> Node:
@@ -133,4 +133,5 @@ class _Ffn:
 
 
 def _select(b: Builder, operand: Node, dim: int, units: Node | None) -> Node:
-    return operand if units is None else b.call(aten.index_select.default, operand, dim, units)
+    """What belongs to the units of a weight or bias: gathered once more in backward, which costs less than a copy of every layer's."""
+    return operand if units is None else b.recomputed(b.call(aten.index_select.default, operand, dim, units))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -214,3 +216,26 @@ def test_padding_has_no_say(context: float | None) -> None:
     expected = F.cross_entropy(reference.head(y + out), labels.flatten())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_gradients_close(got, gradients(reference, expected))
+
+
+def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> None:
+    kept: list[tuple[Any, ...]] = []
+
+    def forward(gm: torch.fx.GraphModule, _: list) -> Callable:
+        (output,) = gm.graph.find_nodes(op="output")
+        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if isinstance(node.meta.get("val"), Tensor))
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    given = Config.from_options({"decline": "never", "ffn.density": 0.75, "ffn.context_density": None})
+    model = model_of(Gated, True)
+    compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, given, inner=lambda g, i, _: backend(g, i)))
+    x, labels = batch(41)
+    compiled(x, labels).backward()
+    units = [shape for shape in kept if 24 in shape]
+    assert units == [(24,), (82, 24), (82, 24)], "which units, and the outputs of gate and up on them"
