@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from sptc.passes.boundary import alias_sets, written_by
 from sptc.passes.build import Builder, aten
 from sptc.passes.pattern import dtype, same_size, shape, value
 from sptc.region import AttentionRegion, AttentionSettings, CodebookState
@@ -50,7 +51,15 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         region.scale,
         *blocks,
     )
-    return _laid_out(b.cast(b.item(out, 0), dtype(region.y)), region.y, b)
+    y = _laid_out(b.cast(b.item(out, 0), dtype(region.y)), region.y, b)
+    return b.call(aten.clone.default, y) if _is_written(region.y) else y
+
+
+def _is_written(y: Node) -> bool:
+    """Whether `y` is changed in place later: the operator needs its output for backward, where the products that it replaces did not."""
+    written = [target for node in y.graph.nodes if node > y for target in written_by(node)]
+    aliases = alias_sets(y.graph) if written else {}
+    return any(aliases[target] == aliases[y] for target in written)
 
 
 def _laid_out(out: Node, y: Node, b: Builder) -> Node:

@@ -125,7 +125,8 @@ def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str
         remove(beside)
 
     def flops(key: str, density: float) -> float:
-        return math.fsum(at_density(unit, r, density)[1 if density == 1.0 else 2].flops for r in groups[key])
+        costs = [at_density(unit, r, density)[1:] for r in groups[key]]
+        return math.fsum((dense if density == 1.0 else sparse).flops for dense, sparse in costs)
 
     planned = []
     for key, group in groups.items():

@@ -31,7 +31,7 @@ class Ffn(nn.Module):
 
 torch.manual_seed(0)
 model, x = Ffn(), torch.randn(16, 8, requires_grad=True)
-options = {"decline": "never", "ffn.blocks": 4, "inductor": {"cpp_cache_precompile_headers": False}}
+options = {"decline": "never", "ffn.selector": "router", "ffn.blocks": 4, "inductor": {"cpp_cache_precompile_headers": False}}
 for _ in range(2):
     torch._dynamo.reset()
     (grad,) = torch.autograd.grad(torch.compile(model, backend=lambda gm, inputs: spt(gm, inputs, options=options))(x).sum(), x)

@@ -125,7 +125,7 @@ def _results(call: Callable[..., Any], model: nn.Module, batch: dict[str, Any]) 
     loss = sum((t.double() * torch.arange(t.numel(), dtype=torch.double).cos().view_as(t)).sum() for t in outputs)
     loss.backward()  # type: ignore[union-attr]
     results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-    return results | {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return results | {key: p.grad for key, p in model.named_parameters() if p.grad is not None and p.numel()}
 
 
 def _error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:

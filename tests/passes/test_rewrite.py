@@ -109,3 +109,25 @@ def test_a_bias_from_outside_a_checkpoint(make):
     assert_gradients_close(gradients(model, compiled(x, bias).square().sum()), want)
     (region,) = sptc.report(compiled).regions
     assert region.status == "rewritten"
+
+
+class Written(torch.nn.Module):
+    """Attention whose result is added to in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = (q @ k.mT).softmax(-1) @ v
+        y += v
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_a_result_that_is_written_to_stays_for_backward():
+    torch.manual_seed(0)
+    model, x = Written(), torch.randn(2, 11, 16)
+    want = gradients(model, model(x).square().sum())
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    assert_gradients_close(gradients(model, compiled(x).square().sum()), want)
