@@ -17,6 +17,7 @@ from tests.models.compiled import FULL, without_inductor
 from tests.models.zoo import CASES
 
 CPU = torch.device("cpu")
+OPTIONS = {**FULL, "ffn.selector": "router", "inference": "sparse"}
 
 
 class Mlp(nn.Module):
@@ -38,7 +39,9 @@ class HalfInside(Mlp):
 def emitted(model, inputs, device: torch.device = CPU) -> tuple[EmittedKernel, ...]:
     found: list[EmittedKernel] = []
     capture(
-        model, inputs, lambda gm, example: found.extend(emit(run(captured_unit(gm, example, Config.from_options(FULL)), PIPELINE), device))
+        model,
+        inputs,
+        lambda gm, example: found.extend(emit(run(captured_unit(gm, example, Config.from_options(OPTIONS)), PIPELINE), device)),
     )
     return tuple(found)
 
@@ -111,7 +114,7 @@ def test_emitting_adds_no_guard(interpreter):
 
     def backend(gm, inputs):
         seen.append(gm)
-        without_inductor(**FULL)(gm, inputs)
+        without_inductor(**OPTIONS)(gm, inputs)
         return gm.forward
 
     compiled = torch.compile(model, backend=backend, dynamic=True)

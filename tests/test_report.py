@@ -242,7 +242,7 @@ class Masked(nn.Module):
 
 
 def test_what_an_unread_mask_loses_is_a_note():
-    q, causal = torch.randn(1, 2, 64, 8), torch.ones(64, 64, dtype=torch.bool).tril()
+    q, causal = torch.randn(1, 2, 64, 8, requires_grad=True), torch.ones(64, 64, dtype=torch.bool).tril()
     lost = "could not be read and stays a tensor"
     (note,) = explain(Masked(), (q, causal), NEVER).notes
     assert note.startswith(f"the mask of 1 attention region ((root)) {lost}")
