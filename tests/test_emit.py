@@ -38,11 +38,11 @@ class HalfInside(Mlp):
 
 def emitted(model, inputs, device: torch.device = CPU) -> tuple[EmittedKernel, ...]:
     found: list[EmittedKernel] = []
-    capture(
-        model,
-        inputs,
-        lambda gm, example: found.extend(emit(run(captured_unit(gm, example, Config.from_options(OPTIONS)), PIPELINE), device)),
-    )
+
+    def on_graph(gm, example):
+        found.extend(emit(run(captured_unit(gm, example, Config.from_options(OPTIONS)), PIPELINE), device))
+
+    capture(model, inputs, on_graph)
     return tuple(found)
 
 
