@@ -21,7 +21,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sptc.passes.effects import remove_dead_code
+from sptc.passes.effects import alias_sets, remove_dead_code, written_by
 from sptc.passes.lower_einsum import lower_einsum
 from sptc.passes.lowering import Lowering, Untraceable
 from sptc.passes.pattern import CHECKPOINT
@@ -112,10 +112,15 @@ def _let_views_copy(graph: fx.Graph) -> None:
     """Make `view` of every node a `reshape`, which is the same wherever `view` is possible.
 
     `contiguous` of what already is contiguous leaves no node, so the view after it counts on the strides of the operator before. Sparse
-    operators have other strides. (`F.multi_head_attention_forward` is written so before torch 2.13.)
+    operators have other strides. (`F.multi_head_attention_forward` is written so before torch 2.13.) What is written to in place stays a
+    view: a write to a copy would be lost.
     """
+    written = [target for node in graph.nodes for target in written_by(node)]
+    aliases = alias_sets(graph) if written else {}
+    changed = {aliases[target] for target in written}
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
+        if not written or aliases[node] not in changed:
+            node.target = torch.ops.aten.reshape.default
 
 
 def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:

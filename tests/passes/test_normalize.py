@@ -17,6 +17,7 @@ from sptc.config import Config
 from sptc.passes.normalize import graphs, lower, normalize
 from sptc.passes.pattern import op
 from sptc.passes.unit import Unit
+from tests.capture import capture
 
 
 class Dropout(nn.Module):
@@ -284,3 +285,14 @@ def test_flex_attention_is_a_refusal_and_runs():
     ((gm, unit),) = _lowered(attend, torch.randn(1, 2, 128, 16))
     assert unit.gm is gm
     assert [r.rule for r in unit.refusals] == ["higher-order"]
+
+
+def test_a_view_that_is_written_through_stays_one():
+    def program(x):
+        y = x * 2
+        y.view(-1).add_(1)
+        return y, (x + 1).view(-1)
+
+    ((gm, _),) = capture(program, {"x": torch.ones(2, 8)})
+    names = [op(node) for node in gm.graph.nodes]
+    assert names.count("aten.view.default") == names.count("aten.reshape.default") == 1
