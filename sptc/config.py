@@ -42,7 +42,7 @@ class Config:
     ffn_context_density: float | Literal["auto"] | None = _option(
         "ffn.context_density", "auto", "selector 'energy': the share for tokens whose label does not count; None: as for all"
     )
-    ffn_max_rise: float = _option("ffn.max_rise", 0.02, "with 'auto': how much the loss may rise before training, relative, at least 0")
+    ffn_max_rise: float = _option("ffn.max_rise", 0.01, "with 'auto': how much the loss may rise before training, relative, at least 0")
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
