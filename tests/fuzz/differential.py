@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 import sptc
-from tests.models.compiled import FULL, without_inductor
+from sptc.backend import compile_graph
+from sptc.config import Config
+from tests.models.compiled import FULL
 
 ROUNDING = ("float32", ".float()")  # of a program in float64
 CALLS = 2  # the second one sees what the first one wrote
@@ -101,11 +104,11 @@ def difference(source: str, planted: Mapping[str, str], *, dtype: str, train: bo
     warnings.simplefilter("ignore")  # of checkpoints without gradients, and of gradients of what is no leaf
     reports: list[Any] = []
     captured: set[str] = set()
-    passes = without_inductor(**FULL)
+    config = Config.from_options(FULL)
 
     def sptc_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         captured.update(_modules(gm))
-        return passes(gm, example_inputs)
+        return compile_graph(gm, example_inputs, config, inner=lambda g, inputs, _: aot_eager(g, inputs))  # partitioned as Inductor does
 
     exact = dtype == "float64" and not any(word in source for word in ROUNDING)
     tolerance = 0.05 if "bfloat16" in source else 1e-9 if exact else 1e-4
