@@ -8,6 +8,8 @@ PYTHON_OLDEST ?= python3.12
 MODEL ?=
 DEMO ?=
 QUALITY ?=
+FUZZ ?= 10000
+SEED ?= $(shell date +%s)
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BIN_OLDEST := .venv-oldest/bin
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo quality test test-all test-oldest lint gpu clean
+.PHONY: demo quality test test-all test-oldest fuzz lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -34,6 +36,11 @@ test-oldest: .venv-oldest/.installed
 	$(BIN_OLDEST)/python -c 'import sptc, sptc.backend'
 	$(BIN_OLDEST)/pytest -n 2 tests/kernels tests/codegen
 	$(BIN_OLDEST)/python -m bench.kernels --aot --target sm_90
+
+# Random programs, hours of them. `make fuzz FUZZ=500 SEED=7` draws the same 500 each time.
+fuzz: .venv/.dev
+	@echo "SEED=$(SEED)"
+	FUZZ=$(FUZZ) FUZZ_SEED=$(SEED) $(BIN)/pytest -n 2 -q --show-capture=no tests/fuzz
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -56,6 +56,8 @@ def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None)
     for node in gm.graph.nodes:
         try:
             draft = _fused(node) if op(node) == FUSED else _spelled_out(node, reader, flow) if op(node) in SOFTMAX else None
+            if _is_normalized(node) and between_products(node, flow, lambda _: True) is not None:
+                raise Refused("softmax", node, f"a softmax written as {node.name} (aten.exp) and a division by its sum is not read")
             if draft is not None:
                 regions.append(_region(draft, outer))
         except Refused as refused:
@@ -102,6 +104,11 @@ def _spelled_out(softmax: Node, reader: Reader, flow: Flow) -> Draft | None:
     if odd is not None:
         raise Refused("between", odd, f"{odd.name} ({op(odd) or odd.target}) stands between a softmax and its products")
     return draft
+
+
+def _is_normalized(node: Node) -> bool:
+    """Whether a node is an exponential that is summed over one dimension too, as a softmax is when it is written by hand."""
+    return op(node) == "aten.exp.default" and any(op(user) == "aten.sum.dim_IntList" for user in node.users)
 
 
 def draft_of(softmax: Node, reader: Reader) -> Draft | None:

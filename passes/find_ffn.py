@@ -209,13 +209,11 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
     """`node` as an expression of the projections' outputs; problems are noted in `walk`, and the walk goes on to learn what is there."""
     up = match_projection(node)
     if up is not None and same_size(shape(node)[-1], walk.hidden):
-        walk.ups[node] = up
-        return expression.SYMBOLS[len(walk.ups) - 1]
+        return _symbol(node, up, walk)
     several = match_adapters(node)
     if several is not None and same_size(shape(node)[-1], walk.hidden):
         walk.refuse("adapters", node, _several(node, several[1]))
-        walk.ups[node] = several[0]
-        return expression.SYMBOLS[len(walk.ups) - 1]
+        return _symbol(node, several[0], walk)
     name = op(node)
     if not name or not shape(node):
         return _stranger(node, walk)
@@ -245,6 +243,15 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
         walk.refuse("activation", node, f"{node.name} ({name}) has arguments that no elementwise expression covers")
         return sympy.Integer(0)
     return lifted
+
+
+def _symbol(node: Node, up: Projection, walk: _Walk) -> sympy.Expr:
+    """The symbol of a projection's output; a residual stream without norms may hold those of any number of layers."""
+    if len(walk.ups) == len(expression.SYMBOLS):
+        walk.refuse("inputs", node, f"more than {len(expression.SYMBOLS)} projections enter one activation")
+        return sympy.Integer(1)
+    walk.ups[node] = up
+    return expression.SYMBOLS[len(walk.ups) - 1]
 
 
 def _descend(node: Node, walk: _Walk) -> sympy.Expr:

@@ -28,7 +28,7 @@ _SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 _CHOICES = frozenset({"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"})
 _BENDS = re.compile(  # functions that are no line
     r"aten\.(relu|relu6|hardtanh|leaky_relu|elu|selu|celu|softplus|gelu|silu|mish|hardswish|hardsigmoid|sigmoid|tanh|exp|expm1|erf|glu|"
-    r"prelu|_prelu_kernel|rrelu|log_sigmoid|threshold|hardshrink|softshrink|softsign)\.default"
+    r"prelu|_prelu_kernel|rrelu|log_sigmoid|threshold|hardshrink|softshrink|softsign|clamp|clamp_min|clamp_max|maximum|minimum)\.default"
 )
 _MANY = 8  # sources of a value; from there on it is the residual stream
 
@@ -132,7 +132,7 @@ def ffn_refusals(gm: fx.GraphModule, known: Collection[Node]) -> Iterator[Refusa
     sources: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
         sources[node] = _sources(node, sources)
-    bent = {node for node in gm.graph.nodes if _BENDS.fullmatch(base_name(node)) and any(projects(n) for n in sources[node])}
+    bent = {node for node in gm.graph.nodes if (bending := _bending(node)) and any(projects(n) for n in sources[bending])}
     said: set[Node] = set()  # hidden values; one refusal is enough for all that reads one, such as an adapter beside its layer
     for like in _likes(gm, bent, sources):
         hidden = before_dropout(like.path[-1])
@@ -141,6 +141,14 @@ def ffn_refusals(gm: fx.GraphModule, known: Collection[Node]) -> Iterator[Refusa
         if not any(node in known for node in (like.down, *like.path)) and not _same_hidden(like, known):
             said.add(hidden)
             yield _refusal(like)
+
+
+def _bending(node: Node) -> Node | None:
+    """What decides how `node` bends values, if it does: itself, or the condition of a choice, which for a mask no projection computes."""
+    name = base_name(node)
+    if name == "aten.where.self":
+        return node.args[0]  # type: ignore[return-value]
+    return node if _BENDS.fullmatch(name) else None
 
 
 def _same_hidden(like: _Like, known: Collection[Node]) -> bool:
@@ -186,7 +194,7 @@ def _refusal(like: _Like) -> Refusal:
     site = site_of([down])
     weight, bend = weight_of(down), like.path[0]
     assert weight is not None
-    odd = next((node for node in like.path[1:] if not _is_form(node)), None)
+    odd = next((node for node in like.path if not _is_form(node)), None)
     if op(down) in _CONVOLUTIONS:
         return Refusal("ffn", "operator", down, f"{down.name} ({op(down)}) projects by a convolution, which is not rewritten", site)
     if op(down).partition(".")[0] != "aten":
@@ -194,6 +202,8 @@ def _refusal(like: _Like) -> Refusal:
     if len(shape(weight)) > 2:
         reason = f"{down.name} ({op(down)}) multiplies with one of {shape(weight)[0]} matrices for each row, as experts and rotations do"
         return Refusal("ffn", "weights", down, reason, site)
+    if odd is bend:
+        return Refusal("ffn", "between", odd, f"{odd.name} ({op(odd) or odd.target}) is a nonlinearity that no pass reads", site)
     if odd is not None:
         reason = f"{odd.name} ({op(odd) or odd.target}) stands between the nonlinearity {bend.name} and the projection {down.name}"
         return Refusal("ffn", "between", odd, reason, site)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config
+from sptc.expression import MAX_UPS
 from sptc.passes.find_ffn import find_ffn
 from sptc.passes.normalize import graphs, lower
 from sptc.passes.unit import Unit
@@ -170,6 +171,12 @@ def test_two_in_one_block():
     first, second = Ffn(F.gelu), Ffn(F.relu)
     regions, refusals = found(lambda x: x + first(x) + second(x))
     assert not refusals and [r.activation for r in regions] == ["gelu(u0)", "relu(u0)"]
+
+
+def test_a_stream_without_norms_may_hold_any_number_of_projections():
+    layers = nn.ModuleList(nn.Linear(D, D) for _ in range(MAX_UPS + 1))
+    regions, refusals = found(lambda x: layers[0](F.silu(sum(layer(x) * i for i, layer in enumerate(layers)))))
+    assert not regions and [r.rule for r in refusals] == ["inputs"]
 
 
 @pytest.mark.parametrize("stack", [nn.Sequential(nn.Linear(D, H), nn.Linear(H, D)), nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))])

@@ -88,6 +88,20 @@ def test_whatever_stands_between_the_products_of_an_attention_is_named(scores, w
     assert refusal.site.source.startswith("test_lookalike.py:") and "between" in refusal.reason + refusal.rule
 
 
+class ByHand(Attention):
+    """Attention whose softmax is written as an exponential and a division by its sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = (q @ k.mT).exp()
+        return ((weights @ v) / weights.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+
+def test_a_softmax_written_by_hand_is_refused():
+    unit = found(ByHand())
+    assert rules(unit) == [("attention", "softmax")] and not unit.regions
+
+
 class Between(nn.Module):
     """Two projections, and something else with the nonlinearity between them."""
 
@@ -98,6 +112,19 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.between(F.gelu(self.up(x))))
+
+
+class Bent(Between):
+    """Two projections with nothing but `between` between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(self.up(x)))
+
+
+def halves(h: Tensor) -> Tensor:
+    """Gated by the other half of the hidden units, in a layout that no region reads."""
+    gate, up = h.unflatten(-1, (2, -1)).unbind(-2)
+    return torch.cat((gate.clamp(-1, 1) * up, up), -1)
 
 
 class Rotation(nn.Module):
@@ -165,6 +192,8 @@ FFN_LIKE = {
     "gated-attention": (Gated, "operand"),
     "convolution": (Convolution, "operator"),
     "by-cases": (lambda: Between(lambda h: torch.where(h > 0, h, torch.expm1(h))), "between"),
+    "own-condition": (lambda: Bent(lambda h: torch.where(h > 0, h, 0.1 * h)), "between"),
+    "clamped-halves": (lambda: Bent(halves), "between"),
     "sorted": (lambda: Between(lambda h: h.sort(-1).values), "between"),
 }
 
