@@ -24,7 +24,7 @@ ops = torch.ops.sptc
 def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> Node:
     """Insert the FFN over fewer units before `region.y`; returns the node that replaces it. `tokens` are of the region's graph."""
     b = Builder(region.y)
-    if settings.context is None:
+    if settings.context is None or settings.whole:
         sample = tokens.sample if fits(tokens.padded, region) else None
         y = _Ffn(b, region).over(_chosen(b, region, sample, settings.units))
         return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))

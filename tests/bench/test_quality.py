@@ -225,7 +225,8 @@ def test_regions_are_measured_against_dense(task: Task) -> None:
     torch.manual_seed(0)
     objective = task.objective()
     batch = task.train.take(slice(0, 2))
-    exact = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0}
+    router = {"ffn.selector": "router", "ffn.density": 0.5}
+    exact = {"decline": "never", **router, "attention.density": 1.0, "ffn.density": 1.0}
     for measure in diagnose(objective, batch, exact):
         assert measure.error < 1e-5
         if isinstance(measure, AttentionMeasure):
@@ -234,7 +235,7 @@ def test_regions_are_measured_against_dense(task: Task) -> None:
             assert set(measure.shares) == {1.0}
     _, options = variant(f"sparse={SMALL}")
     assert options is not None
-    measures = diagnose(objective, batch, options)
+    measures = diagnose(objective, batch, {**options, **router})
     attention = [m for m in measures if isinstance(m, AttentionMeasure)]
     ffn = [m for m in measures if isinstance(m, FfnMeasure)]
     assert len(attention) == len(ffn) == SHAPE.layers

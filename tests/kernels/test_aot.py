@@ -57,7 +57,8 @@ def test_fp32_runs_on_matrix_units_without_tf32(target):
     ]
     assert len(kernels) >= 4 and {dict(launch.spec.constants)["PRECISION"] for launch in kernels} == {"tf32x3"}
     rows = [ahead.row(launch, "fp32", KNOWN[target]) for launch in kernels]
-    assert not [row for row in rows if any("spills" not in bound for bound in row.broken)]
+    # Operands are split in registers, where no warpgroup's product takes both: these are of one warp.
+    assert not [row for row in rows if any("spills" not in bound and "mma.sync" not in bound for bound in row.broken)]
 
 
 def test_sizes_of_one_compile():

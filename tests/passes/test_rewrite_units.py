@@ -178,6 +178,19 @@ def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pyt
     assert_gradients_close(got, gradients(reference, plain(x, labels)))
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool) -> None:
+    model = model_of(ffn, adapted)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    options = {"ffn.density": 1.0, "ffn.context_density": 1.0, "decline": "never"}
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    got = gradients(model, compiled(x, labels))
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+    assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
+
+
 class Padded(nn.Module):
     """Attention that hides padding, so that the graph tells which tokens are none."""
 
