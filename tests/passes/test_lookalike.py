@@ -226,6 +226,12 @@ def test_a_turned_weight_in_a_checkpoint_is_a_weight():
     assert rules(unit) == [("ffn", "between")], unit.refusals
 
 
+def test_weights_are_told_from_inputs_in_a_checkpoint():
+    up, down = nn.Parameter(torch.randn(H, D)), nn.Linear(H, D)
+    unit = found(lambda x: checkpoint(lambda x: down(F.silu(torch.einsum("bnd,hd->bnh", x, up))), x, use_reentrant=False))
+    assert rules(unit) == [("ffn", "operand")], unit.refusals
+
+
 class Adapted(nn.Module):
     """A linear layer with low-rank adapters beside it."""
 
