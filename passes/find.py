@@ -47,7 +47,8 @@ def _every_ffn(gm: fx.GraphModule) -> Found:
     """FFN regions, and refusals of all that is like one."""
     found = find_ffn(gm)
     known = {node for region in found.regions for node in region.nodes}
+    strangers = {refusal.node for refusal in found.refusals if refusal.rule == "operand"}
     for refusal in found.refusals:
         adapted = match_adapters(refusal.node)
         known |= {refusal.node} if adapted is None else {refusal.node, origin_of_units(adapted[0].x)}
-    return replace(found, refusals=(*found.refusals, *ffn_refusals(gm, known)))
+    return replace(found, refusals=(*found.refusals, *ffn_refusals(gm, known, strangers)))

@@ -25,6 +25,7 @@ _PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default", "aten.bmm.defau
 _LINEAR = frozenset({"aten.linear.default", "aten.einsum.default", "aten._grouped_mm.default", *_PRODUCTS})
 _CONVOLUTIONS = frozenset({"aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.convolution.default"})
 _SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
+_TURNS = frozenset({"aten.transpose.int", "aten.permute.default", "aten.mT.default", "aten.t.default", "aten.numpy_T.default"})
 _CHOICES = frozenset({"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"})
 _BENDS = re.compile(  # functions that are no line
     r"aten\.(relu|relu6|hardtanh|leaky_relu|elu|selu|celu|softplus|gelu|silu|mish|hardswish|hardsigmoid|sigmoid|tanh|exp|expm1|erf|glu|"
@@ -85,7 +86,7 @@ def _is_static(node: Node) -> bool:
 
 def _whole(node: Node) -> Node:
     """The stack of matrices of which `node` is a choice."""
-    while op(node) in _CHOICES or transparent(node) or op(node) in ("aten.transpose.int", "aten.permute.default", "aten.mT.default"):
+    while op(node) in _CHOICES or transparent(node) or op(node) in _TURNS:
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -127,8 +128,11 @@ class _Like:
     path: tuple[Node, ...]
 
 
-def ffn_refusals(gm: fx.GraphModule, known: Collection[Node]) -> Iterator[Refusal]:
-    """Refusals for what is like an FFN and reaches none of the nodes `known`, which regions hold and refusals are about."""
+def ffn_refusals(gm: fx.GraphModule, known: Collection[Node], strangers: Collection[Node]) -> Iterator[Refusal]:
+    """Refusals for what is like an FFN and reaches none of the nodes `known`, which regions hold and refusals are about.
+
+    Those among them that a refusal calls strangers in the FFN that reads them may end another one, which then has a refusal of its own.
+    """
     sources: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
         sources[node] = _sources(node, sources)
@@ -138,7 +142,8 @@ def ffn_refusals(gm: fx.GraphModule, known: Collection[Node]) -> Iterator[Refusa
         hidden = before_dropout(like.path[-1])
         if hidden in said:
             continue
-        if not any(node in known for node in (like.down, *like.path)) and not _same_hidden(like, known):
+        spoken = any(node in known for node in like.path) or (like.down in known and like.down not in strangers)
+        if not spoken and not _same_hidden(like, known):
             said.add(hidden)
             yield _refusal(like)
 

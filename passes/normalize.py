@@ -90,6 +90,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
+        _tell_static_operands(module)
         _check_constants(module)
         remove_dead_code(module.graph)  # a value that no one uses, such as averaged attention weights, is no second use of its input
         _forget_detaching_constants(module.graph)
@@ -142,6 +143,14 @@ def _check_constants(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(gm, str(node.target), None), FakeTensor):
             raise Untraceable(next(iter(node.users), node), "it uses a tensor that was made out of sight of the tracer")
+
+
+def _tell_static_operands(gm: fx.GraphModule) -> None:
+    """Let checkpoint bodies know which of their inputs are parameters, as the graph around them does: outermost first."""
+    for call, body in checkpoint_bodies(gm):
+        for inner, operand in zip(body.graph.find_nodes(op="placeholder"), call.args[1:], strict=True):
+            if isinstance(operand, fx.Node) and operand.op == "placeholder" and "tensor_dict" in operand.meta:
+                inner.meta["tensor_dict"] = operand.meta["tensor_dict"]
 
 
 def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:

@@ -111,7 +111,7 @@ def _compiled(model: Callable[..., Any]) -> tuple[dict[tuple[int, int], Compiled
     elif not isinstance(root, nn.Module):
         own.update(_graphs(root, backend, seen))  # all that a function's code has is the function's
     modules = called_modules(root)
-    starts += [module.forward for outer in modules for module in outer.modules()]
+    starts += [start for outer in modules for module in outer.modules() for start in (module.forward, *_methods(module))]
     candidates = dict(found for start in starts for found in _graphs(start, backend, seen))
     parameters = [p for module in modules for p in module.parameters()]
     fitting = {at: graph for at, graph in candidates.items() if graph.fits(parameters)}
@@ -119,6 +119,13 @@ def _compiled(model: Callable[..., Any]) -> tuple[dict[tuple[int, int], Compiled
         # The rest of a frame after a graph break may hold no parameter at all.
         fitting = {at: graph for at, graph in fitting.items() if graph.compiled_for(parameters) or not graph.parameters}
     return own | fitting, seen
+
+
+def _methods(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """The functions of a module's own classes: one that `forward` calls after a graph break, or around one, is a frame of its own."""
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith("torch."):
+            yield from (member for member in vars(cls).values() if inspect.isfunction(member))
 
 
 def _backend(model: Callable[..., Any]) -> Any:

@@ -37,7 +37,32 @@ class Broken(nn.Module):
         return self.second(x)
 
 
+class BrokenAround(nn.Module):
+    """A method of its own that a graph break parts from `forward`: inside an autocast block Dynamo runs `forward` itself eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Ffn()
+
+    def part(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.first(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.part(x * 1)
+
+
 NEVER = {"decline": "never", "ffn.density": 0.5}
+
+
+def test_graphs_of_a_modules_other_methods_are_in_the_report():
+    compiled = torch.compile(BrokenAround(), backend=without_inductor(**NEVER))
+    with torch.no_grad():
+        compiled(torch.randn(2, 5, 16))
+    assert [r.module for r in sptc.report(compiled).regions] == ["first"]
+
+
 ROUTER = {"ffn.selector": "router"}
 X = torch.randn(5, 16)
 

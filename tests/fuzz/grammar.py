@@ -92,7 +92,7 @@ STATEMENTS = {
         "self.register_buffer('c{i}', torch.zeros(8))",
         "self.c{i}.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1); x = x - self.c{i}",
     ),
-    "assigned": ("self.register_buffer('c{i}', torch.zeros(8))", "self.c{i} = self.c{i} + x.detach().sum((0, 1)); x = x + self.c{i}"),
+    "assigned": ("self.register_buffer('c{i}', torch.zeros(8))", "self.c{i} = self.c{i} + x.detach().mean((0, 1)); x = x + self.c{i}"),
     "scale": ("self.w{i} = weight(8)", "x = x * self.w{i}"),
     "param_data": ("self.w{i} = weight(8)", "self.w{i}.data.clamp_(-0.1, 0.1); x = x * self.w{i}"),
     "param_no_grad": ("self.w{i} = weight(8)", "\nwith torch.no_grad():\n    self.w{i}.mul_(0.5)\nx = x + self.w{i}"),
@@ -104,7 +104,7 @@ STATEMENTS = {
     "tuple": ("", "x, *rest = (x, x * 2, {{'more': x + 1}}); x = x + rest[0] * 0.1 + rest[1]['more']"),
     "break": ("", "torch._dynamo.graph_break()"),
     "out": ("", "y = torch.empty(2, 5, 8, dtype=x.dtype); torch.add(x.detach(), 1, out=y); x = x + y"),
-    "kept_alive": ("self.register_buffer('c{i}', torch.zeros(2, 5, 8))", "self.c{i}.copy_(x.detach()); x = x + self.c{i}.sum()"),
+    "kept_alive": ("self.register_buffer('c{i}', torch.zeros(2, 5, 8))", "self.c{i}.copy_(x.detach()); x = x + self.c{i}.mean()"),
 }
 WRAPS = {  # lines around a call of the part
     "checkpoint": "x = checkpoint(self.part{i}, x, given, mask, use_reentrant=False)",

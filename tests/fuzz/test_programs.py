@@ -14,7 +14,7 @@ from tests.fuzz.differential import Invalid, difference
 from tests.fuzz.grammar import Program
 from tests.fuzz.programs import programs
 
-EXAMPLES = int(os.environ.get("FUZZ", "300"))
+EXAMPLES = int(os.environ.get("FUZZ", "100"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SHARD = 50  # programs of a test: what fails in one does not end the others
 

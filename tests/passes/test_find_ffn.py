@@ -161,6 +161,13 @@ def test_a_computed_weight_is_a_projection():
     assert not refusals and region.ups[0].weight.op == "call_function"
 
 
+def test_a_computed_weight_in_a_checkpoint_is_a_projection():
+    model = Ffn(F.gelu)
+    torch.nn.utils.parametrizations.weight_norm(model.ups[0])
+    (region,), refusals = found(lambda x: checkpoint(model, x, use_reentrant=False))
+    assert not refusals and region.ups[0].weight.op == "call_function"
+
+
 def test_one_refusal_for_all_that_reads_a_hidden_value():
     model, other = Escapes(F.gelu), nn.Linear(H, D)
     regions, refusals = found(lambda x: [y + other(h) for y, h in [model(x)]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config
 from sptc.passes.find import find
@@ -206,6 +207,29 @@ def test_whatever_bends_between_two_projections_is_refused(name):
     (refusal,) = unit.refusals
     assert refusal.site.source.startswith("test_lookalike.py:")
     assert not [r for r in unit.regions if r.kind == "ffn"]
+
+
+def test_an_ffn_that_ends_where_another_meets_a_stranger_is_refused_too():
+    down, first, last = nn.Parameter(torch.randn(D, H)), nn.Linear(D, H), nn.Linear(D, D)
+
+    def model(x: Tensor) -> Tensor:
+        middle = torch.einsum("bnh,dh->bnd", F.silu(first(x)), down)
+        return last(F.silu(middle) * last(x))
+
+    unit = found(model)
+    assert len([r for r in unit.refusals if r.kind == "ffn"]) == 2, unit.refusals
+
+
+def test_a_turned_weight_in_a_checkpoint_is_a_weight():
+    up, down = nn.Parameter(torch.randn(2 * H, D)), nn.Linear(2 * H, D)
+    unit = found(lambda x: checkpoint(lambda x: down(halves(torch.matmul(x.relu(), up.t()))), x, use_reentrant=False))
+    assert rules(unit) == [("ffn", "between")], unit.refusals
+
+
+def test_weights_are_told_from_inputs_in_a_checkpoint():
+    up, down = nn.Parameter(torch.randn(H, D)), nn.Linear(H, D)
+    unit = found(lambda x: checkpoint(lambda x: down(F.silu(torch.einsum("bnd,hd->bnh", x, up))), x, use_reentrant=False))
+    assert rules(unit) == [("ffn", "operand")], unit.refusals
 
 
 class Adapted(nn.Module):
