@@ -58,8 +58,9 @@ def counted_share(gm: fx.GraphModule, counted: Counted, example_inputs: Sequence
     for node in counted.chain:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(copies[counted.target])
+    inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in example_inputs]  # real tensors go with numbers
     with torch.no_grad():
-        labels = fx.Interpreter(fx.GraphModule(gm, graph)).run(*example_inputs)
+        labels = fx.Interpreter(fx.GraphModule(gm, graph)).run(*inputs)
     return float((labels != counted.ignored).sum()) / max(1, optimization_hint(math.prod(counted.lead)))
 
 

@@ -2,10 +2,10 @@
 
 How much an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once dense, then
 once for each FFN and density with this one sparse, without gradients and without dropout, before the graph is compiled. In deep models
-neighbours are measured together: a dozen groups bound the runs. A run's rise is
-the divergence of its predictions from the dense ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels
-drawn from the dense model would rise by, without the noise of the batch's own labels. Rises add, as squared errors do; the cheapest
-densities are taken whose sum stays within `ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
+neighbours are measured together: about a dozen groups bound the runs. A run's rise is the divergence of its predictions from the dense
+ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense model would rise by, without
+the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose sum stays within
+`ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
 
 A weight's density is chosen once: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0 chooses.
 """
@@ -144,7 +144,7 @@ def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str
 
 
 def grouped(unit: Unit, regions: Sequence[FfnRegion]) -> list[list[FfnRegion]]:
-    """At most `_GROUPS` runs of neighbours whose tokens are told apart alike; the first region, as a rule the most sensitive, is alone."""
+    """Runs of neighbours whose tokens are told apart alike, `_GROUPS` if all are; the first, as a rule the most sensitive, is alone."""
     groups: list[list[FfnRegion]] = []
     size = max(1, math.ceil((len(regions) - 1) / (_GROUPS - 1)))
     for i, region in enumerate(regions):

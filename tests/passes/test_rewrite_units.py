@@ -252,3 +252,26 @@ def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> 
     compiled(x, labels).backward()
     units = [shape for shape in kept if 24 in shape]
     assert units == [(24,), (82, 24), (82, 24)], "which units, and the outputs of gate and up on them"
+
+
+class Flattened(Model):
+    """The loss's target is computed by sizes of its inputs."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x, n = self.first(x), labels.shape[0] * labels.shape[1]
+        return F.cross_entropy(self.head(x + self.ffn(x)).reshape(n, CLASSES), labels.reshape(n))
+
+
+def test_one_compile_serves_all_lengths_and_counts() -> None:
+    torch.manual_seed(0)
+    model = Flattened(Gated())
+    options = {"ffn.density": 1.0, "ffn.context_density": 0.25, "decline": "never"}
+    compiled = torch.compile(model, backend=without_inductor(**options), dynamic=True)
+    for length in (13, 17, 23):
+        x, labels = batch(length)
+        reference = copy.deepcopy(model).double()
+        got = gradients(model, compiled(x, labels))
+        h, mask = reference.first(x.double()).flatten(0, 1), (labels != -100).flatten()
+        y = torch.where(mask[:, None], reference.ffn(h), over_units(reference.ffn, h, ~mask, 8, h))
+        assert_gradients_close(got, gradients(reference, F.cross_entropy(reference.head(h + y), labels.flatten())))
+    assert sptc.report(compiled).graphs == 1
