@@ -20,17 +20,20 @@ class Breach:
     reason: str
 
 
-def breach(nodes: Collection[Node], y: Node) -> Breach | None:
-    """Why `nodes` can't be replaced by one operator that stands where `y` stands; None when they can."""
+def breach(nodes: Collection[Node], y: Node, leaving: Collection[Node] = ()) -> Breach | None:
+    """Why `nodes` can't be replaced by one operator that stands where `y` stands; None when they can.
+
+    `leaving` are users outside that don't count.
+    """
     inside = frozenset(nodes)
-    return _escape(inside, y) or _switch(inside, y) or _mutation(inside, y)
+    return _escape(inside, y, leaving) or _switch(inside, y) or _mutation(inside, y)
 
 
-def _escape(inside: frozenset[Node], y: Node) -> Breach | None:
+def _escape(inside: frozenset[Node], y: Node, leaving: Collection[Node]) -> Breach | None:
     for node in y.graph.nodes:
         if node not in inside or node is y:
             continue
-        outside = [user for user in node.users if user not in inside]
+        outside = [user for user in node.users if user not in inside and user not in leaving]
         if outside:
             return Breach("escapes", node, f"the intermediate {node.name} ({op(node) or node.op}) is also used by {outside[0].name}")
     return None

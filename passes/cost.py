@@ -30,6 +30,8 @@ _CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that with
 _CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
 _POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
 _SAMPLE_SHARE, _SAMPLE_LEAST = 16, 64  # tokens that energies of hidden units are measured on: N // 16 + 64, at most all
+_DENSE_LOGITS_PASSES, _LOGITS_PASSES = 8, 7  # reads and writes of a logit in fp32, forward and backward, products included
+_WIDE = 4  # bytes of a logit in fp32
 _SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
 
 
@@ -40,10 +42,12 @@ class Work:
     flops: sympy.Expr
     bytes: sympy.Expr
     seconds: sympy.Expr
+    kept: sympy.Expr | None = None  # bytes, from forward to backward
 
     def at(self, values: dict[sympy.Symbol, int]) -> Cost:
         """The cost at given sizes."""
-        return Cost(*(float(sympy.sympify(e).subs(values)) for e in (self.flops, self.bytes, self.seconds)))
+        parts = (self.flops, self.bytes, self.seconds, self.kept)
+        return Cost(*(None if e is None else float(sympy.sympify(e).subs(values)) for e in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,21 @@ class FfnShape:
     @property
     def trains(self) -> bool:
         return self.needs_hidden or self.need_down or self.need_adapters
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """A loss region's sizes."""
+
+    rows: Size
+    counted: float  # share of the rows whose label counts
+    d: int
+    classes: int
+    rank: int  # of the adapter; 0 without one
+    dtype: torch.dtype | None  # of the product
+    need_x: bool
+    need_weight: bool
+    need_adapter: bool
 
 
 def share(density: float) -> Fraction:
@@ -251,3 +270,24 @@ def _hidden_elements(s: FfnShape, passes: tuple[int, int]) -> sympy.Expr:
 def _hidden_seconds(s: FfnShape, passes: tuple[int, int], device: DeviceCosts) -> sympy.Expr:
     traffic = _hidden_elements(s, passes) * _element(s.dtype)
     return traffic / device.bandwidth + s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
+
+
+def dense_loss(s: LossShape, device: DeviceCosts) -> Work:
+    """All logits, their logarithm of softmax, and back. What it keeps are the logits as the product gives them."""
+    flops, traffic = s.rows * _loss_flops(s), s.rows * s.classes * _WIDE * _DENSE_LOGITS_PASSES
+    seconds = flops / device.rates(s.dtype).gemm + traffic / device.bandwidth + s.rows * s.classes / device.exponentials
+    return Work(flops, traffic, seconds, sympy.sympify(s.rows * (s.classes + s.d) * _element(s.dtype)))
+
+
+def loss_by_rows(s: LossShape, device: DeviceCosts) -> Work:
+    """The rows that count, and every gradient in forward, which is what it keeps."""
+    rows, el = s.counted * s.rows, _element(s.dtype)
+    flops, traffic = rows * _loss_flops(s), rows * s.classes * _WIDE * _LOGITS_PASSES
+    seconds = flops / device.rates(s.dtype).gemm + traffic / device.bandwidth + rows * s.classes / device.exponentials
+    kept = el * (s.rows * s.d * int(s.need_x) + s.classes * (s.d * int(s.need_weight) + s.rank * int(s.need_adapter)))
+    return Work(flops, traffic, seconds, sympy.sympify(kept))
+
+
+def _loss_flops(s: LossShape) -> int:
+    """Of one row."""
+    return 2 * s.classes * (s.d * (1 + s.need_x + s.need_weight) + s.rank * (1 + 2 * s.need_adapter))

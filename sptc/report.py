@@ -14,7 +14,7 @@ from torch import fx
 from sptc.passes.normalize import graphs
 from sptc.passes.pattern import requires_grad, same_size, shape
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, Refusal, Region, RouterState
+from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, LossRegion, Refusal, Region, RouterState
 
 Status = Literal["rewritten", "declined", "refused"]
 
@@ -36,6 +36,8 @@ class RegionReport:
     flops_after: float | None = None
     bytes_before: float | None = None
     bytes_after: float | None = None
+    kept_before: float | None = None  # bytes that forward keeps for backward, where that is estimated
+    kept_after: float | None = None
     seconds_dense: float | None = None  # predicted
     seconds_sparse: float | None = None  # predicted
     graph: int = 0  # which captured graph
@@ -224,6 +226,8 @@ def _decided(decision: Decision) -> RegionReport:
         flops_after=after.flops,
         bytes_before=dense.bytes,
         bytes_after=after.bytes,
+        kept_before=dense.kept,
+        kept_after=after.kept,
         seconds_dense=dense.seconds,
         seconds_sparse=sparse.seconds,
     )
@@ -233,7 +237,9 @@ def _refused(refusal: Refusal) -> RegionReport:
     return RegionReport(refusal.kind, "refused", refusal.site.module, refusal.site.source, refusal.reason, refusal.rule)
 
 
-def _computes(region: Region) -> str:
+def _computes(region: Region | LossRegion) -> str:
+    if isinstance(region, LossRegion):
+        return region.transform
     if not isinstance(region, AttentionRegion):
         return region.activation
     operands = [name for name, node in (("boolean mask", region.mask.boolean), ("bias", region.mask.bias)) if node is not None]
@@ -243,9 +249,9 @@ def _computes(region: Region) -> str:
 def _notes(unit: Unit) -> Iterator[str]:
     """What a user should know beyond the rows."""
     rewritten = [d.region for d in unit.decisions if d.rewrite]
-    bare = [r for r in rewritten if r not in unit.states]
+    bare = [r for r in rewritten if not isinstance(r, LossRegion) and r not in unit.states]
     attention = sum(r.kind == "attention" for r in bare)
-    ffn = sum(isinstance(d.settings, FfnSettings) for d in unit.decisions if d.rewrite and d.region not in unit.states)
+    ffn = sum(isinstance(d.settings, FfnSettings) and d.region not in unit.states for d in unit.decisions if d.rewrite)
     if attention and unit.config.attention_selector == "pq":
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:
