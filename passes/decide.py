@@ -88,11 +88,12 @@ def decide(unit: Unit) -> Unit:
             unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
     planned = planned_densities(unit)
     losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
+    logits = frozenset(node for loss in losses if isinstance(loss, Decision) and loss.rewrite for node in loss.region.nodes)
     return replace(
         unit,
         refusals=(*unit.refusals, *(loss for loss in losses if isinstance(loss, Refusal))),
         decisions=(
-            *(_decide(unit, region, planned.get(region), region in trained) for region in regions),
+            *(_decide(unit, region, planned.get(region), region in trained, region.y in logits) for region in regions),
             *(loss for loss in losses if isinstance(loss, Decision)),
         ),
     )
@@ -129,14 +130,22 @@ def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
 
-def _decide(unit: Unit, region: Region, planned: float | None, trained: bool) -> Decision:
-    """The decision on one region; `planned` is its density in the plan, None without one; `trained`: gradients are recorded there."""
+def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, logits: bool) -> Decision:
+    """The decision on one region.
+
+    Args:
+        planned: its density in the plan, None without one.
+        trained: gradients are recorded there.
+        logits: its output is what a rewritten loss computes by itself.
+    """
     length = _length(region)
     settings, dense, sparse = _forms(unit, region, uniform_density(unit, region) if planned is None else planned, length)
     here = {_LENGTH: length.hint}
     costs = dense.at(here), sparse.at(here)
     if not enabled(unit, region):
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
+    if logits:
+        return Decision(region, False, "its output is logits of a loss that is rewritten", settings, *costs)
     if planned == 1.0:
         return Decision(region, False, "the plan keeps it dense", settings, *costs)
     if not trained and unit.config.inference == "dense" and ("inference" in unit.config.given or not unit.states):

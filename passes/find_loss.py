@@ -20,6 +20,7 @@ from sptc.passes.counted import LOSSES
 from sptc.passes.pattern import (
     VIEWS,
     argument,
+    base_name,
     dtype,
     is_weight,
     match_adapters,
@@ -83,7 +84,7 @@ def _region(loss: Node, returns: bool) -> LossRegion:
         raise _Refused("rows", loss, str(reason)) from None
     nodes = way.nodes | way.projection.nodes | {loss}
     leaving = _leaving(nodes, loss) if returns else frozenset()
-    if found := breach(nodes, loss, leaving):
+    if found := breach(nodes, loss, leaving, casts=True):
         raise _Refused(found.rule, found.node, found.reason)
     (output,) = loss.graph.find_nodes(op="output")
     returned = [n for n in nodes | leaving if n is not loss and output in n.users]
@@ -168,7 +169,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
 
 def _class_bias(node: Node, axis: int) -> tuple[Node, Node] | None:
     """Logits and what a sum adds to those of each class, in whatever row: an input of the graph, or computed from parameters."""
-    if op(node) != "aten.add.Tensor" or node.kwargs or not all(isinstance(arg, Node) for arg in node.args):
+    if base_name(node) != "aten.add.Tensor" or node.kwargs or not all(isinstance(arg, Node) for arg in node.args):
         return None
     for logits, bias in (node.args, reversed(node.args)):
         sizes = shape(bias)

@@ -7,6 +7,7 @@ for a budget.
 
 from sptc.compiled import report
 from sptc.config import Config, ConfigError
+from sptc.dropped import DroppedLogitsError
 from sptc.explain import explain
 from sptc.plan import Plan
 from sptc.planning import plan
@@ -14,4 +15,4 @@ from sptc.prepare import prepare
 from sptc.report import Report
 from sptc.state import step
 
-__all__ = ["Config", "ConfigError", "Plan", "Report", "explain", "plan", "prepare", "report", "step"]
+__all__ = ["Config", "ConfigError", "DroppedLogitsError", "Plan", "Report", "explain", "plan", "prepare", "report", "step"]
