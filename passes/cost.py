@@ -42,12 +42,11 @@ class Work:
     flops: sympy.Expr
     bytes: sympy.Expr
     seconds: sympy.Expr
-    kept: sympy.Expr | None = None  # bytes, from forward to backward
+    kept: sympy.Expr  # bytes, from forward to backward, where what is computed of each element alone is computed again
 
     def at(self, values: dict[sympy.Symbol, int]) -> Cost:
         """The cost at given sizes."""
-        parts = (self.flops, self.bytes, self.seconds, self.kept)
-        return Cost(*(None if e is None else float(sympy.sympify(e).subs(values)) for e in parts))  # type: ignore[arg-type]
+        return Cost(*(float(sympy.sympify(e).subs(values)) for e in (self.flops, self.bytes, self.seconds, self.kept)))
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,10 @@ def dense_attention(s: AttentionShape, device: DeviceCosts) -> Work:
     ends = el * _attention_ends(s)
     if s.fused:
         seconds = _with_softmax(s, forward / rates.attention + backward / rates.attention_backward)
-        return Work(forward + backward, ends, seconds + 3 * device.op_seconds)
+        return Work(forward + backward, ends, seconds + 3 * device.op_seconds, el * _attention_kept(s))
     traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * int(s.trains))
     seconds = (forward + backward) / rates.gemm + traffic / device.bandwidth + scores / device.exponentials
-    return Work(forward + backward, traffic, seconds + 8 * device.op_seconds)
+    return Work(forward + backward, traffic, seconds + 8 * device.op_seconds, el * (_attention_kept(s) + scores * int(s.trains)))
 
 
 def _with_softmax(s: AttentionShape, seconds: sympy.Expr) -> sympy.Expr:
@@ -154,6 +153,11 @@ def _attention_ends(s: AttentionShape) -> sympy.Expr:
     q_and_out = s.b * s.h * s.n * (s.d + s.d_v)
     keys = s.b * s.h_kv * s.m * (s.d + s.d_v)
     return (q_and_out + keys) * (3 if s.trains else 1)
+
+
+def _attention_kept(s: AttentionShape) -> sympy.Expr:
+    """Elements of q, k, v and out that backward reads."""
+    return sympy.sympify((s.b * s.h * s.n + s.b * s.h_kv * s.m) * (s.d + s.d_v) * int(s.trains))
 
 
 def kept_keys(s: AttentionShape, settings: AttentionSettings) -> sympy.Expr:
@@ -183,7 +187,7 @@ def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: Dev
     computing = _with_softmax(s, forward / rates[0] + backward / rates[1])
     seconds += computing * (_CAUSAL_MASK if s.own else 1.0)
     fixed = device.calls(s.b) * device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
-    return Work(forward + backward + chosen, traffic, seconds + fixed)
+    return Work(forward + backward + chosen, traffic, seconds + fixed, el * _attention_kept(s))
 
 
 def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCosts) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
@@ -202,7 +206,7 @@ def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:
     flops, el = _ffn_flops(s), _element(s.dtype)
     traffic = el * (_ffn_ends(s) + _hidden_elements(s, _DENSE_HIDDEN_PASSES))
     seconds = flops / device.rates(s.dtype).gemm + _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device)
-    return Work(flops, traffic, seconds + (3 + 2 * s.ups) * (2 if s.trains else 1) * device.op_seconds)
+    return Work(flops, traffic, seconds + (3 + 2 * s.ups) * (2 if s.trains else 1) * device.op_seconds, el * _ffn_kept(s))
 
 
 def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
@@ -223,7 +227,7 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
     seconds += router / gemm + sorting / device.bandwidth
     seconds += part * s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
     fixed = device.routed_seconds * device.calls(settings.blocks) * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
-    return Work(products + router, traffic, seconds + fixed)
+    return Work(products + router, traffic, seconds + fixed, el * _ffn_kept(s, part))
 
 
 def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
@@ -242,7 +246,8 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     flops = part * _ffn_flops(s)
     traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathered + rows
     seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth
-    return Work(flops + sample, traffic, seconds + (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds)
+    seconds += (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds
+    return Work(flops + sample, traffic, seconds, el * _ffn_kept(s, part))
 
 
 def _ffn_flops(s: FfnShape) -> sympy.Expr:
@@ -261,6 +266,11 @@ def _ffn_ends(s: FfnShape) -> sympy.Expr:
     weights = s.hidden * (s.ups * s.d + s.d_out)
     gradients = s.hidden * (s.need_ups * s.d + int(s.need_down) * s.d_out)
     return sympy.sympify(ends * (2 if s.trains else 1) + weights * (2 if s.trains else 1) + gradients)
+
+
+def _ffn_kept(s: FfnShape, part: Size = 1) -> sympy.Expr:
+    """Elements of the input and of the share `part` of what the up projections give that backward reads."""
+    return sympy.sympify(s.tokens * (s.d * int(s.trains) + part * s.hidden * s.ups * int(s.needs_hidden)))
 
 
 def _hidden_elements(s: FfnShape, passes: tuple[int, int]) -> sympy.Expr:

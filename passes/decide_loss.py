@@ -34,7 +34,6 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
         return Decision(region, False, "no gradient is recorded here", settings, *costs)
     if unit.config.decline == "auto" and region.classes <= _FEW * features:
         return Decision(region, False, f"would not pay: {region.classes} classes of {features} features", settings, *costs)
-    assert dense.kept is not None and by_rows.kept is not None
     kept = f"{by_rows.kept / 2**20:.3g} MiB kept for backward instead of {dense.kept / 2**20:.3g}"
     if region.returned and unit.config.loss_logits == "keep":
         names = ", ".join(node.name for node in region.returned)

@@ -265,7 +265,7 @@ class Cost:
     flops: float
     bytes: float
     seconds: float
-    kept: float | None = None  # bytes that forward keeps for backward, where that is estimated
+    kept: float  # bytes that forward keeps for backward
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class RegionReport:
     flops_after: float | None = None
     bytes_before: float | None = None
     bytes_after: float | None = None
-    kept_before: float | None = None  # bytes that forward keeps for backward, where that is estimated
+    kept_before: float | None = None  # bytes that forward keeps for backward
     kept_after: float | None = None
     seconds_dense: float | None = None  # predicted
     seconds_sparse: float | None = None  # predicted
@@ -107,7 +107,7 @@ class Report:
     def totals(self) -> dict[str, float]:
         """Sums over the regions that have costs, each counted once, at its largest sizes; seconds as decided."""
         known = [_largest(rows) for rows in self._by_region() if any(r.seconds_dense is not None for r in rows)]
-        sums = {key: sum(getattr(r, key) or 0.0 for r in known) for key in ("flops_before", "flops_after", "bytes_before", "bytes_after")}
+        sums = {key: sum(getattr(r, key) or 0.0 for r in known) for key in _SUMMED}
         after = sum((r.seconds_sparse if r.status == "rewritten" else r.seconds_dense) or 0.0 for r in known)
         return {**sums, "seconds_before": sum(r.seconds_dense or 0.0 for r in known), "seconds_after": after}
 
@@ -139,23 +139,26 @@ class Report:
         if not self.regions:
             yield f"sptc: no attention or FFN region in {graphs}"
         else:
-            headers = ("module", "kind", "status", "density", "GFLOP", "after", "MB", "after", "ms dense", "sparse", "source", "why")
+            headers = ("module", "kind", "status", "density", *_FIGURES, "source", "why")
             groups = self._by_region()
             yield tabulate([*map(_row, groups), self._total_row()], headers, disable_numparse=True, colalign=_ALIGN)
             done = sum(any(r.status == "rewritten" for r in rows) for rows in groups)
-            yield f"\n{done} of {len(groups)} regions rewritten, {graphs}; times are predicted"
+            yield f"\n{done} of {len(groups)} regions rewritten, {graphs}; times and what is kept for backward are predicted"
         if self.passes:
             yield "passes: " + ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in self.passes)
         yield from (f"note: {note}" for note in self._all_notes())
 
     def _total_row(self) -> tuple[str, ...]:
         t = self.totals()
-        figures = (t["flops_before"] / 1e9, t["flops_after"] / 1e9, t["bytes_before"] / 1e6, t["bytes_after"] / 1e6)
+        scales = (1e-9, 1e-9, 1e-6, 1e-6, 1e-6, 1e-6)
+        figures = [t[key] * scale for key, scale in zip(_SUMMED, scales, strict=True)]
         seconds = (t["seconds_before"] * 1e3, t["seconds_after"] * 1e3)
         return ("total", "", "", "", *map(_number, (*figures, *seconds)), "", "")
 
 
-_ALIGN = ("left", "left", "left", *("right",) * 7, "left", "left")
+_SUMMED = ("flops_before", "flops_after", "bytes_before", "bytes_after", "kept_before", "kept_after")
+_FIGURES = ("GFLOP", "after", "MB", "after", "MB kept", "after", "ms dense", "sparse")
+_ALIGN = ("left", "left", "left", *("right",) * (1 + len(_FIGURES)), "left", "left")
 
 
 def _largest(rows: Sequence[RegionReport]) -> RegionReport:
@@ -174,6 +177,7 @@ def _row(rows: Sequence[RegionReport]) -> tuple[str, ...]:
 
     density = "" if r.density is None else _number(r.density)
     figures = [(r.flops_before, 1e-9), (r.flops_after, 1e-9), (r.bytes_before, 1e-6), (r.bytes_after, 1e-6)]
+    figures += [(r.kept_before, 1e-6), (r.kept_after, 1e-6)]
     times = [(r.seconds_dense, 1e3), (r.seconds_sparse, 1e3)]
     why = f"[{r.rule}] {r.reason}" if r.rule else r.reason
     return (r.module or "(root)", r.kind, status, density, *(scaled(*pair) for pair in [*figures, *times]), r.source, why)

@@ -175,3 +175,32 @@ def test_number_of_items_in_the_batch():
         want = gradients(reference, reference(**inputs, num_items_in_batch=items).loss)
         assert_gradients_close(gradients(model, compiled(**inputs, num_items_in_batch=items).loss), want)
     assert [r.status for r in sptc.report(compiled).regions if r.kind == "loss"] == ["rewritten"]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_needs_nothing(bf16, tmp_path):
+    """It trains without logits, under mixed precision too, and has them in evaluation."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    case = CASES["llama-sdpa"]
+    rows = [{"input_ids": row, "labels": row} for row in case.make()[1]["input_ids"].repeat(2, 1)]
+    moved, predictions, statuses = [], [], []
+    for options in (LOSS_ALONE, {**LOSS_ALONE, "loss.enabled": False}):
+        torch._dynamo.reset()
+        model, _ = case.make()
+        model.compile(backend=without_inductor(**options))
+        arguments = TrainingArguments(
+            tmp_path, max_steps=3, per_device_train_batch_size=2, per_device_eval_batch_size=2, use_cpu=True, bf16=bf16, report_to="none"
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        moved.append([p.detach().clone() for p in model.parameters()])
+        statuses.append({r.status for r in sptc.report(model).regions if r.kind == "loss"})
+        predictions.append(torch.from_numpy(trainer.predict(rows).predictions))
+    assert statuses == [{"rewritten", "declined"}, {"declined"}]
+    assert predictions[0].shape[-1] == model.config.vocab_size
+    tolerance = 2e-3 if bf16 else 1e-4
+    for a, b in zip(moved[0], moved[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(predictions[0], predictions[1], rtol=30 * tolerance, atol=30 * tolerance)
