@@ -111,24 +111,25 @@ def measure(name: str, variant: str, rounds: int) -> Result:
         seconds.append(time.process_time() - start)
     rest, added, loss = 0.0, 0.0, 0.0
     for _ in range(2):
-        rest = _trimmed()
+        rest = resting()
         loss = step()
-        added = max(added, _kib("VmHWM") / 1024 - rest)
+        added = max(added, status("VmHWM") - rest)
     rows = [] if options is None else [r for r in sptc.report(compiled).regions if r.kind == "loss"]
     told = ", ".join(r.status if r.rule is None else f"{r.status} [{r.rule}]" for r in rows)
     return Result(name, variant, told, rest, added, min(seconds), loss)
 
 
-def _trimmed() -> float:
-    """MiB that the process holds, after what was freed is given back; its peak counts from here."""
+def resting() -> float:
+    """MiB that the process holds, after what was freed is given back; its peak, `status("VmHWM")`, counts from here."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _kib("VmRSS") / 1024
+    return status("VmRSS")
 
 
-def _kib(field: str) -> int:
+def status(field: str) -> float:
+    """A figure of Linux about this process, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1])
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
