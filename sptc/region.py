@@ -46,6 +46,11 @@ class Mask:
     bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m]
     causal: bool = False  # the predicate implies k <= q + (m - n)
 
+    @property
+    def hides(self) -> bool:
+        """Whether some query may not attend to some key."""
+        return self.predicate != "True" or self.boolean is not None or self.bias is not None
+
 
 @dataclass(frozen=True)
 class Site:
