@@ -18,7 +18,10 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     b = Builder(region.y)
     mask = region.mask
     q, k, v = region.q, region.k, region.v
-    operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, mask.bias)
+    bias = mask.bias
+    if mask.bias is not None and mask.merged:
+        bias = b.call(aten.unflatten.int, mask.bias, 0, [-1, shape(q)[1]])
+    operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, bias)
     blocks = (settings.query_block, settings.key_block)
     statistics = state is not None and state.training
     chosen = b.call(
