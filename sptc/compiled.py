@@ -162,8 +162,18 @@ def _graphs(function: Any, backend: Any, seen: set[types.CodeType]) -> Iterator[
         for name in entry.code.co_names:
             target: Any = function.__globals__.get(name)
             if name.startswith("__compiled_fn_"):
-                graph = innermost_fn(target)
-                if isinstance(graph, CompiledGraph):
+                for graph in _behind(target):
                     yield (entry.compile_id.frame_id or 0, entry.compile_id.frame_compile_id or 0), graph
             elif name.startswith("__resume_at_"):
                 yield from _graphs(target, backend, seen)
+
+
+def _behind(function: Any) -> Iterator[CompiledGraph]:
+    """The compiled graph that a global of Dynamo's calls: for weights with a `__torch_function__` of their own it is held in a closure."""
+    function = innermost_fn(function)
+    if isinstance(function, CompiledGraph):
+        yield function
+    elif isinstance(function, types.FunctionType):
+        for held in inspect.getclosurevars(function).nonlocals.values():
+            if callable(held):
+                yield from _behind(held)
