@@ -119,7 +119,8 @@ def _fp32_products(device: torch.device) -> str:
     """How fp32 products are computed, which the user switches: in TF32 or not on a GPU, by oneDNN or by MKL on a CPU. That is a multiple
     in speed, and dense and sparse ones follow it."""
     if device.type == "cpu":
-        return "oneDNN" if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else ""
+        onednn: Any = torch.backends.mkldnn
+        return "oneDNN" if onednn.matmul.fp32_precision == "bf16" else ""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
