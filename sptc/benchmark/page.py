@@ -23,7 +23,7 @@ h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.failed { color: #c53030; text-align: left; white-space: normal; }
+td:first-child, th:first-child { font-weight: 400; } .failed { color: #c53030; }
 .key span { display: inline-block; margin-right: 1.2rem; }
 .key i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; }
 .small { font-size: .85rem; opacity: .8; } code { font-size: .85rem; overflow-wrap: anywhere; }
@@ -65,6 +65,7 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
     if timed:
         yield "<h3>Milliseconds a step: median, and quartiles</h3>"
         yield from _bars(timed, lambda v: v["wall_seconds"]["median"] * 1e3, _milliseconds)
+        yield _key({"dense": "var(--dense)", "spt, nothing left out": "var(--exact)", "spt, sparse": "var(--sparse)"})
     weighed = [v for v in timed if v["memory_mib"]["step"] is not None]
     if weighed:
         yield "<h3>MiB that a step takes, beyond what rests</h3>"
@@ -108,60 +109,49 @@ def _shares(variants: list[Mapping[str, Any]]) -> Iterator[str]:
         figures = ", ".join(f"{kind} {share:.0%}" for kind, share in v["kinds"].items() if share >= 0.005)
         yield f'<div>{_text(v["name"])}</div><div class="track">{parts}</div><div class="figure small">{figures}</div>'
     yield "</div>"
-    yield (
-        '<p class="key small">'
-        + "".join(f'<span><i style="background:{color}"></i>{kind}</span>' for kind, color in KINDS.items())
-        + "</p>"
-    )
+    yield _key(KINDS)
 
 
-_COLUMNS = (
-    "variant",
-    "faster than the best dense",
-    "by processor time",
-    "regions",
-    "ms saved, predicted",
-    "measured",
-    "MiB at rest",
-    "compile s, cold",
-    "warm",
-    "paid back after",
-    "gradients off by",
-    "their cosine",
-    "check",
-    "tensors moved",
-)
+def _key(colors: Mapping[str, str]) -> str:
+    marks = "".join(f'<span><i style="background:{color}"></i>{name}</span>' for name, color in colors.items())
+    return f'<p class="key small">{marks}</p>'
 
 
 def _table(case: Mapping[str, Any]) -> Iterator[str]:
-    yield '<h3>All figures</h3><div class="scroll"><table><tr>' + "".join(f"<th>{column}</th>" for column in _COLUMNS) + "</tr>"
+    """A column for each variant that has all its figures; the reasons of the others below."""
+    whole = [v for v in case["variants"] if v["failed"] is None]
+    columns = [{"": v["name"], **dict(_figures(case, v))} for v in whole]
+    yield '<h3>All figures</h3><div class="scroll"><table>'
+    for row in columns[0] if columns else ():
+        cell = "td" if row else "th"
+        yield f"<tr><th>{row}</th>" + "".join(f"<{cell}>{_text(column[row])}</{cell}>" for column in columns) + "</tr>"
+    yield "</table></div>"
     for v in case["variants"]:
         if v["failed"] is not None:
-            yield f'<tr><td>{_text(v["name"])}</td><td class="failed" colspan="{len(_COLUMNS) - 1}">failed: {_text(v["failed"])}</td></tr>'
-            continue
-        cells = [v["name"], *_cells(case, v)]
-        yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
-    yield "</table></div>"
+            yield f'<p class="failed">{_text(v["name"])} failed: {_text(v["failed"])}</p>'
 
 
-def _cells(case: Mapping[str, Any], v: Mapping[str, Any]) -> Iterator[str]:
-    if v["name"] == case["baseline"]:
-        yield from ("best dense", "")
-    else:
-        faster = v["faster"]
-        yield f"{faster['wall']['median']:.2f}x ({faster['wall']['low']:.2f} to {faster['wall']['high']:.2f})"
-        yield f"{faster['processor']['median']:.2f}x"
-    yield "" if v["regions"] is None else "{rewritten} of {found}".format(**v["regions"])
-    gain = v["gain_seconds"]
-    yield from ("" if gain[key] is None else f"{gain[key] * 1e3:.0f}" for key in ("predicted", "measured"))
-    yield "" if v["memory_mib"]["rest"] is None else f"{v['memory_mib']['rest']:.0f}"
-    yield from ("" if v["compile_seconds"][key] is None else f"{v['compile_seconds'][key]:.1f}" for key in ("cold", "warm"))
-    yield v["paid_back"]
+def _figures(case: Mapping[str, Any], v: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    best, faster = v["name"] == case["baseline"], v["faster"]
+    spread = "{median:.2f}x ({low:.2f} to {high:.2f})".format(**faster["wall"])
+    yield "as fast as the best dense", "best dense" if best else spread
+    yield "by processor time", "" if best else f"{faster['processor']['median']:.2f}x"
+    yield "processor ms a step", f"{v['processor_seconds']['median'] * 1e3:.1f}"
+    yield "regions rewritten", "" if v["regions"] is None else "{rewritten} of {found}".format(**v["regions"])
+    for key in ("predicted", "measured"):
+        gain = v["gain_seconds"][key]
+        yield f"ms saved a step, {key}", "" if gain is None else f"{gain * 1e3:.0f}"
+    yield "MiB at rest", "" if v["memory_mib"]["rest"] is None else f"{v['memory_mib']['rest']:.0f}"
+    for key in ("cold", "warm"):
+        yield f"seconds to compile, {key}", "" if v["compile_seconds"][key] is None else f"{v['compile_seconds'][key]:.1f}"
+    yield "compiling paid back after", v["paid_back"]
     check = v["check"]
-    yield "" if check["error"] is None else f"{check['error']:.1e}"
-    yield "" if check["cosine"] is None else f"{check['cosine']:.4f}"
-    yield {True: "passed", False: "FAILED", None: ""}[check["passed"]]
-    yield f"{check['moved']} of {check['trained']}"
+    yield "loss", f"{check['loss']:.5g}"
+    yield "gradient norm", f"{check['norm']:.4g}"
+    yield "cosine with the reference's", "" if check["cosine"] is None else f"{check['cosine']:.4f}"
+    yield "gradients off by", "" if check["error"] is None else f"{check['error']:.1e}"
+    yield "equals the dense model", {True: "passed", False: "FAILED", None: ""}[check["passed"]]
+    yield "tensors moved by a step", f"{check['moved']} of {check['trained']}"
 
 
 def _text(text: Any) -> str:

@@ -31,6 +31,8 @@ def plot(bench: Mapping[str, Any], path: str) -> None:
     figure, (time, memory, shares) = plt.subplots(1, 3, figsize=(15, 4.5), width_ratios=(1, 1, 1.3), layout="constrained")
     for name in names:
         rows = [(case, v) for case in cases for v in case["variants"] if v["name"] == name and v["failed"] is None and "wall_seconds" in v]
+        if not rows:
+            continue
         lengths = [case["length"] or case["batch"] for case, _ in rows]
         wall = [v["wall_seconds"] for _, v in rows]
         middle = [w["median"] for w in wall]
