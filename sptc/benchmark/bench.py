@@ -41,6 +41,7 @@ def bench(
     threads: int | None = None,
     steps: int = 20,
     seconds: float = 120.0,
+    once: bool = False,
     progress: bool = True,
 ) -> Bench:
     """Compare training steps (forward, loss, backward, AdamW): eager, Inductor, Inductor at its best, "spt" at density 1 and by default.
@@ -69,6 +70,7 @@ def bench(
         threads: of each process on a CPU; None: as torch has it.
         steps: timed steps of each variant.
         seconds: of timing at one length; after them no turn begins, but there are three at least.
+        once: check and time a variant in one process, which is sooner done and does not tell how long a warm compile takes.
         progress: a bar on a terminal, lines in a log, on stderr.
 
     Returns:
@@ -96,6 +98,7 @@ def bench(
         threads=threads,
         steps=steps,
         seconds=seconds,
+        once=once,
     )
     with tempfile.TemporaryDirectory(prefix="sptc-bench-") as folder:
         source = Source(model) if isinstance(model, str) else Source.saved(model, batch, Path(folder))

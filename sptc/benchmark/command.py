@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     add("--threads", type=int, help="of each process on a CPU (default: as torch has it)")
     add("--steps", type=int, default=20, help="timed steps of each variant (default 20)")
     add("--seconds", type=float, default=120.0, help="of timing at one length, after which no turn begins (default 120)")
+    add("--once", action="store_true", help="check and time a variant in one process: sooner done, without seconds of a warm compile")
     add("--json", metavar="FILE", help="write all that was measured; - prints it in place of the tables")
     add("--html", metavar="FILE", help="write a page that needs no other file")
     add("--plot", metavar="FILE", help="write two plots, as .png or .svg; needs matplotlib")
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         steps=arguments.steps,
         seconds=arguments.seconds,
+        once=arguments.once,
     )
     write(done, arguments.json, arguments.html, arguments.plot)
     return int(not all(outcome.sound for case in done.cases for outcome in case.outcomes))

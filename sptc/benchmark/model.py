@@ -17,8 +17,10 @@ IGNORED = -100  # the label that cross entropy leaves out
 _SCALE = 0.01  # of the new adapters' second factor: as if a little trained, so that both factors have gradients
 
 
-def make(job: Job, double: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[str]]:
-    """(model, positional arguments, keyword arguments, notes) in train mode, on the job's device and in its dtype, or in fp64.
+def make(job: Job, reference: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[str]]:
+    """(model, positional arguments, keyword arguments, notes) in train mode and on the job's device.
+
+    Its dtype is the job's, or a wider one for a reference: fp64, and fp32 for bf16.
 
     Raises:
         BenchError: the model can't be given what the job asks for.
@@ -36,8 +38,8 @@ def make(job: Job, double: bool = False) -> tuple[nn.Module, tuple[Any, ...], di
         raise BenchError("nothing in the model requires a gradient; give --lora a rank")
     if job.checkpointing:
         _checkpoint(model)
-    if job.dtype is not None or double:
-        wide = torch.float64 if double else torch.float32
+    if job.dtype is not None or reference:
+        wide = torch.float64 if reference and job.dtype != "bf16" else torch.float32
         model = model.to(wide)
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(wide) if t.is_floating_point() else t, (args, kwargs))
     model = model.to(job.device)

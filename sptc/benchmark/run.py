@@ -40,6 +40,7 @@ class Settings:
     threads: int | None = None
     steps: int = 20  # timed steps of each variant
     seconds: float = 120.0  # of timing at one length; no turn begins after them
+    once: bool = False  # one process a variant, which is checked and timed: sooner done, and nothing is known of a warm compile
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "variants": [variant.name for variant in self.variants]}
@@ -84,36 +85,59 @@ def _case(source: Source, settings: Settings, length: int | None, scratch: Path,
     reference = _reference(job, scratch, case)
     progress.advance()
     jobs = [replace(job, variant=variant, cache=str(scratch / f"cache{i}")) for i, variant in enumerate(settings.variants)]
-    for outcome, own in zip(outcomes, jobs, strict=True):
-        progress.say(f"{case.name}: {outcome.variant.name}: compiling and checking")
-        with _failure_kept(outcome), Worker(outcome.variant.name, Runner, own) as worker:
-            outcome.check = worker.one("check", reference)
-            outcome.compile_cold = 0.0 if outcome.variant.backend == "eager" else outcome.check.compile_seconds
-        progress.advance()
     with ExitStack() as stack:
-        workers: list[tuple[Outcome, Worker]] = []
-        usual = []
+        checked = {}
+        for outcome, own in zip(outcomes, jobs, strict=True):
+            progress.say(f"{case.name}: {outcome.variant.name}: compiling and checking")
+            worker = _checked(outcome, own, reference)
+            if worker is not None:
+                stack.callback(worker.close)
+                checked[outcome.variant.name] = worker
+                if not settings.once:
+                    worker.close()
+            progress.advance()
+        workers, usual = [], []
         for outcome, own in zip(outcomes, jobs, strict=True):
             if outcome.failed is None:
                 progress.say(f"{case.name}: {outcome.variant.name}: starting")
                 with _failure_kept(outcome):
-                    worker = stack.enter_context(Worker(outcome.variant.name, Runner, own))
+                    worker = checked[outcome.variant.name] if settings.once else stack.enter_context(_worker(own))
                     warm, seconds = worker.one("start")
-                    outcome.compile_warm = 0.0 if outcome.variant.backend == "eager" else warm
+                    if not settings.once:
+                        outcome.compile_warm = warm if own.variant.compiles else 0.0
                     usual.append(seconds)
                     workers.append((outcome, worker))
             progress.advance()
         _take_turns(workers, min(usual, default=1.0), settings, case, progress)
         for outcome, worker in workers:
-            if outcome.failed is None:
-                progress.say(f"{case.name}: {outcome.variant.name}: memory and profile")
-                with _failure_kept(outcome):
-                    memory = worker.one("memory")
-                    outcome.rest_mib, outcome.step_mib = (None, None) if memory is None else memory
-                    outcome.report = worker.one("report")
-                    outcome.kinds = worker.one("kinds")
+            progress.say(f"{case.name}: {outcome.variant.name}: memory and profile")
+            _look_again(outcome, worker)
             progress.advance()
     return case
+
+
+def _worker(job: Job) -> Worker:
+    return Worker(job.variant.name, Runner, job)
+
+
+def _checked(outcome: Outcome, job: Job, reference: str | None) -> Worker | None:
+    """Compile in a new process, with no cache, and compare with the reference; the process, unless that failed."""
+    worker = None
+    with _failure_kept(outcome):
+        worker = _worker(job)
+        outcome.check = worker.one("check", reference)
+        outcome.compile_cold = outcome.check.compile_seconds if job.variant.compiles else 0.0
+    return worker
+
+
+def _look_again(outcome: Outcome, worker: Worker) -> None:
+    """What would disturb the timing of steps."""
+    if outcome.failed is None:
+        with _failure_kept(outcome):
+            memory = worker.one("memory")
+            outcome.rest_mib, outcome.step_mib = (None, None) if memory is None else memory
+            outcome.report = worker.one("report")
+            outcome.kinds = worker.one("kinds")
 
 
 def _reference(job: Job, scratch: Path, case: Case) -> str | None:

@@ -35,12 +35,12 @@ class Gradients:
 class Training:
     """A model in training, with AdamW. Nothing is compiled before the first step."""
 
-    def __init__(self, job: Job, double: bool = False) -> None:
-        torch.set_float32_matmul_precision("highest" if double else job.variant.precision)
+    def __init__(self, job: Job, reference: bool = False) -> None:
+        torch.set_float32_matmul_precision("highest" if reference else job.variant.precision)
         self.device = torch.device(job.device)
-        self.model, self.args, self.kwargs, self.notes = make(job, double)
-        self.autocast = job.dtype == "bf16" and not double
-        self.call = self.model if double else _compiled(self.model, job)
+        self.model, self.args, self.kwargs, self.notes = make(job, reference)
+        self.autocast = job.dtype == "bf16" and not reference
+        self.call = self.model if reference else _compiled(self.model, job)
         self.optimizer = torch.optim.AdamW([p for _, p in trained(self.model)], lr=1e-4, weight_decay=0.0)
 
     def loss(self, call: Any = None) -> Tensor:

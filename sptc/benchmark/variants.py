@@ -40,6 +40,10 @@ class Variant:
         return self.backend != "spt"
 
     @property
+    def compiles(self) -> bool:
+        return self.backend != "eager"
+
+    @property
     def exact(self) -> bool:
         """Whether it computes what the dense model does, and is held to it."""
         return self.dense or self.density_one

@@ -49,13 +49,13 @@ class Check:
 class Runner:
     """A variant in its own process. Each public method is a command, and yields its answers."""
 
-    def __init__(self, job: Job, double: bool = False) -> None:
+    def __init__(self, job: Job, reference: bool = False) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job.cache, "inductor"))
         os.environ["TRITON_CACHE_DIR"] = str(Path(job.cache, "triton"))
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         self.job = job
-        self.training = Training(job, double)
+        self.training = Training(job, reference)
 
     def notes(self) -> Iterator[list[str]]:
         """What is to be said of the model."""

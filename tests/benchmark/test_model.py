@@ -120,7 +120,7 @@ def test_checkpointing_is_turned_on_or_refused(folders, factory):
 
 def test_the_reference_is_the_same_model_in_fp64(folders):
     model, _, kwargs, _ = make(job(folders["llama"], lora=4))
-    wide, _, inputs, _ = make(job(folders["llama"], lora=4), double=True)
+    wide, _, inputs, _ = make(job(folders["llama"], lora=4), reference=True)
     assert all(p.dtype == torch.float64 for p in wide.parameters())
     assert float(loss_of(wide(**inputs))) == pytest.approx(float(loss_of(model(**kwargs))), rel=1e-5)
 

@@ -75,7 +75,7 @@ def one(answers):
 
 def test_a_check_compares_with_the_reference(job, tmp_path):
     path = str(tmp_path / "reference.pt")
-    one(Runner(job, double=True).reference(path))
+    one(Runner(job, reference=True).reference(path))
     check = one(Runner(job).check(path))
     assert check.passed and check.error < 1e-6 and check.cosine == pytest.approx(1.0) and (check.moved, check.trained) == (4, 4)
     assert check.reference_loss == pytest.approx(check.loss, rel=1e-5) and check.reference_norm == pytest.approx(check.norm, rel=1e-5)
@@ -85,7 +85,7 @@ def test_a_check_compares_with_the_reference(job, tmp_path):
 
 def test_a_wrong_gradient_fails_the_check(job, tmp_path):
     path = str(tmp_path / "reference.pt")
-    one(Runner(job, double=True).reference(path))
+    one(Runner(job, reference=True).reference(path))
     loss, by_name, random = torch.load(path)
     by_name["2.bias"] *= 1.001
     torch.save((loss, by_name, random), path)
@@ -107,7 +107,7 @@ def test_errors_are_relative_to_the_parameter_but_not_to_one_without_gradients()
 def test_dropout_is_no_failure(tmp_path, job):
     source = Source.saved(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), torch.randn(16, 8), tmp_path)
     job, path = replace(job, source=source), str(tmp_path / "reference.pt")
-    one(Runner(job, double=True).reference(path))
+    one(Runner(job, reference=True).reference(path))
     check = one(Runner(job).check(path))
     assert check.passed is None and "draws random numbers" in check.left_out
 
