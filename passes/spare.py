@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch.fx import Node
 
 from sptc.passes.lookalike import projects
@@ -54,8 +55,14 @@ def _reaches(start: Node, step: Callable[[Node], list[Node]], goal: Callable[[No
 
 
 def _is_stream(node: Node) -> bool:
-    """A sum of computed tensors, or what comes out of a checkpointed layer."""
-    return node.target is CHECKPOINT or _adds(node)
+    """A sum of computed tensors, what comes out of a checkpointed layer, or, after a graph break, what another graph computed."""
+    return node.target is CHECKPOINT or _adds(node) or _is_computed_before(node)
+
+
+def _is_computed_before(node: Node) -> bool:
+    """Whether a node is an input of the graph that trained weights before it led to."""
+    example = getattr(node.meta.get("grapharg"), "example", None) if node.op == "placeholder" else None
+    return isinstance(example, torch.Tensor) and example.requires_grad and not example.is_leaf
 
 
 def _adds(node: Node) -> bool:

@@ -2,9 +2,10 @@
 
 `torch.compile(model, backend="spt")` needs no import: the backend is an entry point. `prepare` before the optimizer is made adds trainable
 routers (and codebooks, for the selector "pq"); `explain` says what a compile would do; `report` says what it did; `plan` chooses densities
-for a budget.
+for a budget; `bench` compares training steps.
 """
 
+from sptc.benchmark.bench import bench
 from sptc.compiled import report
 from sptc.config import Config, ConfigError
 from sptc.dropped import DroppedLogitsError
@@ -15,4 +16,4 @@ from sptc.prepare import prepare
 from sptc.report import Report
 from sptc.state import step
 
-__all__ = ["Config", "ConfigError", "DroppedLogitsError", "Plan", "Report", "explain", "plan", "prepare", "report", "step"]
+__all__ = ["Config", "ConfigError", "DroppedLogitsError", "Plan", "Report", "bench", "explain", "plan", "prepare", "report", "step"]

@@ -110,13 +110,17 @@ def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks, gpu:
 
 
 def _key(device: torch.device) -> str:
-    name = processor() if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} {_fp32_products()}"
-    parts = [name, torch.__version__, _kernel_sources()]
+    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    parts = [name, _fp32_products(device), torch.__version__, _kernel_sources()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _fp32_products() -> str:
-    """What a GPU's fp32 products are computed in: dense and sparse ones follow the user's switch, and differ by a multiple in speed."""
+def _fp32_products(device: torch.device) -> str:
+    """How fp32 products are computed, which the user switches: in TF32 or not on a GPU, by oneDNN or by MKL on a CPU. That is a multiple
+    in speed, and dense and sparse ones follow it."""
+    if device.type == "cpu":
+        onednn: Any = torch.backends.mkldnn
+        return "oneDNN" if onednn.matmul.fp32_precision == "bf16" else ""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

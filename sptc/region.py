@@ -44,8 +44,14 @@ class Mask:
     tensors: tuple[Node, ...] = ()  # t0, t1, ... of the predicate
     sizes: tuple[Node | int, ...] = ()  # s0, s1, ... of the predicate
     boolean: Node | None = None  # bool, broadcastable to [b, h, n, m]
-    bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m]
+    bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m], or where `merged` [b * h, 1 or n, m]
+    merged: bool = False  # batch and heads are one dimension of the bias
     causal: bool = False  # the predicate implies k <= q + (m - n)
+
+    @property
+    def hides(self) -> bool:
+        """Whether some query may not attend to some key."""
+        return self.predicate != "True" or self.boolean is not None or self.bias is not None
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):
         matmul.fp32_precision = before
 
 
+def test_a_processor_is_measured_anew_where_onednn_computes_fp32_products():
+    before, usual = torch.get_float32_matmul_precision(), device._key(CPU)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert device._key(CPU) != usual
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert device._key(CPU) == usual
+
+
 def test_a_routed_ffn_of_next_to_nothing_is_a_call_on_a_gpu_and_its_blocks_on_a_cpu(monkeypatch):
     """The constant is what `DeviceCosts.calls` multiplies."""
     monkeypatch.setattr(measure._Bench, "seconds", lambda self, run: 8.0)

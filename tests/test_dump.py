@@ -13,7 +13,7 @@ from sptc.explain import explain
 from tests.models.compiled import without_inductor
 from tests.models.zoo import CASES
 
-FILES = ["00.captured.py", "01.normalized.py", "02.rewritten.py", "graph.svg", "regions.json", "report.txt"]
+FILES = ["00.captured.py", "01.normalized.py", "02.rewritten.py", "graph.svg", "regions.json", "report.txt", "repro.py"]
 
 
 def test_a_compile_leaves_its_graphs_and_report(tmp_path):
