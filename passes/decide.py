@@ -63,9 +63,8 @@ TRIED = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}
 def decide(unit: Unit) -> Unit:
     """Fill `decisions`, one a region in the order of `regions`, then those on losses.
 
-    A loss whose logits the graph returns becomes a refusal of rule "logits" unless options drop them;
-    a region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks", one in dtypes that the device's sparse
-    operators don't compute in a refusal of rule "dtype".
+    A loss whose logits the graph returns becomes a refusal of rule "logits" unless options drop them, a routed FFN whose hidden units can't
+    be cut into equal blocks one of rule "blocks", attention in dtypes that the sparse operators don't compute in one of rule "dtype".
     """
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
     regions: list[Region] = []
@@ -76,7 +75,7 @@ def decide(unit: Unit) -> Unit:
             reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
             continue
-        if reason := misfit(region, unit.device):
+        if isinstance(region, AttentionRegion) and (reason := misfit(region, unit.device)):
             refusals.append(Refusal(region.kind, "dtype", region.y, reason, region.site))
             continue
         regions.append(region)

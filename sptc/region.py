@@ -87,7 +87,7 @@ class FfnRegion:
     y: Node
     ups: tuple[Projection, ...]
     down: Projection
-    activation: str  # canonical string over u0, u1, ...
+    activation: str  # its operators, for people: "silu, mul"
     dropout_p: float  # between act and down; 0.0 when not training
     hidden: int  # d_ff
     nodes: frozenset[Node]
