@@ -50,7 +50,7 @@ def test_density_one_equals_eager(name, tmp_path, monkeypatch):
         compiled = torch.compile(model, backend=without_inductor(**{**FULL, "ffn.selector": "router"}, dump=str(tmp_path)))
         loss = case.loss(compiled(**inputs))
         got = gradients(model, loss)
-    assert [r.status for r in sptc.report(compiled).regions if r.rule != "activation"] == ["rewritten"] * 2
+    assert [r.status for r in sptc.report(compiled).regions if r.rule != "activation" and r.kind != "loss"] == ["rewritten"] * 2
     torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-6)
     assert_gradients_close(got, want, 2e-5)
     assert {kernel.spec for kernel in emitted} == {launch.spec for launch in launches}, "what runs was emitted by the compile"
