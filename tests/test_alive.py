@@ -12,7 +12,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import sptc
-from sptc.state import detach, owners
 from tests.models.compiled import without_inductor
 
 OPTIONS = {"decline": "never", "attention.selector": "pq", "attention.query_block": 4, "attention.key_block": 4}
@@ -64,8 +63,7 @@ def trained(model, x):
 
 def prepared_and_detached(model, x):
     sptc.prepare(model, x, OPTIONS)
-    for _, owner in list(owners(model)):
-        detach(owner)
+    sptc.detach(model)
 
 
 RUNS = {
