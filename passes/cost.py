@@ -7,7 +7,7 @@ fixed overhead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -245,6 +245,20 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth
     seconds += (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds
     return Work(flops + sample, traffic, seconds, el * _ffn_kept(s, part))
+
+
+def ffn_through_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
+    """The dense forward pass; backward, that of the FFN over fewer units, from hidden values gathered out of the dense ones."""
+    forward = replace(s, need_x=False, need_ups=0, need_down=False, need_adapters=False)
+    dense, thin, thin_forward = dense_ffn(forward, device), ffn_over_units(s, settings, device), ffn_over_units(forward, settings, device)
+    part = sympy.Rational(settings.units + (settings.units if settings.context is None else settings.context), 2 * s.hidden)
+    gathered = 2 * _element(s.dtype) * part * s.tokens * s.hidden * s.ups
+    return Work(
+        dense.flops + thin.flops - thin_forward.flops,
+        dense.bytes + thin.bytes - thin_forward.bytes + gathered,
+        dense.seconds + thin.seconds - thin_forward.seconds + gathered / device.bandwidth + _SMALL_OPS * device.op_seconds,
+        thin.kept,
+    )
 
 
 def _ffn_flops(s: FfnShape) -> sympy.Expr:

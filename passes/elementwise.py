@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch.fx import Node
 
 from sptc.passes.pattern import base_name, shape
@@ -37,6 +40,14 @@ def bends(node: Node) -> bool:
     if name in _PRODUCTS:
         return all(shape(factor) for factor in node.args)
     return name not in _QUOTIENTS or bool(shape(node.args[1])) or "rounding_mode" in node.kwargs
+
+
+def functional(target: Any) -> Any:
+    """The operator that computes what this one does, and writes to no argument."""
+    if not target._schema.is_mutable:
+        return target
+    name = target._schema.name.partition("::")[2].removesuffix("_")
+    return getattr(getattr(torch.ops.aten, name), target._overloadname)
 
 
 def _base(node: Node) -> str:

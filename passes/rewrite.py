@@ -15,6 +15,7 @@ from sptc.passes.effects import remove_dead_code
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_blocks import rewrite_blocks
+from sptc.passes.rewrite_gradients import rewrite_gradients
 from sptc.passes.rewrite_loss import drop_returned, rewrite_loss
 from sptc.passes.rewrite_units import rewrite_units
 from sptc.passes.token_lists import Tokens, insert_tokens
@@ -65,11 +66,12 @@ def rewrite(unit: Unit) -> Unit:
 
 def _choosers() -> list[Any]:
     ops = torch.ops.sptc
-    return [ops.choose_units.default, ops.select_blocks.default, ops.route.default]
+    return [ops.choose_units.default, ops.select_blocks.default, ops.route.default, ops.keep.default]
 
 
 def _keeping_choices() -> tuple[Any, Any]:
-    """The contexts of a checkpoint that computes everything again but what was chosen: rounding could make another choice in backward."""
+    """The contexts of a checkpoint that computes everything again but what was chosen, as rounding could choose otherwise in backward, and
+    what is little of much work (`sptc::keep`)."""
     return create_selective_checkpoint_contexts(_choosers())
 
 
@@ -84,6 +86,8 @@ def sparse_form(region: Region, settings: Settings, state: State | None, by_grap
 
     if isinstance(settings, UnitSettings):
         assert region.kind == "ffn"
+        if settings.gradients_only:
+            return rewrite_gradients(region, settings, tokens.through(here), again=by_graph[region.y.graph].call is not None)
         return rewrite_units(region, settings, tokens.through(here))
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))

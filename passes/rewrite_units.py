@@ -20,21 +20,25 @@ def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> 
     b = Builder(region.y)
     if settings.context is None or settings.whole:
         sample = tokens.sample if fits(tokens.padded, region) else None
-        y = Ffn(region, _Units(b, None, _chosen(b, region, sample, settings.units))).output()
+        y = Ffn(region, Units(b, None, _chosen(b, region, sample, settings.units))).output()
         return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
-    counted = Ffn(region, _Units(b, tokens.counted, _chosen(b, region, tokens.counted_sample, settings.units))).output()
-    context = Ffn(region, _Units(b, tokens.context, _chosen(b, region, tokens.context_sample, settings.context))).output()
+    counted = Ffn(region, Units(b, tokens.counted, _chosen(b, region, tokens.counted_sample, settings.units))).output()
+    context = Ffn(region, Units(b, tokens.context, _chosen(b, region, tokens.context_sample, settings.context))).output()
+    return b.cast(b.like_rows_of(merged(b, tokens, counted, context), region.x, region.y), dtype(region.y))
+
+
+def merged(b: Builder, tokens: Tokens, counted: Node, context: Node) -> Node:
+    """Rows of the tokens that count and of the others, in the order of the tokens."""
     both, order = b.call(aten.cat.default, [counted, context]), b.call(aten.cat.default, [tokens.counted, tokens.context])
-    y = b.call(aten.index_copy.default, b.call(aten.empty_like.default, both), 0, order, both)
-    return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
+    return b.call(aten.index_copy.default, b.call(aten.empty_like.default, both), 0, order, both)
 
 
-class _Units(Part):
+class Units(Part):
     """Some tokens (their row numbers; None: all) and some units (their numbers; None: all)."""
 
     def __init__(self, b: Builder, rows: Node | None, units: Node | None) -> None:
         super().__init__(b)
-        self._rows, self._chosen = rows, units
+        self._rows, self.chosen = rows, units
 
     def tokens(self, x: Node) -> Node:
         rows = self.b.rows(x)
@@ -42,9 +46,9 @@ class _Units(Part):
 
     def units(self, operand: Node, dim: int, of: tuple[int, int] | None) -> Node:
         """Gathered once more in backward, which costs less than a copy of every layer's weights."""
-        if self._chosen is None:
+        if self.chosen is None:
             return super().units(operand, dim, of)
-        numbers = self._chosen if of is None or of[0] == 0 else self.b.call(aten.add.Tensor, self._chosen, of[0])
+        numbers = self.chosen if of is None or of[0] == 0 else self.b.call(aten.add.Tensor, self.chosen, of[0])
         return self.b.recomputed(self.b.call(aten.index_select.default, operand, dim, numbers))
 
 
@@ -58,10 +62,13 @@ def _chosen(b: Builder, region: FfnRegion, sample: Node | None, units: int) -> N
         return None
     if sample is None:
         sample = b.call(ops.sample_tokens.default, b.call(aten.detach.default, b.rows(region.x)), None)
-    hidden = _squares(b, Ffn(region, _Units(b, sample, None), dropout=False).hidden(), 0)
+    return b.call(ops.choose_units.default, energy_of(b, region, Ffn(region, Units(b, sample, None), dropout=False).hidden()), units)
+
+
+def energy_of(b: Builder, region: FfnRegion, hidden: Node) -> Node:
+    """Energies of hidden units from their values at some tokens: fp32 [hidden], from [n, hidden]."""
     columns = _squares(b, region.down.weight, 1 if region.down.transposed else 0)
-    energy = b.call(aten.detach.default, b.call(aten.mul.Tensor, hidden, columns))
-    return b.call(ops.choose_units.default, energy, units)
+    return b.call(aten.detach.default, b.call(aten.mul.Tensor, _squares(b, hidden, 0), columns))
 
 
 def _squares(b: Builder, node: Node, dim: int) -> Node:

@@ -7,11 +7,14 @@ is a `Part`'s to say.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from sptc.passes.build import Builder, aten
+from sptc.passes.elementwise import functional
 from sptc.passes.pattern import TRANSPARENT, VIEWS, dtype, op, value
 from sptc.region import FfnRegion, Lora, Projection
 
@@ -38,9 +41,17 @@ class Part:
         """Outputs of the tokens: hidden values by a weight [features, units]."""
         return self.b.call(aten.linear.default, hidden, weight, bias)
 
+    def up(self, projection: Projection, u: Node) -> Node:
+        """What the activation is given of a projection, `u` being its values with adapter and bias."""
+        return u
+
     def weighed(self, hidden: Node) -> Node:
         """Hidden values as they count."""
         return hidden
+
+    def dropout(self, hidden: Node, p: float, of: Literal["hidden", "adapter"]) -> Node:
+        """Hidden values after the FFN's own dropout, or after that of the down projection's adapter."""
+        return self.b.call(aten.dropout.default, hidden, p, True)
 
     def whole(self, low: Node) -> Node:
         """What the adapter of the down projection has of the hidden values, as if of all units."""
@@ -61,7 +72,7 @@ class Ffn:
         y = part.leave(hidden, self._weight(down, 1), down.bias)
         if down.lora is None:
             return y
-        low = b.call(aten.dropout.default, hidden, down.lora.dropout_p, True) if down.lora.dropout_p else hidden
+        low = part.dropout(hidden, down.lora.dropout_p, "adapter") if down.lora.dropout_p else hidden
         low = part.whole(part.leave(b.cast(low, dtype(down.lora.a)), part.units(down.lora.a, 1, None)))
         return b.call(aten.add.Tensor, y, b.call(aten.linear.default, self._scaled(low, down.lora), down.lora.b))
 
@@ -70,7 +81,7 @@ class Ffn:
         known = {up.y: self._up(up) for up in self._region.ups}
         hidden = self._part.weighed(self._again(self._region.down.x, known))
         p = self._region.dropout_p if self._dropout else 0.0
-        return self._b.call(aten.dropout.default, hidden, p, True) if p else hidden
+        return self._part.dropout(hidden, p, "hidden") if p else hidden
 
     def _again(self, node: Node, known: dict[Node, Node]) -> Node:
         """The activation's nodes once more; backward keeps what they are computed from. Views and copies have nothing to do on rows."""
@@ -82,7 +93,7 @@ class Ffn:
                 known[node] = self._again(node.args[0], known)  # type: ignore[arg-type]
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._again(n, known))
-                known[node] = self._b.recomputed(self._b.call(node.target, *args, **kwargs))
+                known[node] = self._b.recomputed(self._b.call(functional(node.target), *args, **kwargs))
         return known[node]
 
     def _up(self, up: Projection) -> Node:
@@ -92,7 +103,7 @@ class Ffn:
         if up.lora is not None:
             low = self._scaled(self._tokens(up.lora.low), up.lora)
             y = b.call(aten.add.Tensor, y, part.enter(low, part.units(up.lora.b, 0, up.rows)))
-        return b.cast(y, dtype(up.y))
+        return part.up(up, b.cast(y, dtype(up.y)))
 
     def _scaled(self, low: Node, lora: Lora) -> Node:
         """What an adapter's B is given."""

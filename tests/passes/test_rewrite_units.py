@@ -23,6 +23,8 @@ from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
+FORWARD_TOO = {"gradients_only": False}
+
 
 def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
     """`ffn(of)`, the hidden units that are not among the `units` of the greatest energy over x[mask] set to 0."""
@@ -46,7 +48,7 @@ def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool) -> None:
     compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, "decline": "never"}))
     got = gradients(model, loss := compiled(x, labels))
     (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
-    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None}
+    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None, **FORWARD_TOO}
 
     h = reference.first(x.double()).flatten(0, 1)
     expected = F.cross_entropy(reference.head(h + over_units(reference.ffn, h, None, 10, h)), labels.flatten())
@@ -65,7 +67,8 @@ def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted
     compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, "decline": "never"}))
     loss = compiled(x, labels)
     # Where next to all tokens of the first batch count, they are all alike.
-    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": None if counted == "all" else 8}
+    context = None if counted == "all" else 8
+    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": context, **FORWARD_TOO}
 
     h = reference.first(x.double()).flatten(0, 1)
     mask = (labels != -100).flatten()
