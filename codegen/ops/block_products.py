@@ -55,7 +55,7 @@ def outer_product(h: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor) -> Tens
 
 
 def grouped_gather_product(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-    """`gather_product` in one product for all blocks, which a GPU wants; nothing waits for the device."""
+    """`gather_product` in one product for all blocks, which is what a GPU wants."""
     a, b = x.index_select(0, tokens), weight.transpose(1, 2)
     return _grouped(a, b, offsets) if _groupable(a, b) else gather_product(x, weight, tokens, offsets)
 

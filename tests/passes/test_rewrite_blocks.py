@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from transformers.pytorch_utils import Conv1D
 
 import sptc
@@ -160,6 +161,28 @@ def test_under_autocast_products_are_in_its_dtype(ffn: Callable[[], nn.Module]) 
     want = gradients(reference, exact := plain(*batch()))
     torch.testing.assert_close(loss.float(), exact, rtol=0.02, atol=0)
     assert_gradients_close(got, want, 0.1)
+
+
+def test_backward_keeps_what_the_projections_give_and_no_copies_of_rows() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def forward(gm: torch.fx.GraphModule, _: list) -> Callable[..., object]:
+        (output,) = gm.graph.find_nodes(op="output")
+        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if isinstance(node.meta.get("val"), Tensor))
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    model, options = prepared(Gated, True), Config.from_options(OPTIONS)
+    compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, options, inner=lambda g, i, _: backend(g, i)))
+    compiled(*batch(41)).backward()
+    entries, width = 82 * ACTIVE, HIDDEN // BLOCKS
+    of_entries = [shape for shape in kept if len(shape) == 2 and shape[0] == entries and shape[1] > 1]
+    assert of_entries == [(entries, width)] * 2, "the outputs of gate and up"
 
 
 def test_a_prepared_ffn_begins_near_the_dense_one() -> None:
