@@ -103,7 +103,7 @@ def _to_gradient(scores: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     scores.div_(sums)
     if smoothing:
         scores.sub_(smoothing / scores.shape[1])
-    scores.scatter_add_(1, labels, scores.new_full(labels.shape, smoothing - 1))
+    scores.scatter_(1, labels, scores.gather(1, labels) - (1 - smoothing))  # not scatter_add_, of whose order a GPU makes no promise
     return loss
 
 

@@ -151,6 +151,8 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
         if (several := match_adapters(node)) is not None:
             raise _Refused("adapters", node, f"{node.name} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None
+        if node.op == "placeholder":
+            raise _Refused("projection", node, f"its logits are an input of the graph, {node.name}: what projects them is in another one")
         if not isinstance(source, Node) or not shape(source):
             raise _Refused("projection", node, f"its logits come from {node.name} ({op(node) or node.op}), which is no projection")
         if op(node) in _LOG_SOFTMAX and int(node.args[1]) % len(shape(node)) == axis and not mapped:  # type: ignore[call-overload]

@@ -43,7 +43,9 @@ def rewrite(unit: Unit) -> Unit:
     by_graph = {frame.gm.graph: frame for frame in every}
     tokens = insert_tokens(unit, [d.settings for d in chosen if not isinstance(d.settings, LossSettings)])
     dropped: list[int] = []
-    for decision in chosen:
+    by_place = {node: place for frame in every for place, node in enumerate(frame.gm.graph.nodes)}
+    # The last one first: what a region reads may be what another one computes, which is then replaced in the new form as well.
+    for decision in sorted(chosen, key=lambda d: by_place[d.region.y], reverse=True):
         region, settings = decision.region, decision.settings
         if isinstance(region, LossRegion):
             assert isinstance(settings, LossSettings)

@@ -55,7 +55,7 @@ def slots(model):
 
 
 def rewritten(report):
-    return [r for r in report.regions if r.status == "rewritten"]
+    return [r for r in report.regions if r.status == "rewritten" and r.kind != "loss"]
 
 
 class Attention(nn.Module):

@@ -23,7 +23,7 @@ from sptc.passes.rewrite import sparse_form
 from sptc.passes.runner import run
 from sptc.passes.token_lists import Tokens, insert_tokens
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings
+from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings, LossRegion
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def diagnose(model: nn.Module, batch: Inputs, options: dict[str, Any]) -> list[M
 
 def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     """Each region's sparse form is put beside the dense one, which the rest of the graph goes on with."""
-    chosen_regions = [decision for decision in unit.decisions if decision.rewrite]
+    chosen_regions = [d for d in unit.decisions if d.rewrite and not isinstance(d.region, LossRegion)]  # a loss is exact
     tokens = insert_tokens(unit, [decision.settings for decision in chosen_regions])
     beside = [(decision, *_insert(decision, unit, tokens)) for decision in chosen_regions]
     watched = {node for decision, sparse, chosen in beside for node in (*_operands(decision), sparse, chosen) if node is not None}
