@@ -20,8 +20,8 @@ from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plan import Plan
 from sptc.report import Report
-from sptc.state import DenseNotice, TrainableState, attach, owners, strip
-from sptc.trial import Check, FfnSample, Trial
+from sptc.state import DenseNotice, Router, TrainableState, attach, owners, strip
+from sptc.trial import Check, Trial
 
 
 class PrepareError(ValueError):
@@ -135,8 +135,11 @@ def _states(trial: Trial, notice: DenseNotice) -> dict[str, TrainableState]:
     """The state of each owner, by the owner's name."""
     states = {}
     for owner, samples in trial.samples.items():
-        names = (f"ffn{i}" for i in itertools.count())
-        states[owner] = TrainableState({next(names) if isinstance(s, FfnSample) else key: s.slot() for key, s in samples.items()}, notice)
+        names, slots = (f"ffn{i}" for i in itertools.count()), {}
+        for key, sample in samples.items():
+            assert sample.slot is not None, "every call that a graph holds was seen"
+            slots[next(names) if isinstance(sample.slot, Router) else key] = sample.slot
+        states[owner] = TrainableState(slots, notice)
     return states
 
 
