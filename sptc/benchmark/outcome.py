@@ -170,6 +170,7 @@ class Case:
             "precision": o.variant.precision,
             "exact": o.variant.exact,
             "failed": o.failed,
+            "trace": o.trace or None,
             "check": None if o.check is None else {**asdict(o.check), "bound": o.check.bound, "passed": o.check.passed},
             "compile_seconds": {"cold": o.compile_cold, "warm": o.compile_warm},
             "memory_mib": {"rest": o.rest_mib, "step": o.step_mib},

@@ -117,7 +117,7 @@ def _case(source: Source, settings: Settings, length: int | None, scratch: Path,
 
 
 def _worker(job: Job) -> Worker:
-    return Worker(job.variant.name, Runner, job)
+    return Worker(job.variant.name, Runner, job, log=Path(f"{job.cache}.log"))
 
 
 def _checked(outcome: Outcome, job: Job, reference: str | None) -> Worker | None:
@@ -144,7 +144,9 @@ def _reference(job: Job, scratch: Path, case: Case) -> str | None:
     """A file with loss and gradients of the dense model in eager mode: in fp64 for fp32, in fp32 for others. None if there can't be one."""
     path = str(scratch / "reference.pt")
     try:
-        with Worker("reference", Runner, replace(job, variant=Variant("reference", "eager")), True) as worker:
+        with Worker(
+            "reference", Runner, replace(job, variant=Variant("reference", "eager")), True, log=scratch / "reference.log"
+        ) as worker:
             case.notes += worker.one("notes")
             worker.one("reference", path)
     except WorkerFailed as failure:
