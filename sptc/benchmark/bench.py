@@ -89,7 +89,7 @@ def bench(
     settings = Settings(
         variants=chosen(sorted(all_of_them, key=lambda variant: not variant.dense), only),
         batch=sequences or 1,
-        lengths=tuple(lengths or (512,)) if named else (None,),
+        lengths=tuple(lengths or (512,)) if _takes_sizes(model) else (None,),
         dtype=dtype,
         device=str(at),
         lora=_rank(model) if lora is None else lora,
@@ -131,10 +131,15 @@ def _check(
     if isinstance(model, str):
         if batch is not None:
             raise BenchError("a named model makes its own batch; give `sequences` and `lengths`")
-        if is_factory(model) and (sequences or lengths) and not takes_sizes(factory_of(model)):
+        if (sequences or lengths) and not _takes_sizes(model):
             raise BenchError(f"{model!r} makes a batch of its own size: a factory with parameters `batch` and `length` is given them")
     elif batch is None or sequences or lengths:
         raise BenchError("a module needs a batch of yours, which has its own number of sequences and their length")
+
+
+def _takes_sizes(model: str | torch.nn.Module) -> bool:
+    """Whether batches of it are made here, of any size."""
+    return isinstance(model, str) and not (is_factory(model) and not takes_sizes(factory_of(model)))
 
 
 def _rank(model: str | torch.nn.Module) -> int:

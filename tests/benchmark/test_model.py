@@ -181,6 +181,16 @@ def test_mistakes_are_errors_before_any_process_starts(factory, folders, monkeyp
         bench(model, **settings)
 
 
+def test_what_is_run_without_being_asked(factory, folders, monkeypatch):
+    monkeypatch.setattr("sptc.benchmark.bench.run", lambda source, settings, progress: settings)
+    fixed, sized = bench(f"{factory}:fixed"), bench(f"{factory}:sized")
+    language = bench(folders["llama"], lengths=[32, 64], sequences=3)
+    assert fixed.lengths == (None,) and sized.lengths == (512,) and language.lengths == (32, 64) and language.batch == 3
+    assert (fixed.lora, sized.lora, language.lora) == (0, 0, 16), "a factory's model is taken as it is"
+    given = bench(nn.Linear(4, 4).double(), torch.randn(2, 4).double(), variants={"half": {"ffn.density": 0.5}})
+    assert given.dtype is None and given.lengths == (None,) and given.variants[-1].name == "half" and fixed.dtype == "fp32"
+
+
 def test_adapters_without_peft_are_an_error(factory, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BenchError, match="lora needs PEFT"):
