@@ -80,8 +80,8 @@ def bench(
         BenchError, ConfigError, ModelError: something is wrong with what was asked for. No variant was run yet.
     """
     named = isinstance(model, str)
-    at = torch.device(device or ("cpu" if isinstance(model, str) else next(model.parameters()).device))
-    _check(model, batch, at, dtype, counted, lora, sequences, lengths, steps)
+    at = _device(model, device)
+    _check_batch(model, batch, sized=bool(sequences or lengths))
     dtype = dtype or ("fp32" if named else None)
     products = fast_products(at, dtype or "fp32")
     standard = default_variants(at, dtype or "fp32", plan)
@@ -106,35 +106,28 @@ def bench(
         return run(source, settings, Progress(progress))
 
 
-def _check(
-    model: str | torch.nn.Module,
-    batch: Any,
-    device: torch.device,
-    dtype: str | None,
-    counted: float,
-    lora: int | None,
-    sequences: int | None,
-    lengths: Sequence[int] | None,
-    steps: int,
-) -> None:
-    if dtype not in ("fp32", "bf16", None):
-        raise BenchError(f"dtype must be fp32 or bf16, got {dtype!r}")
+def _device(model: str | torch.nn.Module, wanted: str | None) -> torch.device:
+    """Where to run: as `wanted`, or where the module is."""
+    parameter = None if isinstance(model, str) else next(model.parameters(), None)
+    try:
+        device = torch.device(wanted) if wanted is not None else torch.device("cpu") if parameter is None else parameter.device
+    except RuntimeError as error:
+        raise BenchError(f"there is no device {wanted!r}; write cpu, cuda or cuda:1") from error
     check_device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchError(f"device {str(device)!r}: this torch sees no GPU")
-    if not 0 < counted <= 1:
-        raise BenchError(f"counted must be a share in (0, 1], got {counted}")
-    if steps < 1:
-        raise BenchError(f"steps must be at least 1, got {steps}")
-    if lora and importlib.util.find_spec("peft") is None:
-        raise BenchError("lora needs PEFT: pip install 'sptc[hf]', or leave the model as it is with 0")
-    if isinstance(model, str):
-        if batch is not None:
-            raise BenchError("a named model makes its own batch; give `sequences` and `lengths`")
-        if (sequences or lengths) and not _takes_sizes(model):
-            raise BenchError(f"{model!r} makes a batch of its own size: a factory with parameters `batch` and `length` is given them")
-    elif batch is None or sequences or lengths:
-        raise BenchError("a module needs a batch of yours, which has its own number of sequences and their length")
+    return device
+
+
+def _check_batch(model: str | torch.nn.Module, batch: Any, sized: bool) -> None:
+    """Whether the batch is made where it can be; `sized`: its size was asked for."""
+    if not isinstance(model, str):
+        if batch is None or sized:
+            raise BenchError("a module needs a batch of yours, which has its own number of sequences and their length")
+    elif batch is not None:
+        raise BenchError("a named model makes its own batch; give `sequences` and `lengths`")
+    elif sized and not _takes_sizes(model):
+        raise BenchError(f"{model!r} makes a batch of its own size: a factory with parameters `batch` and `length` is given them")
 
 
 def _takes_sizes(model: str | torch.nn.Module) -> bool:

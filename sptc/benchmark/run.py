@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from sptc.benchmark.machine import facts
 from sptc.benchmark.outcome import Bench, Case, Outcome
 from sptc.benchmark.process import Worker, WorkerFailed
 from sptc.benchmark.progress import Progress
-from sptc.benchmark.variants import Variant
+from sptc.benchmark.variants import BenchError, Variant
 from sptc.benchmark.worker import Runner
 
 _TURN = 0.3  # seconds of steps in a row, at least: what another process left in the caches then hardly shows
@@ -41,6 +42,17 @@ class Settings:
     steps: int = 20  # timed steps of each variant
     seconds: float = 120.0  # of timing at one length; no turn begins after them
     once: bool = False  # one process a variant, which is checked and timed: sooner done, and nothing is known of a warm compile
+
+    def __post_init__(self) -> None:
+        """Raises BenchError for what can't be run."""
+        if self.dtype not in ("fp32", "bf16", None):
+            raise BenchError(f"dtype must be fp32 or bf16, got {self.dtype!r}")
+        if not 0 < self.counted <= 1:
+            raise BenchError(f"counted must be a share in (0, 1], got {self.counted}")
+        if self.steps < 1:
+            raise BenchError(f"steps must be at least 1, got {self.steps}")
+        if self.lora and importlib.util.find_spec("peft") is None:
+            raise BenchError("lora needs PEFT: pip install 'sptc[hf]', or leave the model as it is with 0")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "variants": [variant.name for variant in self.variants]}

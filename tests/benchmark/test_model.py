@@ -163,6 +163,7 @@ def test_the_loss_is_found_or_made():
         ("{llama}", {"lengths": [32, 65]}, ModelError, "more than the 64 positions"),
         ("{llama}", {"device": "cuda"}, BenchError, "sees no GPU"),
         ("{llama}", {"device": "meta"}, ConfigError, "no kernels for device 'meta'"),
+        ("{llama}", {"device": "gpu"}, BenchError, "there is no device 'gpu'"),
         ("{llama}", {"dtype": "fp16"}, BenchError, "must be fp32 or bf16"),
         ("{llama}", {"counted": 0.0}, BenchError, "must be a share"),
         ("{llama}", {"steps": 0}, BenchError, "steps must be at least 1"),
