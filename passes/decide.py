@@ -30,6 +30,7 @@ from sptc.passes.cost import (
     sparse_ffn,
 )
 from sptc.passes.counted import counted_share, find_counted, fits
+from sptc.passes.decide_loss import decide_loss
 from sptc.passes.gradients import with_gradients
 from sptc.passes.operand_dtypes import misfit
 from sptc.passes.pattern import argument, dtype, op, requires_grad, shape
@@ -60,9 +61,10 @@ TRIED = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}
 
 
 def decide(unit: Unit) -> Unit:
-    """Fill `decisions`, one a region in the order of `regions`.
+    """Fill `decisions`, one a region in the order of `regions`, then those on losses.
 
-    A region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks", one in dtypes that the device's sparse
+    A loss whose logits the graph returns becomes a refusal of rule "logits" unless options drop them;
+    a region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks", one in dtypes that the device's sparse
     operators don't compute in a refusal of rule "dtype".
     """
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
@@ -85,7 +87,16 @@ def decide(unit: Unit) -> Unit:
         if isinstance(unit.counted, Counted):
             unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
     planned = planned_densities(unit)
-    return replace(unit, decisions=tuple(_decide(unit, region, planned.get(region), region in trained) for region in regions))
+    losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
+    logits = frozenset(node for loss in losses if isinstance(loss, Decision) and loss.rewrite for node in loss.region.nodes)
+    return replace(
+        unit,
+        refusals=(*unit.refusals, *(loss for loss in losses if isinstance(loss, Refusal))),
+        decisions=(
+            *(_decide(unit, region, planned.get(region), region in trained, region.y in logits) for region in regions),
+            *(loss for loss in losses if isinstance(loss, Decision)),
+        ),
+    )
 
 
 def routes(unit: Unit, region: FfnRegion) -> bool:
@@ -119,14 +130,22 @@ def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
 
-def _decide(unit: Unit, region: Region, planned: float | None, trained: bool) -> Decision:
-    """The decision on one region; `planned` is its density in the plan, None without one; `trained`: gradients are recorded there."""
+def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, logits: bool) -> Decision:
+    """The decision on one region.
+
+    Args:
+        planned: its density in the plan, None without one.
+        trained: gradients are recorded there.
+        logits: its output is what a rewritten loss computes by itself.
+    """
     length = _length(region)
     settings, dense, sparse = _forms(unit, region, uniform_density(unit, region) if planned is None else planned, length)
     here = {_LENGTH: length.hint}
     costs = dense.at(here), sparse.at(here)
     if not enabled(unit, region):
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
+    if logits:
+        return Decision(region, False, "its output is logits of a loss that is rewritten", settings, *costs)
     if planned == 1.0:
         return Decision(region, False, "the plan keeps it dense", settings, *costs)
     if not trained and unit.config.inference == "dense" and ("inference" in unit.config.given or not unit.states):

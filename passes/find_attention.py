@@ -21,7 +21,7 @@ from sptc.passes.lookalike import Flow, between_products
 from sptc.passes.lower_einsum import EINSUM
 from sptc.passes.mask import MASKED, Frame, MaskInput, Refused, read_mask
 from sptc.passes.mask_reader import Reader
-from sptc.passes.pattern import COPIES, VIEWS, argument, base_name, dtype, op, same_size, shape, transparent
+from sptc.passes.pattern import COPIES, VIEWS, argument, base_name, dtype, op, plain_number, same_size, shape, transparent, value
 from sptc.passes.site import site_of
 from sptc.region import AttentionRegion, Found, Refusal
 
@@ -204,6 +204,14 @@ def _refuse_einsum(node: Node) -> None:
         raise Refused("layout", node, f'the einsum "{node.args[0]}" is not one batched product of two matrices')
 
 
+def _constant(node: Node, name: str) -> float:
+    """An optional factor of a sum or product, such as `alpha`."""
+    factor = plain_number(node.kwargs.get(name, 1))
+    if factor is None:
+        raise Refused("scale", node, f"{name} of {node.name} is computed in the graph")
+    return factor
+
+
 def _node(product: Node, position: int) -> Node:
     """The first (0) or second (1) factor of a product."""
     factor = product.args[position + (op(product) == "aten.baddbmm.default")]
@@ -227,7 +235,7 @@ class _Scores:
             node = self._step(node)
         self.nodes.add(node)
         if op(node) == "aten.baddbmm.default":
-            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+            beta, alpha = (_constant(node, name) for name in ("beta", "alpha"))
             if beta != 0:
                 self._mask("add", node.args[0], node, self.scale * beta)
             self.scale *= alpha
@@ -288,10 +296,10 @@ class _Scores:
         if all(products):
             raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")
         scores, mask = (a, b) if products[0] else (b, a)
-        factor = node.kwargs.get("alpha", 1) * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
+        factor = _constant(node, "alpha") * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
         if scores is not a and factor != 1:
             raise Refused("scores", node, f"{node.name} subtracts the scores")
-        if not isinstance(mask, Node):
+        if not isinstance(value(mask), torch.Tensor):
             return scores  # softmax is the same for scores that are all greater by one number
         if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
             raise Refused("shape", node, f"{node.name} broadcasts the scores to {_sizes(node)}")

@@ -29,6 +29,7 @@ from sptc.passes.pattern import (
     match_projection,
     op,
     origin_of_units,
+    plain_number,
     same_size,
     shape,
     transparent,
@@ -233,12 +234,12 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
         return _stranger(node, walk)
     walk.nodes.add(node)
     arguments = [_lift_argument(a, walk) for a in node.args]
-    for arg in node.all_input_nodes:
+    for arg in (a for a in node.all_input_nodes if plain_number(a) is None):
         if len(shape(arg)) != len(shape(node)) or not all(map(same_size, shape(arg), shape(node))):
             walk.refuse(
                 "shape", node, f"{node.name} ({name}) combines {arg.name} {list(shape(arg))} into {list(shape(node))}: it broadcasts"
             )
-    lifted = expression.lift(name, arguments, dict(node.kwargs))
+    lifted = expression.lift(name, arguments, {key: _lift_argument(a, walk) for key, a in node.kwargs.items()})
     if lifted is None:
         walk.refuse("activation", node, f"{node.name} ({name}) has arguments that no elementwise expression covers")
         return sympy.Integer(0)
@@ -260,6 +261,8 @@ def _descend(node: Node, walk: _Walk) -> sympy.Expr:
 
 
 def _lift_argument(arg: Any, walk: _Walk) -> Any:
+    if isinstance(arg, Node) and (number := plain_number(arg)) is not None:
+        return number
     return _lift(arg, walk) if isinstance(arg, Node) else arg
 
 

@@ -85,6 +85,7 @@ def read_mask(
     parts += [_read(reader, given, layout) for given, layout in inputs]
     allowed = terms.conjunction(*(part.allowed for part in parts))
     biases = [part.bias for part in parts if part.bias is not None]
+    merged = any(part.merged for part in parts)
     booleans = [part.boolean for part in parts if part.boolean is not None]
     if len(biases) > 1:
         raise Refused("mask", biases[1], "two tensors are added to the scores, and neither reads as a mask")
@@ -106,6 +107,7 @@ def read_mask(
         sizes=tuple(writer.sizes),
         boolean=booleans[0] if booleans else None,
         bias=biases[0] if biases else None,
+        merged=merged,
         causal=any(_is_causal(conjunct, frame) for conjunct in kept),
     )
 
@@ -115,6 +117,7 @@ class _Part:
     allowed: Truth = True
     boolean: Node | None = None
     bias: Node | None = None
+    merged: bool = False  # the bias is [b * h, 1 or n, m]
 
 
 def _read(reader: Reader, given: MaskInput, layout: Frame) -> _Part:
@@ -132,13 +135,22 @@ def _read(reader: Reader, given: MaskInput, layout: Frame) -> _Part:
 
 def _whole(given: MaskInput, layout: Frame) -> _Part:
     """The tensor as it is."""
-    if layout.merged or given.how == "drop":
+    merged = layout.merged and given.how == "add" and _unmerges(given.node, layout)
+    if (layout.merged and not merged) or given.how == "drop":
         raise Refused("mask", given.node, f"the mask {given.node.name} neither reads as a predicate nor broadcasts to the scores")
     if given.how == "keep":
         return _Part(boolean=given.node)
     if given.factor != 1.0:
         raise Refused("scale", given.node, f"the bias {given.node.name} is scaled together with the scores")
-    return _Part(bias=given.node)
+    return _Part(bias=given.node, merged=merged)
+
+
+def _unmerges(node: Node, layout: Frame) -> bool:
+    """Whether a tensor is [b * h, 1 or n, m], and so a view of one that broadcasts to [b, h, n, m]."""
+    own = shape(node)
+    if len(own) != 3 or not isinstance(layout.h, int):
+        return False
+    return same_size(own[0], layout.b * layout.h) and (same_size(own[1], 1) or same_size(own[1], layout.n)) and same_size(own[2], layout.m)
 
 
 def _added(number: Number, given: MaskInput, layout: Frame) -> _Part:

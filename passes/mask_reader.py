@@ -19,7 +19,7 @@ from sptc.passes import mask_terms as terms
 from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.mask_rules import RULES, At
 from sptc.passes.mask_terms import ZERO, Element, Linear, Number, Size, Term, Unreadable
-from sptc.passes.pattern import op, same_size, shape, value
+from sptc.passes.pattern import op, plain_number, same_size, shape, value
 
 _SIZE_ARITHMETIC: dict[Any, Callable[..., Number]] = {
     operator.add: terms.add,
@@ -95,13 +95,15 @@ class Reader:
             return arg
         if isinstance(arg, int | float):
             return Linear(arg)
-        number = value(arg)
-        if isinstance(number, int | float):
-            return Linear(number)
+        known = value(arg)
+        if isinstance(known, torch.SymFloat):
+            known = plain_number(known)
+        if isinstance(known, int | float):
+            return Linear(known)
         if isinstance(arg, Node) and arg.target in _SIZE_ARITHMETIC:
             return _SIZE_ARITHMETIC[arg.target](*(terms.as_number(self.scalar(a)) for a in arg.args))
-        if isinstance(number, torch.SymInt):
-            return self.size(number, arg)
+        if isinstance(known, torch.SymInt):
+            return self.size(known, arg)
         raise Unreadable(f"{arg} is no number")
 
     def constant(self, arg: Any) -> float | None:

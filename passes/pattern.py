@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import guard_float, has_free_unbacked_symbols, statically_known_true
 
 from sptc.region import Lora, Projection
 
@@ -80,9 +81,18 @@ def dtype(node: Any) -> torch.dtype | None:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without adding a guard to a symbolic graph."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     return bool(statically_known_true(a == b))
+
+
+def plain_number(arg: Any) -> float | None:
+    """The number that an argument is; None where data decides it.
+
+    With dynamic=True Dynamo makes symbols of a module's numbers too: one that a region's form depends on is made a constant by a guard.
+    """
+    known = value(arg)
+    if isinstance(known, torch.SymFloat) and not has_free_unbacked_symbols(known):
+        return guard_float(known)
+    return float(known) if isinstance(known, int | float) and not isinstance(known, bool) else None
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

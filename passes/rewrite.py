@@ -15,6 +15,7 @@ from sptc.passes.effects import remove_dead_code
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
 from sptc.passes.rewrite_ffn import rewrite_ffn
+from sptc.passes.rewrite_loss import drop_returned, rewrite_loss
 from sptc.passes.rewrite_units import rewrite_units
 from sptc.passes.token_lists import Tokens, insert_tokens
 from sptc.passes.unit import Unit
@@ -24,6 +25,8 @@ from sptc.region import (
     CodebookState,
     Decision,
     FfnSettings,
+    LossRegion,
+    LossSettings,
     Region,
     RouterState,
     Settings,
@@ -37,10 +40,18 @@ def rewrite(unit: Unit) -> Unit:
     chosen = [d for d in unit.decisions if d.rewrite]
     every = list(frames(unit.gm))
     by_graph = {frame.gm.graph: frame for frame in every}
-    tokens = insert_tokens(unit, [d.settings for d in chosen])
+    tokens = insert_tokens(unit, [d.settings for d in chosen if not isinstance(d.settings, LossSettings)])
+    dropped: list[int] = []
     for decision in chosen:
-        y = sparse_form(decision.region, decision.settings, unit.states.get(decision.region), by_graph, tokens)
-        decision.region.y.replace_all_uses_with(y)
+        region, settings = decision.region, decision.settings
+        if isinstance(region, LossRegion):
+            assert isinstance(settings, LossSettings)
+            y = rewrite_loss(region, settings)
+            dropped += drop_returned(region.y.graph, region.returned)
+        else:
+            assert not isinstance(settings, LossSettings)
+            y = sparse_form(region, settings, unit.states.get(region), by_graph, tokens)
+        region.y.replace_all_uses_with(y)
     for decision in chosen:
         _erase(decision)
     for frame in every:
@@ -49,7 +60,7 @@ def rewrite(unit: Unit) -> Unit:
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
         remove_dead_code(frame.gm.graph)
         drop_unused_operands(frame)
-    return unit
+    return replace(unit, dropped=tuple(dropped))
 
 
 def _choosers() -> list[Any]:

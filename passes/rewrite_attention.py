@@ -18,7 +18,10 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     b = Builder(region.y)
     mask = region.mask
     q, k, v = region.q, region.k, region.v
-    operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, mask.bias)
+    bias = mask.bias
+    if mask.bias is not None and mask.merged:
+        bias = b.call(aten.unflatten.int, mask.bias, 0, [-1, shape(q)[1]])
+    operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, bias)
     blocks = (settings.query_block, settings.key_block)
     statistics = state is not None and state.training
     chosen = b.call(
@@ -51,8 +54,23 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         region.scale,
         *blocks,
     )
-    y = _laid_out(b.cast(b.item(out, 0), dtype(region.y)), region.y, b)
+    y = b.item(out, 0)
+    if settings.density == 1.0 and mask.hides:
+        y = b.call(aten.add.Tensor, y, b.cast(_zero_times(v, shape(q)[1], b), dtype(y)))
+    y = _laid_out(b.cast(y, dtype(region.y)), region.y, b)
     return b.call(aten.clone.default, y) if _is_written(region.y) else y
+
+
+def _zero_times(v: Node, heads: Any, b: Builder) -> Node:
+    """[b, h, 1, d_v]: 0 times the values of all keys, summed; zeros, where all values are finite.
+
+    Softmax gives a masked key the weight 0, and 0 times NaN is NaN in the dense product, so that one token without a number spoils every
+    row of its sequence and the loss shows it. Sparse attention skips what is masked. Without gradient, as 0 has none.
+    """
+    zeros = b.call(aten.mul.Tensor, b.call(aten.detach.default, v), 0)
+    total = b.call(aten.sum.dim_IntList, zeros, [2], True)
+    key_heads = shape(v)[1]
+    return total if same_size(key_heads, heads) else b.call(aten.repeat_interleave.self_int, total, heads // key_heads, 1)
 
 
 def _is_written(y: Node) -> bool:

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from sptc.passes.build import Builder, aten
 from sptc.passes.counted import fits
-from sptc.passes.pattern import TRANSPARENT, VIEWS, dtype, op
+from sptc.passes.pattern import TRANSPARENT, VIEWS, dtype, op, value
 from sptc.passes.token_lists import Tokens
 from sptc.region import FfnRegion, Lora, Projection, UnitSettings
 
@@ -81,6 +81,8 @@ class _Ffn:
 
     def _again(self, node: Node, known: dict[Node, Node]) -> Node:
         """The activation's nodes once more; backward keeps what they are computed from. Views and copies have nothing to do on rows."""
+        if not isinstance(value(node), torch.Tensor):
+            return node  # a number
         if node not in known:
             name = op(node)
             if name in VIEWS or name in TRANSPARENT:

@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch.fx import Node
 
 from sptc.passes.lookalike import projects
 from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import base_name, requires_grad, same_size, shape
 from sptc.passes.site import modules_of
-from sptc.region import FfnRegion, Region
+from sptc.region import FfnRegion, LossRegion, Region
 
 _SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 
 
-def excluding(region: Region, patterns: Iterable[str]) -> str | None:
+def excluding(region: Region | LossRegion, patterns: Iterable[str]) -> str | None:
     """The first of `patterns` that the name of a module of the region matches, or of a module around it."""
     names = modules_of(region.nodes)
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
@@ -54,8 +55,14 @@ def _reaches(start: Node, step: Callable[[Node], list[Node]], goal: Callable[[No
 
 
 def _is_stream(node: Node) -> bool:
-    """A sum of computed tensors, or what comes out of a checkpointed layer."""
-    return node.target is CHECKPOINT or _adds(node)
+    """A sum of computed tensors, what comes out of a checkpointed layer, or, after a graph break, what another graph computed."""
+    return node.target is CHECKPOINT or _adds(node) or _is_computed_before(node)
+
+
+def _is_computed_before(node: Node) -> bool:
+    """Whether a node is an input of the graph that trained weights before it led to."""
+    example = getattr(node.meta.get("grapharg"), "example", None) if node.op == "placeholder" else None
+    return isinstance(example, torch.Tensor) and example.requires_grad and not example.is_leaf
 
 
 def _adds(node: Node) -> bool:

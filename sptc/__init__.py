@@ -8,6 +8,7 @@ for a budget; `bench` compares training steps.
 from sptc.benchmark.bench import bench
 from sptc.compiled import report
 from sptc.config import Config, ConfigError
+from sptc.dropped import DroppedLogitsError
 from sptc.explain import explain
 from sptc.plan import Plan
 from sptc.planning import plan
@@ -15,4 +16,4 @@ from sptc.prepare import prepare
 from sptc.report import Report
 from sptc.state import step
 
-__all__ = ["Config", "ConfigError", "Plan", "Report", "bench", "explain", "plan", "prepare", "report", "step"]
+__all__ = ["Config", "ConfigError", "DroppedLogitsError", "Plan", "Report", "bench", "explain", "plan", "prepare", "report", "step"]

@@ -22,6 +22,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, innermost_fn
 
 from sptc.capture import called_modules
+from sptc.dropped import dropped_logits
 from sptc.outside import outside_note
 from sptc.report import Report
 
@@ -29,15 +30,17 @@ from sptc.report import Report
 class CompiledGraph:
     """A compiled graph with the report of its compile."""
 
-    def __init__(self, call: Callable[..., Any], report: Report, inputs: Sequence[Any]) -> None:
+    def __init__(self, call: Callable[..., Any], report: Report, inputs: Sequence[Any], dropped: Sequence[int] = ()) -> None:
         self._call = call
+        self._dropped = frozenset(dropped)
         self.report = report
         parameters = [x for x in inputs if isinstance(x, nn.Parameter)]
         self.parameters = tuple(weakref.ref(p) for p in parameters)
         self._shapes = Counter((tuple(p.shape), p.dtype) for p in parameters)
 
     def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+        results = self._call(*args)
+        return [dropped_logits() if i in self._dropped else r for i, r in enumerate(results)] if self._dropped else results
 
     def live_parameters(self) -> list[nn.Parameter]:
         """The parameters that it was compiled with, as far as they exist."""
@@ -68,7 +71,7 @@ def report(model: Callable[..., Any]) -> Report:
         name = getattr(model, "__name__", type(model).__name__)
         raise RuntimeError(
             f"no graph of {name} was compiled with backend 'spt': compile it with torch.compile(model, backend='spt') or "
-            "model.compile(backend='spt'), and run it once before asking for its report (sptc.explain needs no compile)"
+            "model.compile(backend='spt'), a deepcopy anew, and run it once before asking for its report (sptc.explain needs no compile)"
         )
     first: dict[Any, int] = {}  # by frame and parameters
     keys = [(at[0], frozenset(map(id, graph.live_parameters()))) for at, graph in sorted(found.items())]
@@ -76,8 +79,10 @@ def report(model: Callable[..., Any]) -> Report:
     notes = [note for code in codes if (note := _limit_note(code)) is not None]
     root = model._orig_mod if isinstance(model, OptimizedModule) else innermost_fn(model)
     if isinstance(root, nn.Module):
-        outside = outside_note(root, {id(p) for graph in graphs for p in graph.live_parameters()})
-        notes += [outside] if outside is not None else []
+        own = [graph for graph in graphs if graph.compiled_for([*root.parameters()])]
+        if own or not any(graph.parameters for graph in graphs):  # otherwise all were compiled for another instance
+            outside = outside_note(root, {id(p) for graph in own for p in graph.live_parameters()})
+            notes += [outside] if outside is not None else []
     return Report.merged((graph.report for graph in graphs), notes, same)
 
 
@@ -115,10 +120,17 @@ def _compiled(model: Callable[..., Any]) -> tuple[dict[tuple[int, int], Compiled
     candidates = dict(found for start in starts for found in _graphs(start, backend, seen))
     parameters = [p for module in modules for p in module.parameters()]
     fitting = {at: graph for at, graph in candidates.items() if graph.fits(parameters)}
-    if any(graph.compiled_for(parameters) for graph in fitting.values()):
+    if not any(graph.compiled_for(parameters) for graph in fitting.values()):
+        if isinstance(model, nn.Module) and not any(map(_is_compiled, model.modules())):
+            return own, seen  # a copy of a compiled module: deepcopy and pickle lose what `Module.compile` did
+    else:
         # The rest of a frame after a graph break may hold no parameter at all.
         fitting = {at: graph for at, graph in fitting.items() if graph.compiled_for(parameters) or not graph.parameters}
     return own | fitting, seen
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None or innermost_fn(module.forward) != module.forward
 
 
 def _methods(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -153,8 +165,18 @@ def _graphs(function: Any, backend: Any, seen: set[types.CodeType]) -> Iterator[
         for name in entry.code.co_names:
             target: Any = function.__globals__.get(name)
             if name.startswith("__compiled_fn_"):
-                graph = innermost_fn(target)
-                if isinstance(graph, CompiledGraph):
+                for graph in _behind(target):
                     yield (entry.compile_id.frame_id or 0, entry.compile_id.frame_compile_id or 0), graph
             elif name.startswith("__resume_at_"):
                 yield from _graphs(target, backend, seen)
+
+
+def _behind(function: Any) -> Iterator[CompiledGraph]:
+    """The compiled graph that a global of Dynamo's calls: for weights with a `__torch_function__` of their own it is held in a closure."""
+    function = innermost_fn(function)
+    if isinstance(function, CompiledGraph):
+        yield function
+    elif isinstance(function, types.FunctionType):
+        for held in inspect.getclosurevars(function).nonlocals.values():
+            if callable(held):
+                yield from _behind(held)

@@ -47,6 +47,12 @@ class Config:
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
     )
+    loss_enabled: bool = _option("loss.enabled", True, "rewrite losses: labels that are ignored cost nothing, and logits are never whole")
+    loss_logits: Literal["keep", "drop"] = _option(
+        "loss.logits",
+        "keep",
+        "logits that a graph with gradients returns beside its loss: 'keep' leaves such a loss dense, 'drop' returns a tensor that raises",
+    )
     inference: Literal["dense", "sparse"] = _option(
         "inference", "dense", "graphs without gradients; with trained routers or codebooks they are sparse unless this is given"
     )

@@ -10,14 +10,16 @@ _NAMED = 6  # modules that a note lists
 
 
 def outside_note(model: nn.Module, read: Collection[int]) -> str | None:
-    """A note on the modules whose parameters no graph reads; None if there are none, or if all graphs were compiled for another instance.
+    """A note on the modules whose parameters no graph reads; None if there are none.
 
     Args:
         model: what was captured or compiled.
         read: `id` of every parameter that is an input of a graph.
     """
     if not any(id(p) in read for p in model.parameters()):
-        return None
+        if not any(True for _ in model.parameters()):
+            return None
+        return "no graph reads a parameter of the model: its layers run eagerly, or graphs are given their weights as other tensors"
     names = list(_outside(model, "", read))
     if not names:
         return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch.fx import Node
 
-Kind = Literal["attention", "ffn"]
+Kind = Literal["attention", "ffn", "loss"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,14 @@ class Mask:
     tensors: tuple[Node, ...] = ()  # t0, t1, ... of the predicate
     sizes: tuple[Node | int, ...] = ()  # s0, s1, ... of the predicate
     boolean: Node | None = None  # bool, broadcastable to [b, h, n, m]
-    bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m]
+    bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m], or where `merged` [b * h, 1 or n, m]
+    merged: bool = False  # batch and heads are one dimension of the bias
     causal: bool = False  # the predicate implies k <= q + (m - n)
+
+    @property
+    def hides(self) -> bool:
+        """Whether some query may not attend to some key."""
+        return self.predicate != "True" or self.boolean is not None or self.bias is not None
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,61 @@ class FfnRegion:
 
 
 Region = AttentionRegion | FfnRegion
+"""What has a sparse form. A `LossRegion` has another one, which is exact."""
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Undoes a view of the rows: sizes are numbers, or a dimension of an input or of what is computed from inputs; None: what is left."""
+
+    sizes: tuple[int | tuple[Node, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Undoes a slice of the rows: what was cut off does not count."""
+
+    dim: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Undoes a transposition."""
+
+    order: tuple[int, ...]
+
+
+Step = Reshape | Pad | Permute
+
+
+@dataclass(frozen=True)
+class LossRegion:
+    """y = cross entropy of f(x W^T + bias), a number: closed but for logits that the graph returns."""
+
+    y: Node
+    projection: Projection  # of x [..., d] to the logits
+    bias: Node | None  # [..., classes], of as many elements as classes
+    transform: str  # f, canonical string over u0; "u0" for nothing
+    labels: Node  # as the loss reads them
+    undo: tuple[Step, ...]  # from the labels to those of the rows of x
+    ignored: int
+    mean: bool  # over labels that count; else their sum
+    smoothing: float
+    returned: tuple[Node, ...]  # logits, maybe cast, cut or viewed, that the graph returns
+    classes: int
+    product: torch.dtype  # of the logits as the projection gives them
+    nodes: frozenset[Node]
+    site: Site
+    kind: Literal["loss"] = "loss"
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A place that looked like a region and is not usable: the rule, the node, why, and where."""
 
-    kind: Literal["attention", "ffn", "graph"]  # "graph": a part of the graph that no finder looks into
+    kind: Kind | Literal["graph"]  # "graph": a part of the graph that no finder looks into
     rule: str  # short and stable, for example "escapes"
     node: Node
     reason: str  # for people
@@ -189,26 +244,12 @@ Settings = AttentionSettings | FfnSettings | UnitSettings
 
 
 @dataclass(frozen=True)
-class Reshape:
-    """Undoes a view of the rows: sizes are numbers, or a dimension of an input or of what is computed from inputs; None: what is left."""
+class LossSettings:
+    """How a loss is computed: for the rows that count, some at a time."""
 
-    sizes: tuple[int | tuple[Node, int] | None, ...]
-
-
-@dataclass(frozen=True)
-class Pad:
-    """Undoes a slice of the rows: what was cut off does not count."""
-
-    dim: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
-class Permute:
-    """Undoes a transposition."""
-
-    order: tuple[int, ...]
+    rows: int  # at a time, at most
+    drop: bool  # what the graph returns of the logits is nothing
+    density: float = 1.0  # exact whatever the settings
 
 
 @dataclass(frozen=True)
@@ -219,7 +260,7 @@ class Counted:
     target: Node
     ignored: int
     chain: tuple[Node, ...]  # what computes the target from inputs, in order
-    undo: tuple[Reshape | Pad | Permute, ...]  # from the rows of the loss to those of the tokens
+    undo: tuple[Step, ...]  # from the rows of the loss to those of the tokens
     lead: tuple[Any, ...]  # sizes of the mask then
 
 
@@ -230,15 +271,16 @@ class Cost:
     flops: float
     bytes: float
     seconds: float
+    kept: float  # bytes that forward keeps for backward
 
 
 @dataclass(frozen=True)
 class Decision:
     """Whether a region is rewritten, how, and why."""
 
-    region: Region
+    region: Region | LossRegion
     rewrite: bool
     reason: str
-    settings: Settings
+    settings: Settings | LossSettings
     dense: Cost
     sparse: Cost

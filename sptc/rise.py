@@ -34,7 +34,7 @@ from sptc.passes.frame import frames, input_index, outermost, parameter
 from sptc.passes.key import region_keys
 from sptc.passes.unit import Unit
 from sptc.plan import Choice, Plan, PlannedRegion
-from sptc.region import Counted, Decision, FfnRegion, Region, Settings
+from sptc.region import Counted, Decision, FfnRegion, LossRegion, Region, Settings
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
 
     def decided() -> Iterator[Decision]:
         for decision in unit.decisions:
-            if decision.region not in densities:
+            if isinstance(decision.region, LossRegion) or decision.region not in densities:
                 yield decision
                 continue
             density = densities[decision.region]

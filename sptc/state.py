@@ -130,6 +130,9 @@ class DenseNotice:
     def __init__(self) -> None:
         self._said = False
 
+    def __reduce__(self) -> Any:
+        return DenseNotice, ()  # a copy of the model is one that has not been told: it lost what `Module.compile` did
+
     def say(self, owner: nn.Module) -> None:
         if not self._said:
             self._said = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -237,6 +238,36 @@ def test_what_is_in_no_graph_is_listed():
         (note,) = [note for note in report.notes if "in no graph" in note]
         assert note.startswith("in no graph: scale, hidden; ")
     assert not [note for note in explain(Broken(), X, NEVER).notes if "in no graph" in note]
+
+
+class Bare(nn.Module):
+    """Whatever has parameters runs outside of any graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Ffn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.compiler.disable(self.ffn)(x.sin()).cos()
+
+
+def test_graphs_that_read_no_parameter_are_a_note():
+    for report in (explain(Bare(), X, NEVER), sptc.report(compiled(Bare()))):
+        assert [note for note in report.notes if note.startswith("no graph reads a parameter of the model")]
+    assert not explain(torch.nn.Tanh(), X, NEVER).notes
+
+
+def test_a_deepcopy_has_no_report_until_it_is_compiled():
+    backend, model = without_inductor(**NEVER), Ffn()
+    model.compile(backend=backend)
+    model(X)
+    twin = copy.deepcopy(model)
+    twin(X)
+    with pytest.raises(RuntimeError, match="a deepcopy anew"):
+        sptc.report(twin)
+    twin.compile(backend=backend)
+    twin(X)
+    assert len(sptc.report(twin).regions) == 1 == len(sptc.report(model).regions)
 
 
 def test_the_recompile_limit_is_a_note():

@@ -94,8 +94,11 @@ def test_eager_is_untouched_and_says_once_a_model_that_it_is_dense(caplog):
         assert torch.equal(model(x), plain)
         model(x)
         assert len(caplog.records) == 1
-        copy.deepcopy(Model())(x)
-    assert len(caplog.records) == 2
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # they lost what `Module.compile` did
+            caplog.clear()
+            twin(x)
+            twin(x)
+            assert len(caplog.records) == 1
     for _, owner in list(owners(model)):
         detach(owner)
     assert not list(owners(model)) and not hasattr(model.a, "spt")

@@ -136,3 +136,21 @@ def test_prepare_and_explain(base):
     for report in (sptc.explain(model, x, options), sptc.prepare(model, x, options)):
         assert {(r.kind, r.status) for r in report.regions} == {("attention", "rewritten"), ("ffn", "refused")}
     assert before.keys() == dict(model.named_parameters()).keys() and hasattr(model[0], "spt")
+
+
+class Weight(nn.Parameter):
+    """A parameter with a `__torch_function__` of its own, as those of bitsandbytes are: Dynamo calls its graph through a closure."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_graph_that_dynamo_wraps_once_more_has_its_report():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    model[0].weight = Weight(model[0].weight.detach())
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    compiled(torch.randn(2, 5, 8)).sum().backward()
+    (region,) = sptc.report(compiled).regions
+    assert (region.kind, region.status) == ("ffn", "rewritten")

@@ -21,7 +21,8 @@ train mode without dropout. Written by `python -m bench.architectures table` fro
 - refused: rules of refusals, and where; what each says stands below the table.
 - unmentioned: what looks like a region and is in no region and no refusal.
 - density 1: outputs and every gradient in fp32 with everything kept, all passes, against fp64 eager: the largest relative error, and that
-  of eager in fp32 (0: a model that mixes dtypes has no fp64 form and was compared with fp32). Empty: not run.
+  of eager in fp32 (0: a model that mixes dtypes has no fp64 form, one that chooses by its data is another one there; they were compared
+  with fp32). Empty: not run.
 """
 
 

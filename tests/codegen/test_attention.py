@@ -112,6 +112,20 @@ def test_what_a_hidden_key_holds_does_not_matter(name):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["none", "causal", "window", "per head", "boolean", "bias"])
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_nan_that_is_kept_never_becomes_a_number(place, name):
+    b, h, h_kv, n = 2, 4, 2, 61
+    tensors = {"q": heads(b, h, n, 8), "k": heads(b, h_kv, n, 8, seed=1), "v": heads(b, h_kv, n, 8, seed=2)}
+    tensors[place][0, :, 33] = torch.nan
+    spec = operands(name, b, h, n, n)
+    ids, counts, *_ = select(tensors["q"], tensors["k"], None, spec, "pooled", 0.3, 8, 4, True)
+    kept = as_mask(spec).allowed((b, h, n, n), ids.device) & reference.listed(ids, counts, n, n, 8, 4).repeat_interleave(h // h_kv, 1)
+    rows = (torch.arange(n) == 33) & kept[0].any(-1) if place == "q" else kept[0, :, :, 33]
+    out, _ = ops.sparse_attention(*tensors.values(), ids, counts, *spec, None, 0.0, 0.3, 8, 4)
+    assert rows.any() and out[0][rows].isnan().all() and out[1].isfinite().all()
+
+
 def test_operands_of_wrong_shapes_are_errors():
     q, k, v = (heads(1, 2, 40, 8, torch.float32, seed) for seed in range(3))
     everything = ("True", [], [], None, None)

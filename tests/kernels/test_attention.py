@@ -117,6 +117,23 @@ def test_dropout_drops_what_the_reference_drops(sizes: str) -> None:
     check("window", sizes, torch.float32, 0.3)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("name", ["none", "causal padding", "boolean", "bias"])
+def test_nan_that_is_kept_never_becomes_a_number(name: str, place: int) -> None:
+    (b, h, h_kv, n, m, d, d_v, query_block, key_block), blocks = SIZES["larger tiles"]
+    inputs = [heads(b, *shape, torch.float32, seed) for seed, shape in enumerate(((h, n, d), (h_kv, m, d), (h_kv, m, d_v)))]
+    inputs[place][0, :, 2] = torch.nan
+    spec = operands(name, b, h, n, m)
+    ids, counts = some_lists(b, h_kv, n, m, query_block, key_block)
+    listed = reference.listed(ids.clamp(max=block_count(m, key_block) - 1), counts, n, m, query_block, key_block)
+    kept = reference.Mask(*spec).allowed((b, h, n, m), ids.device) & listed.repeat_interleave(h // h_kv, 1)
+    rows = (torch.arange(n) == 2) & kept[0].any(-1) if place == 0 else kept[0, :, :, 2]
+    with tiles(*blocks):
+        out, _ = attention.forward(*inputs, ids, counts, *spec, None, 0.0, SCALE, query_block, key_block)
+    assert rows.any() and out[0][rows].isnan().all() and out[1].isfinite().all()
+
+
 def test_full_lists_equal_dense_attention() -> None:
     b, h, h_kv, n, d, query_block, key_block = 1, 4, 2, 37, 16, 16, 16
     q, k, v, grad_out = (heads(b, x, n, d, torch.float32, seed) for seed, x in enumerate((h, h_kv, h_kv, h)))

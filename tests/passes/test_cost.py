@@ -8,8 +8,19 @@ import pytest
 import torch
 
 from sptc.device import DeviceCosts, Rates
-from sptc.passes.cost import AttentionShape, FfnShape, dense_attention, dense_ffn, sparse_attention, sparse_ffn
-from sptc.region import AttentionSettings, FfnSettings
+from sptc.passes.cost import (
+    AttentionShape,
+    FfnShape,
+    LossShape,
+    dense_attention,
+    dense_ffn,
+    dense_loss,
+    ffn_over_units,
+    loss_by_rows,
+    sparse_attention,
+    sparse_ffn,
+)
+from sptc.region import AttentionSettings, FfnSettings, UnitSettings
 
 PLAUSIBLE_GPU = DeviceCosts(
     single=Rates(gemm=5e13, attention=4e13, attention_backward=3e13),
@@ -93,3 +104,29 @@ def test_fp32_on_a_gpu_is_judged_at_its_own_speed():
     sparse_half, sparse_single = (attention_seconds(PLAUSIBLE_GPU, 1, 8192, t) for t in (torch.bfloat16, torch.float32))
     assert sparse_single / sparse_half > 0.5 * single / half
     assert attention_seconds(CPU, 1, 8192, torch.float32) == attention_seconds(CPU, 1, 8192), "a CPU computes both alike"
+
+
+def kept(work) -> float:
+    return work.at(EMPTY).kept
+
+
+def test_bytes_kept_for_backward():
+    """Of bf16 elements, by hand: what fused attention, an FFN and a loss keep, and what is left of it."""
+    tokens = 2 * 512
+    by_hand = 2 * tokens * 128 * (32 + 32 + 8 + 8)  # queries and output of 32 heads, keys and values of 8
+    assert kept(dense_attention(attention(2, 512), CPU)) == kept(sparse_attention(attention(2, 512), SETTINGS, CPU)) == by_hand
+    spelled = replace(attention(2, 512), fused=False, halved=False)
+    assert kept(dense_attention(spelled, CPU)) == by_hand + 2 * 2 * 32 * 512 * 512
+    assert kept(dense_ffn(ffn(tokens), CPU)) == 2 * tokens * (4096 + 2 * 14336)
+    assert kept(ffn_over_units(ffn(tokens), UnitSettings(14336, 14336 // 2), CPU)) == 2 * tokens * (4096 + 14336)
+    loss = LossShape(tokens, 0.25, 4096, 128256, rank=0, dtype=torch.bfloat16, need_x=True, need_weight=False, need_adapter=False)
+    assert kept(dense_loss(loss, CPU)) == 2 * tokens * (128256 + 4096)
+    assert kept(loss_by_rows(loss, CPU)) == 2 * tokens * 4096
+    assert kept(loss_by_rows(replace(loss, need_weight=True), CPU)) == 2 * 4096 * (tokens + 128256)
+
+
+def test_labels_that_do_not_count_cost_a_loss_nothing():
+    loss = LossShape(4096, 1.0, 4096, 128256, rank=16, dtype=torch.bfloat16, need_x=True, need_weight=False, need_adapter=True)
+    whole, quarter = (loss_by_rows(replace(loss, counted=share), CPU).at(EMPTY) for share in (1.0, 0.25))
+    assert quarter.flops == whole.flops / 4 and quarter.seconds == whole.seconds / 4
+    assert whole.flops == dense_loss(loss, CPU).at(EMPTY).flops

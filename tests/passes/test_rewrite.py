@@ -111,6 +111,42 @@ def test_a_bias_from_outside_a_checkpoint(make):
     assert region.status == "rewritten"
 
 
+class Merged(nn.Module):
+    """Attention over [b * h, n, m] scores, to which `baddbmm` adds a bias of that layout, and a causal mask after it."""
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.beta = nn.Linear(16, 48), beta
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (t.view(b, n, 2, 8).transpose(1, 2).reshape(b * 2, n, 8) for t in self.qkv(x).chunk(3, -1))
+        scores = bias.sin().baddbmm(q, k.transpose(-1, -2), beta=self.beta, alpha=0.3).view(b, 2, n, n)
+        weights = (scores + torch.full((n, n), -torch.inf).triu(1)).softmax(-1).view(b * 2, n, n)
+        return torch.bmm(weights, v).view(b, 2, n, 8).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("lead", [(6, 1), (6, 0), (1, 0), (0,)], ids=str)  # 0: as many as keys
+def test_a_bias_with_batch_and_heads_in_one_dimension(lead, dynamic):
+    model = Merged()
+    compiled = torch.compile(model, backend=without_inductor(**FULL), dynamic=dynamic)
+    for n in (11, 14):
+        x, bias = torch.randn(3, n, 16), torch.randn(*(size or n for size in lead), n)
+        want = gradients(model, model(x, bias).square().sum())
+        assert_gradients_close(gradients(model, compiled(x, bias).square().sum()), want)
+    assert all(region.status == "rewritten" for region in sptc.report(compiled).regions)
+
+
+@pytest.mark.parametrize(("beta", "sizes", "rule"), [(2.0, (6, 1, 11), "scale"), (1.0, (6, 11, 1), "mask"), (1.0, (6, 1, 1), "mask")])
+def test_other_biases_of_merged_scores_are_refused(beta, sizes, rule):
+    compiled = torch.compile(Merged(beta), backend=without_inductor(**FULL))
+    compiled(torch.randn(3, 11, 16), torch.randn(sizes)).sum().backward()
+    (region,) = sptc.report(compiled).regions
+    assert (region.status, region.rule) == ("refused", rule)
+
+
 class Written(torch.nn.Module):
     """Attention whose result is added to in place."""
 

@@ -54,7 +54,7 @@ def found(model: nn.Module, **options) -> tuple[list[str], list[tuple[str, str]]
 
     torch.compile(model, backend=backend)(torch.randn(2, N, D), torch.randint(0, LABELS, (2,)))
     (unit,) = units
-    return [r.site.module for r in unit.regions], [(r.rule, r.site.module) for r in unit.refusals]
+    return [r.site.module for r in unit.regions], [(r.rule, r.site.module) for r in unit.refusals if r.kind != "loss"]
 
 
 LAYERS = ["layers.0", "layers.1"]
@@ -93,6 +93,29 @@ class Wide(nn.Module):
 def test_what_may_be_or_is_a_block_of_a_stream_is_no_head(head):
     regions, refusals = found(Model(head()))
     assert len(regions) == 3 and not refusals
+
+
+class Parted(Model):
+    """The head stands after a graph break."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        for mlp in self.layers:
+            x = self.layer(mlp, x)
+        torch._dynamo.graph_break()
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("head", "rule"), [(Mlp(LABELS), ["head"]), (Mlp(), []), (Wide(), [])], ids=["head", "same-width", "adds"])
+def test_a_head_after_a_graph_break_is_one_too(head, rule):
+    units: list[Unit] = []
+
+    def backend(gm, example_inputs):
+        units.append(find(lower(Unit(gm, tuple(example_inputs), Config()))))
+        return gm.forward
+
+    torch.compile(Parted(head), backend=backend)(torch.randn(2, N, D), torch.zeros(2))
+    layers, after = units
+    assert len(layers.regions) == 2 and [r.rule for r in after.refusals] == rule and len(after.regions) == 1 - len(rule)
 
 
 def test_an_ffn_alone_is_no_head():
