@@ -60,15 +60,15 @@ class Settings:
 
 def run(source: Source, settings: Settings, progress: Progress) -> Bench:
     """Check and time all variants at all lengths. A variant that fails is an outcome with its reason; the others go on."""
+    known = facts(torch.device(settings.device))  # before hours in which a checkout may change
+    if settings.threads is not None:
+        known["threads"] = settings.threads
     cases = []
-    progress.begin(sum(_units(settings) for _ in settings.lengths))
+    progress.begin(len(settings.lengths) * _units(settings))
     for length in settings.lengths:
         with tempfile.TemporaryDirectory(prefix="sptc-bench-") as scratch:
             cases.append(_case(source, settings, length, Path(scratch), progress))
     progress.end()
-    known = facts(torch.device(settings.device))
-    if settings.threads is not None:
-        known["threads"] = settings.threads
     return Bench(known, {"model": source.name, **settings.to_dict()}, cases)
 
 
