@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sptc.benchmark.bench import bench
@@ -15,10 +16,13 @@ from sptc.benchmark.job import Job, Source
 from sptc.benchmark.model import loss_of, make, trained
 from sptc.benchmark.variants import BenchError, Variant
 from sptc.config import ConfigError
-from sptc.load_model import ModelError, load_trained
+from sptc.explain import explain
+from sptc.load_model import ModelError, load_model, load_trained
+from sptc.planning import plan
 
 FACTORY = """
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 class Head(nn.Module):
@@ -123,6 +127,17 @@ def test_the_reference_is_the_same_model_in_fp64(folders):
     wide, _, inputs, _ = make(job(folders["llama"], lora=4), reference=True)
     assert all(p.dtype == torch.float64 for p in wide.parameters())
     assert float(loss_of(wide(**inputs))) == pytest.approx(float(loss_of(model(**kwargs))), rel=1e-5)
+
+
+def test_a_plan_of_the_bare_model_holds_with_adapters(folders, tmp_path):
+    bare, inputs = load_model(folders["llama"], 2, 24)
+    path = str(tmp_path / "plan.json")
+    plan(bare, inputs, max_error=1.0, options={"decline": "never"}).save(path)
+    model, _, kwargs, _ = make(job(folders["llama"], lora=4))
+    assert [r.kind for r in explain(model, kwargs, {"plan": path}).regions if r.status != "refused"] == ["attention", "ffn"]
+    wrapped = get_peft_model(load_model(folders["llama"], 2, 24)[0], LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ConfigError, match="plan"):
+        explain(wrapped, kwargs, {"plan": path})
 
 
 def test_a_factory_is_told_the_sizes_that_it_asks_for(factory):
