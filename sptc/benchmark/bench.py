@@ -81,15 +81,15 @@ def bench(
     """
     named = isinstance(model, str)
     at = _device(model, device)
-    _check_batch(model, batch, sized=bool(sequences or lengths))
+    _check_batch(model, batch, sized=sequences is not None or bool(lengths))
     dtype = dtype or ("fp32" if named else None)
     products = fast_products(at, dtype or "fp32")
     standard = default_variants(at, dtype or "fp32", plan)
     all_of_them = [*standard, *own_variants("inductor", inductor, products), *own_variants("spt", variants, products)]
     settings = Settings(
         variants=chosen(sorted(all_of_them, key=lambda variant: not variant.dense), only),
-        batch=sequences or 1,
-        lengths=tuple(lengths or (512,)) if _takes_sizes(model) else (None,),
+        batch=1 if sequences is None else sequences,
+        lengths=(tuple(lengths) if lengths else (512,)) if _takes_sizes(model) else (None,),
         dtype=dtype,
         device=str(at),
         lora=_rank(model) if lora is None else lora,

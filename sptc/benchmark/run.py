@@ -49,8 +49,12 @@ class Settings:
             raise BenchError(f"dtype must be fp32 or bf16, got {self.dtype!r}")
         if not 0 < self.counted <= 1:
             raise BenchError(f"counted must be a share in (0, 1], got {self.counted}")
-        if self.steps < 1:
-            raise BenchError(f"steps must be at least 1, got {self.steps}")
+        sizes = {"steps": self.steps, "sequences": self.batch, "threads": self.threads, "lengths": min(self.lengths, key=lambda n: n or 1)}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise BenchError(f"{name} must be at least 1, got {size}")
+        if self.lora < 0:
+            raise BenchError(f"lora must be a rank, or 0 for none, got {self.lora}")
         if self.lora and importlib.util.find_spec("peft") is None:
             raise BenchError("lora needs PEFT: pip install 'sptc[hf]', or leave the model as it is with 0")
 
