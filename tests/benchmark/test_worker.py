@@ -186,3 +186,15 @@ def test_short_steps_run_several_a_turn_and_time_ends_turns():
     outcome.turns.clear()
     _take_turns(workers, 1.0, Settings([outcome.variant], steps=20, seconds=0.0), Case(1, 1, [outcome]), Progress(False))
     assert len(outcome.turns) == 3, "as few as give quartiles"
+
+
+def test_progress_is_lines_in_a_log_and_nothing_where_it_is_not_wanted(capsys):
+    for shown, want in ((True, "compiling\n"), (False, "")):
+        progress = Progress(shown)
+        progress.begin(2)
+        progress.say("compiling")
+        progress.say("turn 1 of 9", often=True)
+        progress.advance(2)
+        progress.end()
+        captured = capsys.readouterr()
+        assert captured.err == want and captured.out == ""
