@@ -166,7 +166,7 @@ def _ffn(decision: Decision, values: dict[Node, Any], sparse: Tensor, chosen: Se
     shares: tuple[float, ...] = ()
     if chosen is not None:
         assert isinstance(decision.settings, FfnSettings)
-        offsets = chosen[1].double()
+        offsets = chosen[2].double()
         tokens = offsets[-1] / decision.settings.active
         shares = tuple(round(float(share), 4) for share in offsets.diff() / tokens)
     return FfnMeasure(decision.region.site.module, relative(sparse, values[decision.region.y]), shares)

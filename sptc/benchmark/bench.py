@@ -80,16 +80,16 @@ def bench(
         BenchError, ConfigError, ModelError: something is wrong with what was asked for. No variant was run yet.
     """
     named = isinstance(model, str)
-    at = torch.device(device or ("cpu" if isinstance(model, str) else next(model.parameters()).device))
-    _check(model, batch, at, dtype, counted, lora, sequences, lengths, steps)
+    at = _device(model, device)
+    _check_batch(model, batch, sized=sequences is not None or bool(lengths))
     dtype = dtype or ("fp32" if named else None)
     products = fast_products(at, dtype or "fp32")
     standard = default_variants(at, dtype or "fp32", plan)
     all_of_them = [*standard, *own_variants("inductor", inductor, products), *own_variants("spt", variants, products)]
     settings = Settings(
         variants=chosen(sorted(all_of_them, key=lambda variant: not variant.dense), only),
-        batch=sequences or 1,
-        lengths=tuple(lengths or (512,)) if named else (None,),
+        batch=1 if sequences is None else sequences,
+        lengths=(tuple(lengths) if lengths else (512,)) if _takes_sizes(model) else (None,),
         dtype=dtype,
         device=str(at),
         lora=_rank(model) if lora is None else lora,
@@ -106,35 +106,33 @@ def bench(
         return run(source, settings, Progress(progress))
 
 
-def _check(
-    model: str | torch.nn.Module,
-    batch: Any,
-    device: torch.device,
-    dtype: str | None,
-    counted: float,
-    lora: int | None,
-    sequences: int | None,
-    lengths: Sequence[int] | None,
-    steps: int,
-) -> None:
-    if dtype not in ("fp32", "bf16", None):
-        raise BenchError(f"dtype must be fp32 or bf16, got {dtype!r}")
+def _device(model: str | torch.nn.Module, wanted: str | None) -> torch.device:
+    """Where to run: as `wanted`, or where the module is."""
+    parameter = None if isinstance(model, str) else next(model.parameters(), None)
+    try:
+        device = torch.device(wanted) if wanted is not None else torch.device("cpu") if parameter is None else parameter.device
+    except RuntimeError as error:
+        raise BenchError(f"there is no device {wanted!r}; write cpu, cuda or cuda:1") from error
     check_device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchError(f"device {str(device)!r}: this torch sees no GPU")
-    if not 0 < counted <= 1:
-        raise BenchError(f"counted must be a share in (0, 1], got {counted}")
-    if steps < 1:
-        raise BenchError(f"steps must be at least 1, got {steps}")
-    if lora and importlib.util.find_spec("peft") is None:
-        raise BenchError("lora needs PEFT: pip install 'sptc[hf]', or leave the model as it is with 0")
-    if isinstance(model, str):
-        if batch is not None:
-            raise BenchError("a named model makes its own batch; give `sequences` and `lengths`")
-        if is_factory(model) and (sequences or lengths) and not takes_sizes(factory_of(model)):
-            raise BenchError(f"{model!r} makes a batch of its own size: a factory with parameters `batch` and `length` is given them")
-    elif batch is None or sequences or lengths:
-        raise BenchError("a module needs a batch of yours, which has its own number of sequences and their length")
+    return device
+
+
+def _check_batch(model: str | torch.nn.Module, batch: Any, sized: bool) -> None:
+    """Whether the batch is made where it can be; `sized`: its size was asked for."""
+    if not isinstance(model, str):
+        if batch is None or sized:
+            raise BenchError("a module needs a batch of yours, which has its own number of sequences and their length")
+    elif batch is not None:
+        raise BenchError("a named model makes its own batch; give `sequences` and `lengths`")
+    elif sized and not _takes_sizes(model):
+        raise BenchError(f"{model!r} makes a batch of its own size: a factory with parameters `batch` and `length` is given them")
+
+
+def _takes_sizes(model: str | torch.nn.Module) -> bool:
+    """Whether batches of it are made here, of any size."""
+    return isinstance(model, str) and not (is_factory(model) and not takes_sizes(factory_of(model)))
 
 
 def _rank(model: str | torch.nn.Module) -> int:

@@ -88,6 +88,8 @@ def write(done: Bench, to_json: str | None, to_html: str | None, to_plot: str | 
     """Print the tables, or JSON in place of them, and write the files that were asked for."""
     text = json.dumps(done.to_dict(), indent=1)
     print(text if to_json == "-" else done)
+    for outcome in (outcome for case in done.cases for outcome in case.outcomes if outcome.trace):
+        print(f"\n{outcome.variant.name} failed:\n{outcome.trace}", file=sys.stderr)
     if to_json not in (None, "-"):
         Path(to_json).write_text(text + "\n", encoding="utf-8")
     if to_html is not None:

@@ -33,7 +33,7 @@ def make(job: Job, reference: bool = False) -> tuple[nn.Module, tuple[Any, ...],
     model.train()
     _add_labels(model, args, kwargs, job.counted)
     if job.lora:
-        model = _with_adapters(model, job.lora)
+        _add_adapters(model, job.lora)
     if not any(p.requires_grad for p in model.parameters()):
         raise BenchError("nothing in the model requires a gradient; give --lora a rank")
     if job.checkpointing:
@@ -106,27 +106,26 @@ def _labels(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     return torch.arange(logits.shape[0]) % logits.shape[-1]
 
 
-def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model  # checked before any work starts
+def _add_adapters(model: nn.Module, rank: int) -> None:
+    """LoRA inside the model, whose modules keep their names: what `sptc plan` says of the bare model holds."""
+    from peft import LoraConfig, inject_adapter_in_model  # checked before any work starts
     from transformers import PreTrainedModel
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets: str | list[str] = "all-linear" if isinstance(model, PreTrainedModel) else linear
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets), model)
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(_SCALE * torch.randn(parameter.shape, generator=numbers))
-    return adapted
 
 
 def _checkpoint(model: nn.Module) -> None:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    enable: Callable[..., Any] | None = getattr(base, "gradient_checkpointing_enable", None)
+    enable: Callable[..., Any] | None = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise BenchError(
-            f"--checkpointing: {type(base).__name__} has no gradient_checkpointing_enable; checkpoint in a factory of your own"
+            f"--checkpointing: {type(model).__name__} has no gradient_checkpointing_enable; checkpoint in a factory of your own"
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -95,13 +95,13 @@ class Case:
     """All variants at one length."""
 
     batch: int
-    length: int | None  # tokens a sequence; None where the model's inputs have no such thing
+    length: int | None  # tokens a sequence; None where the batch is not made here
     outcomes: list[Outcome]
     notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return f"{self.batch} x {self.length}" if self.length is not None else f"batch of {self.batch}"
+        return f"{self.batch} x {self.length}" if self.length is not None else "its batch"
 
     @property
     def baseline(self) -> Outcome | None:
@@ -170,6 +170,7 @@ class Case:
             "precision": o.variant.precision,
             "exact": o.variant.exact,
             "failed": o.failed,
+            "trace": o.trace or None,
             "check": None if o.check is None else {**asdict(o.check), "bound": o.check.bound, "passed": o.check.passed},
             "compile_seconds": {"cold": o.compile_cold, "warm": o.compile_warm},
             "memory_mib": {"rest": o.rest_mib, "step": o.step_mib},

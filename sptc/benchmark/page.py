@@ -59,7 +59,7 @@ def _page(bench: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _case(case: Mapping[str, Any]) -> Iterator[str]:
-    length = f"{case['batch']} x {case['length']} tokens" if case["length"] is not None else "The given batch"
+    length = f"{case['batch']} x {case['length']} tokens" if case["length"] is not None else "Its batch"
     yield f"<h2>{length}</h2>"
     timed = [v for v in case["variants"] if v.get("wall_seconds") and v["failed"] is None]
     if timed:

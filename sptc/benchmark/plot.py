@@ -43,7 +43,7 @@ def plot(bench: Mapping[str, Any], path: str) -> None:
         ]
         memory.plot([length for length, _ in weighed], [mib for _, mib in weighed], marker="o", label=name)
     for axes, label in ((time, "seconds a step"), (memory, "MiB that a step takes beyond what rests")):
-        axes.set(xlabel="tokens a sequence" if cases[0]["length"] else "batch", ylabel=label)
+        axes.set(xlabel="tokens a sequence" if cases[0]["length"] else "its batch", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.legend()
     _shares(shares, cases[-1])

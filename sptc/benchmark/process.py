@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+_LAST = 20  # lines of a log
 
 
 class WorkerFailed(RuntimeError):
@@ -21,16 +25,16 @@ class WorkerFailed(RuntimeError):
 class Worker:
     """The parent's end of a process that runs `make(*arguments)` and then methods of what that returned, each of which is a generator."""
 
-    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
-        """Start it; its making is waited for.
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any, log: Path | None = None) -> None:
+        """Start it; its making is waited for. With `log`, what it prints goes to that file, and its end to the trace of a failure.
 
         Raises:
             WorkerFailed: `make` raised, or the process ended.
         """
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        self.name = name
+        self.name, self._log = name, log
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments), name=name, daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments, log), name=name, daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -72,7 +76,8 @@ class Worker:
         self._process.join(timeout=10)
         code = self._process.exitcode
         killed = "; the system may have run out of memory" if code == -9 else ""
-        return WorkerFailed(f"its process ended with exit code {code}{killed}")
+        said = "" if self._log is None else "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST:])
+        return WorkerFailed(f"its process ended with exit code {code}{killed}", said)
 
     def close(self) -> None:
         """End the process."""
@@ -93,8 +98,12 @@ class Worker:
         self.close()
 
 
-def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], log: Path | None) -> None:
     """The child's end."""
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     try:
         served = make(*arguments)
         connection.send(("done",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from sptc.benchmark.machine import facts
 from sptc.benchmark.outcome import Bench, Case, Outcome
 from sptc.benchmark.process import Worker, WorkerFailed
 from sptc.benchmark.progress import Progress
-from sptc.benchmark.variants import Variant
+from sptc.benchmark.variants import BenchError, Variant
 from sptc.benchmark.worker import Runner
 
 _TURN = 0.3  # seconds of steps in a row, at least: what another process left in the caches then hardly shows
@@ -42,21 +43,36 @@ class Settings:
     seconds: float = 120.0  # of timing at one length; no turn begins after them
     once: bool = False  # one process a variant, which is checked and timed: sooner done, and nothing is known of a warm compile
 
+    def __post_init__(self) -> None:
+        """Raises BenchError for what can't be run."""
+        if self.dtype not in ("fp32", "bf16", None):
+            raise BenchError(f"dtype must be fp32 or bf16, got {self.dtype!r}")
+        if not 0 < self.counted <= 1:
+            raise BenchError(f"counted must be a share in (0, 1], got {self.counted}")
+        sizes = {"steps": self.steps, "sequences": self.batch, "threads": self.threads, "lengths": min(self.lengths, key=lambda n: n or 1)}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise BenchError(f"{name} must be at least 1, got {size}")
+        if self.lora < 0:
+            raise BenchError(f"lora must be a rank, or 0 for none, got {self.lora}")
+        if self.lora and importlib.util.find_spec("peft") is None:
+            raise BenchError("lora needs PEFT: pip install 'sptc[hf]', or leave the model as it is with 0")
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "variants": [variant.name for variant in self.variants]}
 
 
 def run(source: Source, settings: Settings, progress: Progress) -> Bench:
     """Check and time all variants at all lengths. A variant that fails is an outcome with its reason; the others go on."""
+    known = facts(torch.device(settings.device))  # before hours in which a checkout may change
+    if settings.threads is not None:
+        known["threads"] = settings.threads
     cases = []
-    progress.begin(sum(_units(settings) for _ in settings.lengths))
+    progress.begin(len(settings.lengths) * _units(settings))
     for length in settings.lengths:
         with tempfile.TemporaryDirectory(prefix="sptc-bench-") as scratch:
             cases.append(_case(source, settings, length, Path(scratch), progress))
     progress.end()
-    known = facts(torch.device(settings.device))
-    if settings.threads is not None:
-        known["threads"] = settings.threads
     return Bench(known, {"model": source.name, **settings.to_dict()}, cases)
 
 
@@ -117,7 +133,7 @@ def _case(source: Source, settings: Settings, length: int | None, scratch: Path,
 
 
 def _worker(job: Job) -> Worker:
-    return Worker(job.variant.name, Runner, job)
+    return Worker(job.variant.name, Runner, job, log=Path(f"{job.cache}.log"))
 
 
 def _checked(outcome: Outcome, job: Job, reference: str | None) -> Worker | None:
@@ -144,7 +160,9 @@ def _reference(job: Job, scratch: Path, case: Case) -> str | None:
     """A file with loss and gradients of the dense model in eager mode: in fp64 for fp32, in fp32 for others. None if there can't be one."""
     path = str(scratch / "reference.pt")
     try:
-        with Worker("reference", Runner, replace(job, variant=Variant("reference", "eager")), True) as worker:
+        with Worker(
+            "reference", Runner, replace(job, variant=Variant("reference", "eager")), True, log=scratch / "reference.log"
+        ) as worker:
             case.notes += worker.one("notes")
             worker.one("reference", path)
     except WorkerFailed as failure:

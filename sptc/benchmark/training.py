@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +123,7 @@ def kinds_of_operators(training: Training) -> dict[str, float]:
 
     cuda = training.device.type == "cuda"
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-    with _quiet(), profile(activities=[ProfilerActivity.CPU, activity] if cuda else [activity]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU, activity] if cuda else [activity]) as recorded:
         start = time.perf_counter()
         training.timed_step()
         seconds = time.perf_counter() - start
@@ -147,7 +144,9 @@ _PRODUCTS = (
     "aten::baddbmm",
     "mkldnn::",
     "onednn::",
-    "sptc::routed_ffn",
+    "sptc::gather_product",
+    "sptc::scatter_product",
+    "sptc::outer_product",
     "gemm",
     "cutlass",
     "nvjet",
@@ -161,16 +160,3 @@ def _kind(name: str) -> str | None:
         if any(part in name for part in parts):
             return kind
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Kineto writes to stderr, past Python, when a profile begins and ends."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)

@@ -76,8 +76,8 @@ def default_variants(device: torch.device, dtype: str, plan: str | None = None) 
 def fast_products(device: torch.device, dtype: str) -> Precision:
     """The `torch.set_float32_matmul_precision` that makes fp32 products fastest and that a user can be advised to take.
 
-    On a GPU that is TF32. On a CPU "medium" hands fp32 products to oneDNN instead of MKL, which on AMD processors is twice as fast; oneDNN
-    may then cut operands to bf16, and does so on processors with AMX only. Whether it does is tried: a product says it.
+    On a GPU that is TF32. On a CPU "medium" hands fp32 products to oneDNN instead of MKL, which is faster on AMD processors. oneDNN may
+    then cut operands to bf16, where the processor has instructions that pay for it: a product tells whether it does.
     """
     if device.type == "cuda":
         return "high"

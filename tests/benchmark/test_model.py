@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sptc.benchmark.bench import bench
@@ -15,10 +16,13 @@ from sptc.benchmark.job import Job, Source
 from sptc.benchmark.model import loss_of, make, trained
 from sptc.benchmark.variants import BenchError, Variant
 from sptc.config import ConfigError
-from sptc.load_model import ModelError, load_trained
+from sptc.explain import explain
+from sptc.load_model import ModelError, load_model, load_trained
+from sptc.planning import plan
 
 FACTORY = """
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 class Head(nn.Module):
@@ -125,6 +129,17 @@ def test_the_reference_is_the_same_model_in_fp64(folders):
     assert float(loss_of(wide(**inputs))) == pytest.approx(float(loss_of(model(**kwargs))), rel=1e-5)
 
 
+def test_a_plan_of_the_bare_model_holds_with_adapters(folders, tmp_path):
+    bare, inputs = load_model(folders["llama"], 2, 24)
+    path = str(tmp_path / "plan.json")
+    plan(bare, inputs, max_error=1.0, options={"decline": "never"}).save(path)
+    model, _, kwargs, _ = make(job(folders["llama"], lora=4))
+    assert [r.kind for r in explain(model, kwargs, {"plan": path}).regions if r.status != "refused"] == ["attention", "ffn"]
+    wrapped = get_peft_model(load_model(folders["llama"], 2, 24)[0], LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ConfigError, match="plan"):
+        explain(wrapped, kwargs, {"plan": path})
+
+
 def test_a_factory_is_told_the_sizes_that_it_asks_for(factory):
     model, _, kwargs, _ = make(job(f"{factory}:sized", counted=0.5))
     assert kwargs["labels"].shape == (2, 24) and (kwargs["labels"] == -100).sum() == 24
@@ -163,9 +178,13 @@ def test_the_loss_is_found_or_made():
         ("{llama}", {"lengths": [32, 65]}, ModelError, "more than the 64 positions"),
         ("{llama}", {"device": "cuda"}, BenchError, "sees no GPU"),
         ("{llama}", {"device": "meta"}, ConfigError, "no kernels for device 'meta'"),
+        ("{llama}", {"device": "gpu"}, BenchError, "there is no device 'gpu'"),
         ("{llama}", {"dtype": "fp16"}, BenchError, "must be fp32 or bf16"),
         ("{llama}", {"counted": 0.0}, BenchError, "must be a share"),
         ("{llama}", {"steps": 0}, BenchError, "steps must be at least 1"),
+        ("{llama}", {"sequences": 0}, BenchError, "sequences must be at least 1"),
+        ("{llama}", {"lengths": [64, 0]}, BenchError, "lengths must be at least 1"),
+        ("{llama}", {"lora": -1}, BenchError, "lora must be a rank"),
         ("{llama}", {"variants": {"half": {"ffn.densty": 0.5}}}, ConfigError, "did you mean"),
         ("{llama}", {"only": ["inducter"]}, BenchError, "did you mean 'inductor'"),
         ("{llama}", {"batch": torch.ones(2)}, BenchError, "makes its own batch"),
@@ -179,6 +198,16 @@ def test_mistakes_are_errors_before_any_process_starts(factory, folders, monkeyp
     model = name.format(factory=factory, **folders) if isinstance(name, str) else name
     with pytest.raises(error, match=says):
         bench(model, **settings)
+
+
+def test_what_is_run_without_being_asked(factory, folders, monkeypatch):
+    monkeypatch.setattr("sptc.benchmark.bench.run", lambda source, settings, progress: settings)
+    fixed, sized = bench(f"{factory}:fixed"), bench(f"{factory}:sized")
+    language = bench(folders["llama"], lengths=[32, 64], sequences=3)
+    assert fixed.lengths == (None,) and sized.lengths == (512,) and language.lengths == (32, 64) and language.batch == 3
+    assert (fixed.lora, sized.lora, language.lora) == (0, 0, 16), "a factory's model is taken as it is"
+    given = bench(nn.Linear(4, 4).double(), torch.randn(2, 4).double(), variants={"half": {"ffn.density": 0.5}})
+    assert given.dtype is None and given.lengths == (None,) and given.variants[-1].name == "half" and fixed.dtype == "fp32"
 
 
 def test_adapters_without_peft_are_an_error(factory, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -160,3 +162,30 @@ def test_a_plot_that_cannot_be_made_is_an_error_before_any_work(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BenchError, match=r"pip install 'sptc\[plot\]'"):
         check_plot("plot.png")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_shows_the_bars_in_their_colours(bench, case, tmp_path):
+    import matplotlib.image
+
+    for outcome in case.outcomes:
+        outcome.step_mib = None  # of the bars of two colours only those of times are left
+    (tmp_path / "bench.html").write_text(page(bench.to_dict()))
+    shot = tmp_path / "shot.png"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--window-size=1100,1200",
+        f"--screenshot={shot}",
+    ]
+    subprocess.run(["chromium", *options, (tmp_path / "bench.html").as_uri()], capture_output=True, timeout=100, check=True)
+    pixels = (matplotlib.image.imread(shot)[..., :3] * 255).round().astype(int)
+    columns = {name: int((pixels == color).all(-1).sum(1).max()) for name, color in COLORS.items()}
+    assert columns["sparse"] == pytest.approx(columns["dense"] * 0.4 / 1.1, rel=0.02), "as long as the steps"
+    assert columns["attention"] > 0 and columns["products"] > 0
+
+
+COLORS = {"dense": (0x8A, 0x8F, 0x98), "sparse": (0x2F, 0x85, 0x5A), "attention": (0x4E, 0x79, 0xA7), "products": (0xF2, 0x8E, 0x2B)}
+"""As the page defines them."""

@@ -38,11 +38,12 @@ class Counter:
         raise KeyError("gone")
 
     def die(self) -> Iterator[int]:
+        print("the last words", flush=True)
         os._exit(3)
         yield 0
 
 
-def test_a_process_answers_until_it_is_told_to_end_and_failures_are_reasons():
+def test_a_process_answers_until_it_is_told_to_end_and_failures_are_reasons(tmp_path):
     with Worker("counter", Counter, 5) as worker:
         assert list(worker.ask("up", 2)) == [6, 7] and worker.one("up", 1) == 8
         answers = worker.ask("fail")
@@ -50,8 +51,10 @@ def test_a_process_answers_until_it_is_told_to_end_and_failures_are_reasons():
         with pytest.raises(WorkerFailed, match="KeyError: 'gone'") as failed:
             next(answers)
         assert "Traceback" in failed.value.trace
-    with Worker("counter", Counter, 5) as worker, pytest.raises(WorkerFailed, match="ended with exit code 3"):
+    log = tmp_path / "log"
+    with Worker("counter", Counter, 5, log=log) as worker, pytest.raises(WorkerFailed, match="ended with exit code 3") as failed:
         worker.one("die")
+    assert failed.value.trace == "the last words"
     with pytest.raises(WorkerFailed, match=r"^ValueError: less than nothing$"):
         Worker("counter", Counter, -1)
 
@@ -183,3 +186,15 @@ def test_short_steps_run_several_a_turn_and_time_ends_turns():
     outcome.turns.clear()
     _take_turns(workers, 1.0, Settings([outcome.variant], steps=20, seconds=0.0), Case(1, 1, [outcome]), Progress(False))
     assert len(outcome.turns) == 3, "as few as give quartiles"
+
+
+def test_progress_is_lines_in_a_log_and_nothing_where_it_is_not_wanted(capsys):
+    for shown, want in ((True, "compiling\n"), (False, "")):
+        progress = Progress(shown)
+        progress.begin(2)
+        progress.say("compiling")
+        progress.say("turn 1 of 9", often=True)
+        progress.advance(2)
+        progress.end()
+        captured = capsys.readouterr()
+        assert captured.err == want and captured.out == ""

@@ -320,7 +320,7 @@ TWINS: dict[str, tuple[Loss, str, str]] = {
     "computed without gradients": (without_gradients, "mode-boundary", "switches autocast or grad mode"),
     "used beside the loss": (
         lambda y, t: cross_entropy(*flat(y, t)) + 1e-4 * y.logsumexp(-1).square().mean(), "escapes", "is also used by logsumexp"),
-    "a kink": (lambda y, t: cross_entropy(*flat(y.clamp(min=-1.0), t)), "between", "is no smooth function of a logit"),
+    "a kink": (lambda y, t: cross_entropy(*flat(y.clamp(min=-1.0), t)), "between", "clamp.* stands between"),
 }  # fmt: skip
 
 
