@@ -8,6 +8,7 @@ PYTHON_OLDEST ?= python3.12
 MODEL ?=
 DEMO ?=
 QUALITY ?=
+BENCH ?=
 FUZZ ?= 10000
 SEED ?= $(shell date +%s)
 
@@ -17,10 +18,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BIN_OLDEST := .venv-oldest/bin
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo quality test test-all test-oldest fuzz lint gpu clean
+.PHONY: demo bench quality test test-all test-oldest fuzz lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
+
+# LoRA steps of four random models, within 10 minutes on two cores. `make bench BENCH="--dtype fp32 --all"`, `python -m bench.step --help`.
+bench: .venv/.dev
+	$(BIN)/python -m bench.step $(BENCH)
 
 quality: .venv/.quality
 	$(BIN)/python -m bench.quality run $(QUALITY)

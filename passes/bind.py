@@ -84,6 +84,7 @@ def bind(unit: Unit) -> Unit:
     return replace(
         unit,
         regions=tuple(kept.values()),
+        losses=_substitute(unit.losses, before),
         refusals=tuple(_substitute(r, before) for r in (*unit.refusals, *dict.fromkeys(refusals))),
         states={kept[region]: state for region, state in states.items()},
     )

@@ -20,17 +20,22 @@ class Breach:
     reason: str
 
 
-def breach(nodes: Collection[Node], y: Node) -> Breach | None:
-    """Why `nodes` can't be replaced by one operator that stands where `y` stands; None when they can."""
+def breach(nodes: Collection[Node], y: Node, leaving: Collection[Node] = (), casts: bool = False) -> Breach | None:
+    """Why `nodes` can't be replaced by one operator that stands where `y` stands; None when they can.
+
+    Args:
+        leaving: users outside that don't count.
+        casts: autocast may switch inside, since the operator's operands are cast to its dtype explicitly.
+    """
     inside = frozenset(nodes)
-    return _escape(inside, y) or _switch(inside, y) or _mutation(inside, y)
+    return _escape(inside, y, leaving) or _switch(inside, y, casts) or _mutation(inside, y)
 
 
-def _escape(inside: frozenset[Node], y: Node) -> Breach | None:
+def _escape(inside: frozenset[Node], y: Node, leaving: Collection[Node]) -> Breach | None:
     for node in y.graph.nodes:
         if node not in inside or node is y:
             continue
-        outside = [user for user in node.users if user not in inside]
+        outside = [user for user in node.users if user not in inside and user not in leaving]
         if outside:
             return Breach("escapes", node, f"the intermediate {node.name} ({op(node) or node.op}) is also used by {outside[0].name}")
     return None
@@ -47,9 +52,9 @@ def _between(inside: frozenset[Node], y: Node) -> Iterator[Node]:
             return
 
 
-def _switch(inside: frozenset[Node], y: Node) -> Breach | None:
+def _switch(inside: frozenset[Node], y: Node, casts: bool) -> Breach | None:
     for node in _between(inside, y):
-        if is_mode_change(node):
+        if _switches_gradients(node) or (is_mode_change(node) and not casts):
             return Breach("mode-boundary", node, f"{node.name} switches autocast or grad mode inside the region")
     return None
 

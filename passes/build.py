@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
@@ -36,7 +37,8 @@ class Builder:
         values = map_aggregate(args, value)  # type: ignore[arg-type]
         options = map_aggregate(kwargs, value)  # type: ignore[arg-type]
         assert self._fake_mode is not None
-        with self._fake_mode, torch.no_grad(), autocast_like(node, value(self._like).device.type):
+        # Some kernels of ATen ask for sizes as numbers, which would guard on them; their Python forms, which tracing takes, do not.
+        with self._fake_mode, enable_python_dispatcher(), torch.no_grad(), autocast_like(node, value(self._like).device.type):
             node.meta["val"] = target(*values, **options)  # type: ignore[misc]
         # A size that only data will tell is this node's to define, as if it had been traced.
         if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):

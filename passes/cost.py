@@ -7,7 +7,7 @@ fixed overhead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,20 +16,21 @@ import torch
 
 from sptc.device import DeviceCosts
 from sptc.region import AttentionSettings, Cost, FfnSettings, UnitSettings
+from sptc.sample import LEAST, SHARE
 
 Size = Any  # an int or a sympy expression
 
 # Passes over an array of [tokens, hidden] or [queries, keys]: reads and writes of elements, each product's operands included.
 _DENSE_ATTENTION_PASSES = (8, 10)  # matmul, scale, mask, softmax, matmul as single operators: forward, backward
 _DENSE_HIDDEN_PASSES = (2, 3)  # for each up projection, and the same again for the activation's result
-_ROUTED_HIDDEN_PASSES = (3, 4)  # for bytes; their time is part of the measured rate
+_BLOCK_OPS = 4  # around the product of a projection with the rows of one block
 _SMALL_OPS = 20  # that a rewrite adds around its operators: routing, casts, reshapes
 _LOADING = 48  # rows whose products take as long as bringing the weights near: a block with few tokens is slow
-_ROUTED_ROWS = 512  # of a block, where the rate of routed products was measured
 _CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
 _CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
 _POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
-_SAMPLE_SHARE, _SAMPLE_LEAST = 16, 64  # tokens that energies of hidden units are measured on: N // 16 + 64, at most all
+_DENSE_LOGITS_PASSES, _LOGITS_PASSES = 8, 7  # reads and writes of a logit in fp32, forward and backward, products included
+_WIDE = 4  # bytes of a logit in fp32
 _SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
 
 
@@ -40,10 +41,11 @@ class Work:
     flops: sympy.Expr
     bytes: sympy.Expr
     seconds: sympy.Expr
+    kept: sympy.Expr  # bytes, from forward to backward, where what is computed of each element alone is computed again
 
     def at(self, values: dict[sympy.Symbol, int]) -> Cost:
         """The cost at given sizes."""
-        return Cost(*(float(sympy.sympify(e).subs(values)) for e in (self.flops, self.bytes, self.seconds)))
+        return Cost(*(float(sympy.sympify(e).subs(values)) for e in (self.flops, self.bytes, self.seconds, self.kept)))
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ class FfnShape:
         return self.needs_hidden or self.need_down or self.need_adapters
 
 
+@dataclass(frozen=True)
+class LossShape:
+    """A loss region's sizes."""
+
+    rows: Size
+    counted: float  # share of the rows whose label counts
+    d: int
+    classes: int
+    rank: int  # of the adapter; 0 without one
+    dtype: torch.dtype | None  # of the product
+    need_x: bool
+    need_weight: bool
+    need_adapter: bool
+
+
 def share(density: float) -> Fraction:
     """A density as the fraction that was meant: 0.1 is 1/10."""
     return Fraction(density).limit_denominator(2**16) or Fraction(1, 2**16)
@@ -119,10 +136,10 @@ def dense_attention(s: AttentionShape, device: DeviceCosts) -> Work:
     ends = el * _attention_ends(s)
     if s.fused:
         seconds = _with_softmax(s, forward / rates.attention + backward / rates.attention_backward)
-        return Work(forward + backward, ends, seconds + 3 * device.op_seconds)
+        return Work(forward + backward, ends, seconds + 3 * device.op_seconds, el * _attention_kept(s))
     traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * int(s.trains))
     seconds = (forward + backward) / rates.gemm + traffic / device.bandwidth + scores / device.exponentials
-    return Work(forward + backward, traffic, seconds + 8 * device.op_seconds)
+    return Work(forward + backward, traffic, seconds + 8 * device.op_seconds, el * (_attention_kept(s) + scores * int(s.trains)))
 
 
 def _with_softmax(s: AttentionShape, seconds: sympy.Expr) -> sympy.Expr:
@@ -135,6 +152,11 @@ def _attention_ends(s: AttentionShape) -> sympy.Expr:
     q_and_out = s.b * s.h * s.n * (s.d + s.d_v)
     keys = s.b * s.h_kv * s.m * (s.d + s.d_v)
     return (q_and_out + keys) * (3 if s.trains else 1)
+
+
+def _attention_kept(s: AttentionShape) -> sympy.Expr:
+    """Elements of q, k, v and out that backward reads."""
+    return sympy.sympify((s.b * s.h * s.n + s.b * s.h_kv * s.m) * (s.d + s.d_v) * int(s.trains))
 
 
 def kept_keys(s: AttentionShape, settings: AttentionSettings) -> sympy.Expr:
@@ -164,7 +186,7 @@ def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: Dev
     computing = _with_softmax(s, forward / rates[0] + backward / rates[1])
     seconds += computing * (_CAUSAL_MASK if s.own else 1.0)
     fixed = device.calls(s.b) * device.attention_seconds * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
-    return Work(forward + backward + chosen, traffic, seconds + fixed)
+    return Work(forward + backward + chosen, traffic, seconds + fixed, el * _attention_kept(s))
 
 
 def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCosts) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
@@ -183,7 +205,7 @@ def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:
     flops, el = _ffn_flops(s), _element(s.dtype)
     traffic = el * (_ffn_ends(s) + _hidden_elements(s, _DENSE_HIDDEN_PASSES))
     seconds = flops / device.rates(s.dtype).gemm + _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device)
-    return Work(flops, traffic, seconds + (3 + 2 * s.ups) * (2 if s.trains else 1) * device.op_seconds)
+    return Work(flops, traffic, seconds + (3 + 2 * s.ups) * (2 if s.trains else 1) * device.op_seconds, el * _ffn_kept(s))
 
 
 def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
@@ -194,17 +216,15 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
         added = router + 2 * s.tokens * (s.d + s.d_out) * s.stand_in_rank
         router += added * (3 if s.trained_router and s.trains else 1)
     entries = s.tokens * settings.active
-    gathers = el * entries * ((s.d + 3 * s.d_out) + (s.d_out + 3 * s.d) * s.needs_hidden)
+    gathers = el * entries * ((2 * s.d + 3 * s.d_out) + (2 * s.d_out + 3 * s.d) * s.needs_hidden)
     sorting = 16 * 4 * s.tokens * settings.blocks  # passes of a stable sort over the scores
     products = part * _ffn_flops(s)
-    traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _ROUTED_HIDDEN_PASSES)) + gathers + sorting
-    # The measured rate holds gathers and passes over hidden units, for an activation without an exponential.
+    traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathers + sorting
     rows = entries / sympy.Integer(settings.blocks)
-    seconds = products / (gemm * device.routed) * (1 + _LOADING / rows) / (1 + _LOADING / _ROUTED_ROWS)
-    seconds += router / gemm + sorting / device.bandwidth
-    seconds += part * s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
-    fixed = device.routed_seconds * device.calls(settings.blocks) * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
-    return Work(products + router, traffic, seconds + fixed)
+    seconds = products / gemm * (1 + _LOADING / rows) + router / gemm + (gathers + sorting) / device.bandwidth
+    seconds += part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device)
+    calls = _BLOCK_OPS * device.calls(settings.blocks) * (1 + s.ups) * (2 if s.trains else 1) + _SMALL_OPS
+    return Work(products + router, traffic, seconds + calls * device.op_seconds, el * _ffn_kept(s, part))
 
 
 def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
@@ -216,14 +236,29 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     ]
     part = sum(parts) / 2
     chosen = [kept for kept in parts if kept < 1]
-    sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups
+    sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(SHARE) + LEAST) * s.d * s.hidden * s.ups
     weights = el * s.hidden * (s.ups * s.d + s.d_out)
     gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * int(bool(chosen))
     rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * int(settings.context is not None)
     flops = part * _ffn_flops(s)
     traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathered + rows
     seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth
-    return Work(flops + sample, traffic, seconds + (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds)
+    seconds += (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds
+    return Work(flops + sample, traffic, seconds, el * _ffn_kept(s, part))
+
+
+def ffn_through_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
+    """The dense forward pass; backward, that of the FFN over fewer units, from hidden values gathered out of the dense ones."""
+    forward = replace(s, need_x=False, need_ups=0, need_down=False, need_adapters=False)
+    dense, thin, thin_forward = dense_ffn(forward, device), ffn_over_units(s, settings, device), ffn_over_units(forward, settings, device)
+    part = sympy.Rational(settings.units + (settings.units if settings.context is None else settings.context), 2 * s.hidden)
+    gathered = 2 * _element(s.dtype) * part * s.tokens * s.hidden * s.ups
+    return Work(
+        dense.flops + thin.flops - thin_forward.flops,
+        dense.bytes + thin.bytes - thin_forward.bytes + gathered,
+        dense.seconds + thin.seconds - thin_forward.seconds + gathered / device.bandwidth + _SMALL_OPS * device.op_seconds,
+        thin.kept,
+    )
 
 
 def _ffn_flops(s: FfnShape) -> sympy.Expr:
@@ -244,6 +279,11 @@ def _ffn_ends(s: FfnShape) -> sympy.Expr:
     return sympy.sympify(ends * (2 if s.trains else 1) + weights * (2 if s.trains else 1) + gradients)
 
 
+def _ffn_kept(s: FfnShape, part: Size = 1) -> sympy.Expr:
+    """Elements of the input and of the share `part` of what the up projections give that backward reads."""
+    return sympy.sympify(s.tokens * (s.d * int(s.trains) + part * s.hidden * s.ups * int(s.needs_hidden)))
+
+
 def _hidden_elements(s: FfnShape, passes: tuple[int, int]) -> sympy.Expr:
     return sympy.sympify(s.tokens * s.hidden * (s.ups + 1) * (passes[0] + passes[1] * s.needs_hidden))
 
@@ -251,3 +291,24 @@ def _hidden_elements(s: FfnShape, passes: tuple[int, int]) -> sympy.Expr:
 def _hidden_seconds(s: FfnShape, passes: tuple[int, int], device: DeviceCosts) -> sympy.Expr:
     traffic = _hidden_elements(s, passes) * _element(s.dtype)
     return traffic / device.bandwidth + s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
+
+
+def dense_loss(s: LossShape, device: DeviceCosts) -> Work:
+    """All logits, their logarithm of softmax, and back. What it keeps are the logits as the product gives them."""
+    flops, traffic = s.rows * _loss_flops(s), s.rows * s.classes * _WIDE * _DENSE_LOGITS_PASSES
+    seconds = flops / device.rates(s.dtype).gemm + traffic / device.bandwidth + s.rows * s.classes / device.exponentials
+    return Work(flops, traffic, seconds, sympy.sympify(s.rows * (s.classes + s.d) * _element(s.dtype)))
+
+
+def loss_by_rows(s: LossShape, device: DeviceCosts) -> Work:
+    """The rows that count, and every gradient in forward, which is what it keeps."""
+    rows, el = s.counted * s.rows, _element(s.dtype)
+    flops, traffic = rows * _loss_flops(s), rows * s.classes * _WIDE * _LOGITS_PASSES
+    seconds = flops / device.rates(s.dtype).gemm + traffic / device.bandwidth + rows * s.classes / device.exponentials
+    kept = el * (s.rows * s.d * int(s.need_x) + s.classes * (s.d * int(s.need_weight) + s.rank * int(s.need_adapter)))
+    return Work(flops, traffic, seconds, sympy.sympify(kept))
+
+
+def _loss_flops(s: LossShape) -> int:
+    """Of one row."""
+    return 2 * s.classes * (s.d * (1 + s.need_x + s.need_weight) + s.rank * (1 + 2 * s.need_adapter))

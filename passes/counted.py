@@ -19,10 +19,11 @@ from sptc.hint import optimization_hint
 from sptc.passes.build import Builder, aten
 from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.frame import frames
-from sptc.passes.pattern import TRANSPARENT, VIEWS, argument, dtype, keeps_last_axis, op, same_size, shape, value
-from sptc.region import Counted, FfnRegion, Pad, Permute, Reshape
+from sptc.passes.pattern import TRANSPARENT, argument, dtype, op, same_size, shape
+from sptc.passes.rows import Rows, UnreadableRows, brought_back
+from sptc.region import Counted, FfnRegion, Step
 
-_LOSSES = {f"aten.{name}.default" for name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "nll_loss_forward")}
+LOSSES = {f"aten.{name}.default" for name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "nll_loss_forward")}
 _ROW_BY_ROW = TRANSPARENT | {"aten.log_softmax.int", "aten._log_softmax.default", "aten.tanh.default"}
 _SCALINGS = {"aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"}
 _LONGEST = 64  # nodes that compute a target from inputs
@@ -34,10 +35,10 @@ class _NotCounted(Exception):
 
 def find_counted(gm: fx.GraphModule) -> Counted | str | None:
     """Which tokens count in the loss of a graph, or why that is not known; None for a graph without a cross entropy."""
-    losses = [node for frame in frames(gm) for node in frame.gm.graph.nodes if op(node) in _LOSSES]
+    losses = [node for frame in frames(gm) for node in frame.gm.graph.nodes if op(node) in LOSSES]
     try:
         return _counted(gm, losses) if losses else None
-    except _NotCounted as reason:
+    except (_NotCounted, UnreadableRows) as reason:
         return str(reason)
 
 
@@ -73,21 +74,8 @@ def insert_mask(gm: fx.GraphModule, counted: Counted) -> Node:
             copies[node] = gm.graph.node_copy(node, lambda n: copies.get(n, n))
     b = Builder(anchor, counted.target)
 
-    def size(given: int | tuple[Node, int] | None) -> Node | int:
-        if isinstance(given, tuple):
-            return b.size(copies.get(given[0], given[0]), given[1])
-        return -1 if given is None else given
-
     mask = b.call(aten.ne.Scalar, copies.get(counted.target, counted.target), counted.ignored)
-    for step in counted.undo:
-        if isinstance(step, Reshape):
-            mask = b.call(aten.reshape.default, mask, [size(given) for given in step.sizes])
-        elif isinstance(step, Permute):
-            mask = b.call(aten.permute.default, mask, list(step.order))
-        else:
-            around = [0, 0] * (len(shape(mask)) - 1 - step.dim) + [step.before, step.after]
-            mask = b.call(aten.constant_pad_nd.default, mask, around, False)
-    return b.call(aten.reshape.default, mask, [-1])
+    return brought_back(b, mask, counted.undo, False, lambda node: copies.get(node, node))
 
 
 def _counted(gm: fx.GraphModule, losses: Sequence[Node]) -> Counted:
@@ -140,86 +128,16 @@ def _random(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Reshape | Pad | Permute, ...], tuple[Any, ...]]:
+def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[Any, ...]]:
     """The steps from the rows of the loss's input back to those of what the logits were before views and slices, and their sizes then."""
-    node, axis, projected = logits, 1, False  # axis: that of the classes
-    steps: list[Reshape | Pad | Permute] = []
-
-    def lead(of: Node) -> tuple[Any, ...]:
-        return tuple(size for i, size in enumerate(shape(of)) if i != axis)
-
+    node, rows, projected = logits, Rows(known), False
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         name, source = op(node), node.args[0]
-        last = axis == len(shape(node)) - 1
         if name in _ROW_BY_ROW or (name in _SCALINGS and not isinstance(node.args[1], Node)):
             pass
-        elif name == "aten.linear.default" and last and not projected:
-            projected, axis = True, len(shape(source)) - 1
-        elif (order := _order(node)) is not None:
-            axis_before = order[axis]
-            rows = [i for i in order if i != axis_before]  # of the mask's dimensions, which source's each is
-            axis = axis_before
-            if rows != sorted(rows):
-                steps.append(Permute(tuple(rows.index(i) for i in sorted(rows))))
-        elif name in VIEWS and last and keeps_last_axis(node) and len(shape(source)) > 1:
-            axis = len(shape(source)) - 1
-            steps.append(Reshape(_sizes(lead(source), known)))
-        elif name == "aten.slice.Tensor":
-            pad = _pad(node, axis)
-            if pad is not None:
-                steps.append(pad)
-        else:
+        elif name == "aten.linear.default" and rows.axis == len(shape(node)) - 1 and not projected:
+            projected, rows.axis = True, len(shape(source)) - 1
+        elif not rows.back(node):
             break
         node = source
-    return tuple(steps), lead(node)
-
-
-def _order(node: Node) -> tuple[int, ...] | None:
-    """Which dimension of its argument each dimension of a transposition is; None for other nodes."""
-    dims, name = len(shape(node)), op(node)
-    if name == "aten.permute.default":
-        return tuple(int(d) % dims for d in node.args[1])  # type: ignore[union-attr, arg-type]
-    if name not in ("aten.transpose.int", "aten.t.default") or dims < 2:
-        return None
-    a, b = (0, 1) if name == "aten.t.default" else (int(d) % dims for d in node.args[1:3])  # type: ignore[arg-type]
-    order = list(range(dims))
-    order[a], order[b] = b, a
-    return tuple(order)
-
-
-def _pad(node: Node, axis: int) -> Pad | None:
-    """What undoes a slice; None if no row was cut off."""
-    before, after = shape(node.args[0]), shape(node)
-    dim = int(argument(node, 1, "dim", 0)) % len(after)
-    if dim == axis or same_size(before[dim], after[dim]):
-        return None
-    start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
-    if isinstance(start, int) and start < 0:
-        start = _number(before[dim] + start)
-    rest = _number(before[dim] - after[dim])
-    if not isinstance(start, int) or rest is None or step != 1:
-        raise _NotCounted(f"{node.name} takes a part of the logits' rows whose place is not a constant")
-    return Pad(dim - (dim > axis), start, rest - start)
-
-
-def _number(size: Any) -> int | None:
-    """A size that is constant, if only after its symbols cancel out."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression) if expression.is_Integer else None
-
-
-def _sizes(wanted: Sequence[Any], known: Sequence[Node]) -> tuple[int | tuple[Node, int] | None, ...]:
-    found = tuple(size if isinstance(size, int) else _dimension(size, known) for size in wanted)
-    if found.count(None) > 1:
-        raise _NotCounted("the sizes of the logits are not those of inputs")
-    return found
-
-
-def _dimension(size: torch.SymInt, known: Sequence[Node]) -> tuple[Node, int] | None:
-    for node in known:
-        for dim, other in enumerate(shape(node)):
-            if isinstance(value(node), torch.Tensor) and same_size(size, other):
-                return node, dim
-    return None
+    return tuple(rows.steps), rows.lead(node)

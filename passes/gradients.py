@@ -8,10 +8,10 @@ from torch.fx import Node
 from sptc.passes.frame import frames
 from sptc.passes.pattern import requires_grad
 from sptc.passes.unit import Unit
-from sptc.region import Region
+from sptc.region import LossRegion, Region
 
 
-def with_gradients(unit: Unit) -> frozenset[Region]:
+def with_gradients(unit: Unit) -> frozenset[Region | LossRegion]:
     """The regions that stand where gradients are recorded, in a graph in which something requires one.
 
     What a region computes may need none itself: below the first adapter it is frozen, and yet part of training.
@@ -27,4 +27,4 @@ def with_gradients(unit: Unit) -> frozenset[Region]:
                 on = bool(node.args[0])
             elif on:
                 recorded.add(node)
-    return frozenset(region for region in unit.regions if region.y in recorded)
+    return frozenset(region for region in (*unit.regions, *unit.losses) if region.y in recorded)

@@ -17,12 +17,12 @@ from sptc.passes.lookalike import projects
 from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import base_name, requires_grad, same_size, shape
 from sptc.passes.site import modules_of
-from sptc.region import FfnRegion, Region
+from sptc.region import FfnRegion, LossRegion, Region
 
 _SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 
 
-def excluding(region: Region, patterns: Iterable[str]) -> str | None:
+def excluding(region: Region | LossRegion, patterns: Iterable[str]) -> str | None:
     """The first of `patterns` that the name of a module of the region matches, or of a module around it."""
     names = modules_of(region.nodes)
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)

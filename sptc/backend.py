@@ -94,19 +94,19 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         kernels = emit(unit, _device(example_inputs))
         # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
         rewritten = any(decision.rewrite for decision in unit.decisions)
-        compiled = inner(unit.gm if rewritten else gm, example_inputs, config)
+        compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
     except Exception:
         if config.on_error != "dense":
             raise
         log.warning("sptc failed on a graph and leaves it dense, as on_error='dense' asks", exc_info=True)
-        report, kernels = Report.of([]), ()
+        report, kernels, dropped = Report.of([]), (), ()
         compiled = inner(gm, example_inputs, config)
     if dump is not None:
         dump.report(report)
         dump.kernels(kernels)
-    return CompiledGraph(compiled, report, example_inputs)
+    return CompiledGraph(compiled, report, example_inputs, dropped)
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

@@ -1,10 +1,9 @@
-"""The `sptc` command: explain a model, plan its densities, dump what the passes make of it, run the benchmarks."""
+"""The `sptc` command: explain a model, plan its densities, dump what the passes make of it, compare its training steps."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from sptc.backend import compile_graph
+from sptc.benchmark.command import add_arguments
+from sptc.benchmark.variants import BenchError
 from sptc.budget import PlanError
 from sptc.capture import CaptureError, capture
 from sptc.config import Config, ConfigError
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ConfigError, ModelError, CaptureError, PlanError, SensitivityError) as error:
+    except (ConfigError, ModelError, CaptureError, PlanError, SensitivityError, BenchError) as error:
         print(f"sptc: {error}", file=sys.stderr)
         return 2
 
@@ -67,10 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--length", type=_positive, default=512, help="tokens of each (default 512)")
         command.add_argument("--json", action="store_true", help="print as JSON")
 
-    bench = commands.add_parser("bench", help="run a benchmark of the source checkout")
-    bench.add_argument("name", nargs="?", help="which one; without it they are listed")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
-    bench.set_defaults(run=_bench)
+    bench = commands.add_parser("bench", help="compare training steps, dense and sparse: checked, then timed in turns")
+    add_arguments(bench, MODEL)
     return parser
 
 
@@ -170,22 +169,6 @@ def _on_model(arguments: argparse.Namespace, run: Callable[[Callable[..., Any], 
 
 def _print(arguments: argparse.Namespace, made: Report | Plan) -> None:
     print(json.dumps(made.to_dict(), indent=1) if arguments.json else made)
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    root = Path(__file__).resolve().parent.parent
-    modules = [p.stem for p in root.glob("bench/*.py") if not p.stem.startswith("_")]
-    names = sorted([*modules, *(p.parent.name for p in root.glob("bench/*/__main__.py"))])
-    if not names:
-        raise ConfigError(
-            "benchmarks are part of the source checkout, not of the installed package: run `python -m bench.NAME` in a checkout"
-        )
-    if arguments.name is None:
-        print("\n".join(names))
-        return 0
-    if arguments.name not in names:
-        raise ConfigError(f"no benchmark {arguments.name!r}; there are {', '.join(names)}")
-    return subprocess.run([sys.executable, "-m", f"bench.{arguments.name}", *arguments.arguments], cwd=root, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, innermost_fn
 
 from sptc.capture import called_modules
+from sptc.dropped import dropped_logits
 from sptc.outside import outside_note
 from sptc.report import Report
 
@@ -29,15 +30,17 @@ from sptc.report import Report
 class CompiledGraph:
     """A compiled graph with the report of its compile."""
 
-    def __init__(self, call: Callable[..., Any], report: Report, inputs: Sequence[Any]) -> None:
+    def __init__(self, call: Callable[..., Any], report: Report, inputs: Sequence[Any], dropped: Sequence[int] = ()) -> None:
         self._call = call
+        self._dropped = frozenset(dropped)
         self.report = report
         parameters = [x for x in inputs if isinstance(x, nn.Parameter)]
         self.parameters = tuple(weakref.ref(p) for p in parameters)
         self._shapes = Counter((tuple(p.shape), p.dtype) for p in parameters)
 
     def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+        results = self._call(*args)
+        return [dropped_logits() if i in self._dropped else r for i, r in enumerate(results)] if self._dropped else results
 
     def live_parameters(self) -> list[nn.Parameter]:
         """The parameters that it was compiled with, as far as they exist."""

@@ -18,6 +18,7 @@ from sptc.emit import EmittedKernel
 from sptc.passes.normalize import graphs
 from sptc.passes.unit import Unit
 from sptc.report import Report
+from sptc.repro import repro
 
 # Which passes leave a graph worth a file, and its name.
 _STAGES = {"captured": "00.captured.py", "lower": "01.normalized.py", "rewrite": "02.rewritten.py"}
@@ -53,6 +54,8 @@ class Dump:
         if name in _STAGES:
             code = unit.gm.print_readable(print_output=False, include_stride=True, include_device=True)
             self._write(_STAGES[name], code.replace("class <lambda>(", "class GraphModule(").strip() + "\n")  # tracing's name is no Python
+        if name == "captured":
+            self._write("repro.py", repro(unit.gm, unit.example_inputs, unit.config.to_options()))
         if name == "decide":  # the graph still holds the regions' nodes
             self._write("graph.svg", draw(unit))
 

@@ -20,7 +20,7 @@ from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plan import Plan
 from sptc.report import Report
-from sptc.state import DenseNotice, Router, TrainableState, attach, detach, owners
+from sptc.state import DenseNotice, Router, TrainableState, attach, owners, strip
 from sptc.trial import Check, Trial
 
 
@@ -90,11 +90,30 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
         adapter.adopt(model)
     except BaseException:
         for _, owner in list(owners(model)):
-            detach(owner)
+            strip(owner)
         raise
     torch._dynamo.reset()
     last = check.units[-1]
     return Report.of([*check.units[:-1], replace(last, refusals=(*last.refusals, *trial.refusals))])
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `prepare`: take away the trainable state that it added, and the hooks. The plain model, which is `model` itself, is left.
+
+    Its state is lost; save it before (`model.state_dict()`, or the adapter's `save_pretrained`). What the user trains is not touched. Code
+    that was compiled before is forgotten, since Dynamo does not notice that hooks are gone. A model without such state stays as it is.
+
+    Args:
+        model: a prepared model, a PeftModel around one, or what `merge_and_unload` made of that; one that `torch.compile` wrapped is
+            unwrapped.
+    """
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    for _, owner in list(owners(model)):
+        strip(owner)
+    adapter.release(model)
+    torch._dynamo.reset()
+    return model
 
 
 def _check(model: nn.Module) -> None:
@@ -108,7 +127,7 @@ def _check(model: nn.Module) -> None:
     if any(p.is_meta for p in model.parameters()):
         raise PrepareError("the model has parameters on the meta device; load its weights, then prepare it")
     for name, _ in owners(model):
-        raise PrepareError(f"the model is prepared already ({name or 'the root'} has `spt`); to change options, prepare a fresh model")
+        raise PrepareError(f"the model is prepared already ({name or 'the root'} has `spt`); to change options, sptc.detach(model) first")
     adapter.check(model)
 
 
@@ -137,6 +156,6 @@ def _drop_unreached(model: nn.Module, states: Mapping[str, TrainableState], reac
     for name, state in states.items():
         slots = {key: slot for key, slot in state.slots().items() if id(slot.tensors()[0]) in reached}
         if len(slots) < len(state.slots()):
-            detach(model.get_submodule(name))
+            strip(model.get_submodule(name))
             if slots:
                 attach(model.get_submodule(name), TrainableState(slots, state.notice))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch.fx import Node
 
-Kind = Literal["attention", "ffn"]
+Kind = Literal["attention", "ffn", "loss"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class FfnRegion:
     y: Node
     ups: tuple[Projection, ...]
     down: Projection
-    activation: str  # canonical string over u0, u1, ...
+    activation: str  # its operators, for people: "silu, mul"
     dropout_p: float  # between act and down; 0.0 when not training
     hidden: int  # d_ff
     nodes: frozenset[Node]
@@ -95,13 +96,61 @@ class FfnRegion:
 
 
 Region = AttentionRegion | FfnRegion
+"""What has a sparse form. A `LossRegion` has another one, which is exact."""
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Undoes a view of the rows: sizes are numbers, or a dimension of an input or of what is computed from inputs; None: what is left."""
+
+    sizes: tuple[int | tuple[Node, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Undoes a slice of the rows: what was cut off does not count."""
+
+    dim: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Undoes a transposition."""
+
+    order: tuple[int, ...]
+
+
+Step = Reshape | Pad | Permute
+
+
+@dataclass(frozen=True)
+class LossRegion:
+    """y = cross entropy of f(x W^T + bias), a number: closed but for logits that the graph returns."""
+
+    y: Node
+    projection: Projection  # of x [..., d] to the logits
+    bias: Node | None  # [..., classes], of as many elements as classes
+    transform: str  # f, canonical string over u0; "u0" for nothing
+    labels: Node  # as the loss reads them
+    undo: tuple[Step, ...]  # from the labels to those of the rows of x
+    ignored: int
+    mean: bool  # over labels that count; else their sum
+    smoothing: float
+    returned: tuple[Node, ...]  # logits, maybe cast, cut or viewed, that the graph returns
+    classes: int
+    product: torch.dtype  # of the logits as the projection gives them
+    nodes: frozenset[Node]
+    site: Site
+    kind: Literal["loss"] = "loss"
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A place that looked like a region and is not usable: the rule, the node, why, and where."""
 
-    kind: Literal["attention", "ffn", "graph"]  # "graph": a part of the graph that no finder looks into
+    kind: Kind | Literal["graph"]  # "graph": a part of the graph that no finder looks into
     rule: str  # short and stable, for example "escapes"
     node: Node
     reason: str  # for people
@@ -179,10 +228,13 @@ class UnitSettings:
     hidden: int
     units: int  # of the tokens that count, or of all where `context` is None
     context: int | None = None  # of the other tokens; None: all tokens are alike
+    gradients_only: bool = False  # the forward pass keeps all units, whatever gradients go through
 
     @property
     def density(self) -> float:
         """The share that a plan chooses: that of the context, where it has one."""
+        if self.gradients_only:
+            return 1.0
         return (self.units if self.context is None else self.context) / self.hidden
 
     @property
@@ -195,26 +247,12 @@ Settings = AttentionSettings | FfnSettings | UnitSettings
 
 
 @dataclass(frozen=True)
-class Reshape:
-    """Undoes a view of the rows: sizes are numbers, or a dimension of an input or of what is computed from inputs; None: what is left."""
+class LossSettings:
+    """How a loss is computed: for the rows that count, some at a time."""
 
-    sizes: tuple[int | tuple[Node, int] | None, ...]
-
-
-@dataclass(frozen=True)
-class Pad:
-    """Undoes a slice of the rows: what was cut off does not count."""
-
-    dim: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
-class Permute:
-    """Undoes a transposition."""
-
-    order: tuple[int, ...]
+    rows: int  # at a time, at most
+    drop: bool  # what the graph returns of the logits is nothing
+    density: float = 1.0  # exact whatever the settings
 
 
 @dataclass(frozen=True)
@@ -225,7 +263,7 @@ class Counted:
     target: Node
     ignored: int
     chain: tuple[Node, ...]  # what computes the target from inputs, in order
-    undo: tuple[Reshape | Pad | Permute, ...]  # from the rows of the loss to those of the tokens
+    undo: tuple[Step, ...]  # from the rows of the loss to those of the tokens
     lead: tuple[Any, ...]  # sizes of the mask then
 
 
@@ -236,15 +274,16 @@ class Cost:
     flops: float
     bytes: float
     seconds: float
+    kept: float  # bytes that forward keeps for backward
 
 
 @dataclass(frozen=True)
 class Decision:
     """Whether a region is rewritten, how, and why."""
 
-    region: Region
+    region: Region | LossRegion
     rewrite: bool
     reason: str
-    settings: Settings
+    settings: Settings | LossSettings
     dense: Cost
     sparse: Cost

@@ -14,7 +14,7 @@ from torch import fx
 from sptc.passes.normalize import graphs
 from sptc.passes.pattern import requires_grad, same_size, shape
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, Refusal, Region, RouterState
+from sptc.region import AttentionRegion, Decision, FfnSettings, Kind, LossRegion, Refusal, Region, RouterState
 
 Status = Literal["rewritten", "declined", "refused"]
 
@@ -36,6 +36,8 @@ class RegionReport:
     flops_after: float | None = None
     bytes_before: float | None = None
     bytes_after: float | None = None
+    kept_before: float | None = None  # bytes that forward keeps for backward
+    kept_after: float | None = None
     seconds_dense: float | None = None  # predicted
     seconds_sparse: float | None = None  # predicted
     graph: int = 0  # which captured graph
@@ -105,7 +107,7 @@ class Report:
     def totals(self) -> dict[str, float]:
         """Sums over the regions that have costs, each counted once, at its largest sizes; seconds as decided."""
         known = [_largest(rows) for rows in self._by_region() if any(r.seconds_dense is not None for r in rows)]
-        sums = {key: sum(getattr(r, key) or 0.0 for r in known) for key in ("flops_before", "flops_after", "bytes_before", "bytes_after")}
+        sums = {key: sum(getattr(r, key) or 0.0 for r in known) for key in _SUMMED}
         after = sum((r.seconds_sparse if r.status == "rewritten" else r.seconds_dense) or 0.0 for r in known)
         return {**sums, "seconds_before": sum(r.seconds_dense or 0.0 for r in known), "seconds_after": after}
 
@@ -137,23 +139,26 @@ class Report:
         if not self.regions:
             yield f"sptc: no attention or FFN region in {graphs}"
         else:
-            headers = ("module", "kind", "status", "density", "GFLOP", "after", "MB", "after", "ms dense", "sparse", "source", "why")
+            headers = ("module", "kind", "status", "density", *_FIGURES, "source", "why")
             groups = self._by_region()
             yield tabulate([*map(_row, groups), self._total_row()], headers, disable_numparse=True, colalign=_ALIGN)
             done = sum(any(r.status == "rewritten" for r in rows) for rows in groups)
-            yield f"\n{done} of {len(groups)} regions rewritten, {graphs}; times are predicted"
+            yield f"\n{done} of {len(groups)} regions rewritten, {graphs}; times and what is kept for backward are predicted"
         if self.passes:
             yield "passes: " + ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in self.passes)
         yield from (f"note: {note}" for note in self._all_notes())
 
     def _total_row(self) -> tuple[str, ...]:
         t = self.totals()
-        figures = (t["flops_before"] / 1e9, t["flops_after"] / 1e9, t["bytes_before"] / 1e6, t["bytes_after"] / 1e6)
+        scales = (1e-9, 1e-9, 1e-6, 1e-6, 1e-6, 1e-6)
+        figures = [t[key] * scale for key, scale in zip(_SUMMED, scales, strict=True)]
         seconds = (t["seconds_before"] * 1e3, t["seconds_after"] * 1e3)
         return ("total", "", "", "", *map(_number, (*figures, *seconds)), "", "")
 
 
-_ALIGN = ("left", "left", "left", *("right",) * 7, "left", "left")
+_SUMMED = ("flops_before", "flops_after", "bytes_before", "bytes_after", "kept_before", "kept_after")
+_FIGURES = ("GFLOP", "after", "MB", "after", "MB kept", "after", "ms dense", "sparse")
+_ALIGN = ("left", "left", "left", *("right",) * (1 + len(_FIGURES)), "left", "left")
 
 
 def _largest(rows: Sequence[RegionReport]) -> RegionReport:
@@ -172,6 +177,7 @@ def _row(rows: Sequence[RegionReport]) -> tuple[str, ...]:
 
     density = "" if r.density is None else _number(r.density)
     figures = [(r.flops_before, 1e-9), (r.flops_after, 1e-9), (r.bytes_before, 1e-6), (r.bytes_after, 1e-6)]
+    figures += [(r.kept_before, 1e-6), (r.kept_after, 1e-6)]
     times = [(r.seconds_dense, 1e3), (r.seconds_sparse, 1e3)]
     why = f"[{r.rule}] {r.reason}" if r.rule else r.reason
     return (r.module or "(root)", r.kind, status, density, *(scaled(*pair) for pair in [*figures, *times]), r.source, why)
@@ -224,6 +230,8 @@ def _decided(decision: Decision) -> RegionReport:
         flops_after=after.flops,
         bytes_before=dense.bytes,
         bytes_after=after.bytes,
+        kept_before=dense.kept,
+        kept_after=after.kept,
         seconds_dense=dense.seconds,
         seconds_sparse=sparse.seconds,
     )
@@ -233,7 +241,9 @@ def _refused(refusal: Refusal) -> RegionReport:
     return RegionReport(refusal.kind, "refused", refusal.site.module, refusal.site.source, refusal.reason, refusal.rule)
 
 
-def _computes(region: Region) -> str:
+def _computes(region: Region | LossRegion) -> str:
+    if isinstance(region, LossRegion):
+        return region.transform
     if not isinstance(region, AttentionRegion):
         return region.activation
     operands = [name for name, node in (("boolean mask", region.mask.boolean), ("bias", region.mask.bias)) if node is not None]
@@ -243,9 +253,9 @@ def _computes(region: Region) -> str:
 def _notes(unit: Unit) -> Iterator[str]:
     """What a user should know beyond the rows."""
     rewritten = [d.region for d in unit.decisions if d.rewrite]
-    bare = [r for r in rewritten if r not in unit.states]
+    bare = [r for r in rewritten if not isinstance(r, LossRegion) and r not in unit.states]
     attention = sum(r.kind == "attention" for r in bare)
-    ffn = sum(isinstance(d.settings, FfnSettings) for d in unit.decisions if d.rewrite and d.region not in unit.states)
+    ffn = sum(isinstance(d.settings, FfnSettings) and d.region not in unit.states for d in unit.decisions if d.rewrite)
     if attention and unit.config.attention_selector == "pq":
         yield f"{_regions(attention, 'attention')} by pooled queries; sptc.prepare(model, ...) would add codebooks (selector 'pq')"
     if ffn:

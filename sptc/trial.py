@@ -19,7 +19,7 @@ from sptc.passes.frame import Frame, frames, input_index, outermost, parameter
 from sptc.passes.normalize import CHECKPOINT
 from sptc.passes.pattern import shape
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Refusal, Region, RouterState
+from sptc.region import AttentionRegion, Decision, FfnRegion, FfnSettings, LossRegion, Refusal, Region, RouterState
 from sptc.state import Codebook, Router
 
 SAMPLED_ROWS = 4096  # tokens of an FFN, or vectors of a key head, that the start of the state is computed from
@@ -91,6 +91,8 @@ class Trial:
         moved = self._moves(unit.example_inputs, args)
         for decision in unit.decisions:
             region = decision.region
+            if isinstance(region, LossRegion):
+                continue
             stateless = unit.config.attention_selector != "pq" if isinstance(region, AttentionRegion) else not routes(unit, region)
             if not decision.rewrite or stateless:
                 continue
@@ -181,7 +183,8 @@ class Check:
         unit = self._judge(gm, inputs)
         self.units.append(unit)
         by_graph = {frame.gm.graph: frame for frame in frames(unit.gm)}
-        used = [(unit.states[r], by_graph[r.y.graph]) for r in (d.region for d in unit.decisions if d.rewrite) if r in unit.states]
+        rewritten = {d.region for d in unit.decisions if d.rewrite}
+        used = [(state, by_graph[region.y.graph]) for region, state in unit.states.items() if region in rewritten]
         nodes = [outermost(state.weight if isinstance(state, RouterState) else state.codebooks, frame) for state, frame in used]
         indices = [index for node in nodes if (index := input_index(node)) is not None]
 

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import sptc
 from sptc import trial
-from sptc.state import detach, owners
 from tests.models.compiled import without_inductor
 
 OPTIONS = {"decline": "never", "attention.selector": "pq", "attention.query_block": 4, "attention.key_block": 4}
@@ -66,8 +65,7 @@ def trained(model, x):
 
 def prepared_and_detached(model, x):
     sptc.prepare(model, x, OPTIONS)
-    for _, owner in list(owners(model)):
-        detach(owner)
+    sptc.detach(model)
 
 
 RUNS = {

@@ -55,14 +55,14 @@ def folders(tmp_path_factory):
 def test_explain_a_factory(factory, capsys):
     assert main(["explain", f"{factory}:ffn", "--option", "decline=never", "--option", "ffn.density=0.5", "--json"]) == 0
     (region,) = json.loads(capsys.readouterr().out)["regions"]
-    assert region["settings"] == {"hidden": 64, "units": 32, "context": None} and region["status"] == "rewritten"
+    assert region["settings"] == {"hidden": 64, "units": 32, "context": None, "gradients_only": False} and region["status"] == "rewritten"
 
 
 @pytest.mark.parametrize("name, kinds", [("llama", ["attention", "ffn"]), ("bert", ["attention", "ffn", "ffn"])])
 def test_explain_a_saved_model(folders, capsys, name, kinds):
     def flops(*arguments: str) -> list[float]:
         assert main(["explain", folders[name], "--length", "24", "--json", *arguments]) == 0
-        regions = json.loads(capsys.readouterr().out)["regions"]
+        regions = [r for r in json.loads(capsys.readouterr().out)["regions"] if r["kind"] != "loss"]
         assert [r["kind"] for r in regions] == kinds
         assert [r["rule"] for r in regions if r["rule"]] == ["head"] * (name == "bert")  # the pooler and the classifier
         return [r["flops_before"] for r in regions if not r["rule"]]
@@ -96,7 +96,16 @@ def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, ca
         (["explain", "{factory}:ffn", "--option", "ffn.blocks"], "must be KEY=VALUE"),
         (["explain", "{llama}", "--length", "65"], "more than the 64 positions"),
         (["dump", "{factory}:ffn", "--out", "factory_of_tests.py"], "option 'dump': cannot write"),
-        (["bench", "nothing"], "no benchmark 'nothing'"),
+        (["bench", "./no/such/folder"], "no model './no/such/folder'"),
+        (["bench", "{factory}:only_a_model"], "must return (model, example_inputs), got Linear"),
+        (["bench", "{factory}:ffn", "--variant", "half={{ffn.density: 0.5}}"], "is no JSON"),
+        (["bench", "{factory}:ffn", "--variant", 'half={{"ffn.densty": 0.5}}'], "did you mean 'ffn.density'"),
+        (["bench", "{factory}:ffn", "--only", "inducter"], "did you mean 'inductor'"),
+        (["bench", "{factory}:ffn", "--length", "64"], "makes a batch of its own size"),
+        (["bench", "{factory}:ffn", "--plan", "none.json"], "option 'plan': cannot read 'none.json'"),
+        (["bench", "{factory}:ffn", "--json", "no/such/folder.json"], "there is no such folder"),
+        (["bench", "{factory}:ffn", "--plot", "plot.gif"], "must end in .png or .svg"),
+        (["bench", "{llama}", "--length", "32,65"], "more than the 64 positions"),
     ],
 )
 def test_mistakes_end_in_one_line(factory, folders, capsys, monkeypatch, arguments, says):
@@ -134,6 +143,21 @@ def test_options_are_read_by_type():
         parse_options(["ffn.blocks=4", "ffn.blocks=8"])
 
 
-def test_bench_lists_the_benchmarks_of_a_checkout(capsys):
-    assert main(["bench"]) == 0
-    assert {"attention", "ffn"} <= set(capsys.readouterr().out.split())
+@pytest.mark.slow
+def test_bench_compares_and_writes_all_it_is_asked_for(factory, tmp_path, capsys):
+    """Processes of their own, and Inductor: half a minute on two cores that nothing else uses."""
+    arguments = ["--only", "eager,half,wrong", "--variant", 'half={"ffn.density": 0.5, "decline": "never", "ffn.context_density": null}']
+    arguments += ["--variant", 'wrong={"inductor": {"no_such_setting": 1}, "ffn.density": 0.5, "decline": "never"}', "--steps", "5"]
+    files = [str(tmp_path / name) for name in ("bench.json", "bench.html", "bench.svg")]
+    status = main(["bench", f"{factory}:ffn", *arguments, "--json", files[0], "--html", files[1], "--plot", files[2]])
+    assert status == 1, "a variant failed"
+    printed = capsys.readouterr().out
+    assert "half is" in printed and "failed: wrong: " in printed and "no_such_setting" in printed
+    made = json.loads((tmp_path / "bench.json").read_text())
+    assert made["settings"]["model"] == f"{factory}:ffn" and made["versions"]["torch"] and made["sources"]
+    eager, half, wrong = made["cases"][0]["variants"]
+    assert eager["check"]["passed"] and half["regions"] == {"rewritten": 1, "found": 1} and wrong["failed"]
+    assert [sum(len(turn["wall"]) for turn in v["steps"]) for v in (eager, half, wrong)] == [5, 5, 0]
+    assert half["compile_seconds"]["cold"] > half["compile_seconds"]["warm"] > 0 and half["faster"]["wall"]["median"] > 0
+    assert half["check"]["cosine"] < 0.999 < 1, "half of the hidden units are left out"
+    assert "<table>" in (tmp_path / "bench.html").read_text() and "<svg" in (tmp_path / "bench.svg").read_text()

@@ -13,7 +13,7 @@ from sptc.explain import explain
 from tests.models.compiled import without_inductor
 from tests.models.zoo import CASES
 
-FILES = ["00.captured.py", "01.normalized.py", "02.rewritten.py", "graph.svg", "regions.json", "report.txt"]
+FILES = ["00.captured.py", "01.normalized.py", "02.rewritten.py", "graph.svg", "regions.json", "report.txt", "repro.py"]
 
 
 def test_a_compile_leaves_its_graphs_and_report(tmp_path):
@@ -30,12 +30,12 @@ def test_a_compile_leaves_its_graphs_and_report(tmp_path):
     assert texts["02.rewritten.py"].count("torch.ops.sptc.sparse_attention.default") == 2
     assert "f32[" in texts["00.captured.py"], "shapes are shown"
     regions = json.loads(texts["regions.json"])["regions"]
-    assert [r["status"] for r in regions] == ["rewritten"] * 4
+    assert [r["status"] for r in regions] == [*["rewritten"] * 4, "refused"], "the loss, whose logits the model returns"
     assert all(r["module"] in texts["report.txt"] for r in regions)
 
     svg = ElementTree.fromstring(texts["graph.svg"])
     boxes = svg.findall("{*}rect")
-    assert len(boxes) == 4 and len(svg.findall("{*}line")) == 3, "the residual stream is a chain"
+    assert len(boxes) == 5 and len(svg.findall("{*}line")) == 4, "the residual stream is a chain"
     heights = [float(box.get("y")) for box in boxes]
     assert heights == sorted(set(heights)), "in the order of the model"
 

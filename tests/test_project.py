@@ -84,20 +84,52 @@ def test_readme_tree_is_the_tree() -> None:
     assert modules <= named, f"README.md does not name {sorted(modules - named)}"
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built from a copy of its sources."""
+    folder = tmp_path_factory.mktemp("wheel")
     for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / "source" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / "source" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            (tmp_path / "source").mkdir(exist_ok=True)
-            shutil.copy(source, tmp_path / "source" / name)
+            (folder / "source").mkdir(exist_ok=True)
+            shutil.copy(source, folder / "source" / name)
     command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "./source"]
-    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"sptc", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     expected = {Path("sptc", *(path.parts[1:] if path.parts[0] == "sptc" else path.parts)).as_posix() for path in SOURCES}
     native = {f"sptc/{path.relative_to(ROOT).as_posix()}" for suffix in ("cpp", "h") for path in (ROOT / "codegen").rglob(f"*.{suffix}")}
     assert native and {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected | native
+
+
+FACTORY = """
+import sptc, torch
+
+def ffn():
+    print("from", sptc.__file__)
+    return torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16)), torch.randn(64, 16)
+"""
+
+
+@pytest.mark.slow
+def test_bench_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """With what is in the wheel alone: this checkout is not on the path, nor the current folder."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "factory_in_wheel.py").write_text(FACTORY)
+    command = [sys.executable, "-m", "sptc.cli", "bench", "factory_in_wheel:ffn", "--only", "eager,half", "--steps", "3", "--once"]
+    command += ["--variant", 'half={"ffn.density": 0.5, "decline": "never", "ffn.context_density": null}', "--html", "bench.html"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"from {tmp_path / 'installed' / 'sptc' / '__init__.py'}" in done.stdout
+    assert "half is" in done.stdout and "1 of 1" in done.stdout and "commit unknown" in done.stdout
+    assert (tmp_path / "work" / "bench.html").stat().st_size > 1000

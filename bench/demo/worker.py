@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,23 +34,13 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)  # of torch.compile
 
 
-def work(job: Job, connection: Connection) -> None:
-    """Build the run, say so, then answer commands (a method of `Run` and its arguments) until None."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job.cache, "inductor"))
-    os.environ["TRITON_CACHE_DIR"] = str(Path(job.cache, "triton"))
-    torch.set_num_threads(os.cpu_count() or 1)
-    run = Run(job)
-    connection.send(True)
-    while (command := connection.recv()) is not None:
-        name, *args = command
-        for answer in getattr(run, name)(*args):
-            connection.send(answer)
-
-
 class Run:
     """A model in training. Each public method is a command, and yields its answers."""
 
     def __init__(self, job: Job) -> None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job.cache, "inductor"))
+        os.environ["TRITON_CACHE_DIR"] = str(Path(job.cache, "triton"))
+        torch.set_num_threads(os.cpu_count() or 1)
         self.job = job
         data = torch.load(job.data, weights_only=True)
         self.train_ids, self.train_labels = data["train"]

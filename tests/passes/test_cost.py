@@ -8,8 +8,19 @@ import pytest
 import torch
 
 from sptc.device import DeviceCosts, Rates
-from sptc.passes.cost import AttentionShape, FfnShape, dense_attention, dense_ffn, sparse_attention, sparse_ffn
-from sptc.region import AttentionSettings, FfnSettings
+from sptc.passes.cost import (
+    AttentionShape,
+    FfnShape,
+    LossShape,
+    dense_attention,
+    dense_ffn,
+    dense_loss,
+    ffn_over_units,
+    loss_by_rows,
+    sparse_attention,
+    sparse_ffn,
+)
+from sptc.region import AttentionSettings, FfnSettings, UnitSettings
 
 PLAUSIBLE_GPU = DeviceCosts(
     single=Rates(gemm=5e13, attention=4e13, attention_backward=3e13),
@@ -20,10 +31,8 @@ PLAUSIBLE_GPU = DeviceCosts(
     sparse_attention_backward=1.5e14,
     pooled=1e14,
     coded=3e13,
-    routed=0.6,
     op_seconds=8e-6,
     attention_seconds=6e-4,
-    routed_seconds=5e-4,
     default_blocks=lambda n, m, density, own: (128, 64),
     gpu=True,
 )
@@ -63,14 +72,13 @@ def test_a_gpu_pays_for_its_launches_once_and_a_cpu_for_each_row(b):
     assert fixed(CPU, b) == pytest.approx(b * CPU.attention_seconds)
 
 
-@pytest.mark.parametrize("blocks", [8, 16, 64])
-def test_a_gpu_pays_for_its_launches_once_and_a_cpu_for_each_block(blocks):
-    def spent(device: DeviceCosts) -> float:
-        free = replace(device, routed_seconds=0.0)
+def test_a_gpu_multiplies_all_blocks_in_one_call_and_a_cpu_one_after_the_other():
+    def spent(device: DeviceCosts, blocks: int) -> float:
+        free = replace(device, op_seconds=0.0)
         return sum(sign * seconds(sparse_ffn(ffn(64), FfnSettings(blocks, blocks // 2), d)) for sign, d in ((1, device), (-1, free)))
 
-    assert spent(PLAUSIBLE_GPU) == pytest.approx(PLAUSIBLE_GPU.routed_seconds)
-    assert spent(CPU) == pytest.approx(blocks * CPU.routed_seconds)
+    assert spent(PLAUSIBLE_GPU, 64) == pytest.approx(spent(PLAUSIBLE_GPU, 8))
+    assert 4 * spent(CPU, 8) < spent(CPU, 64) < 8 * spent(CPU, 8)
 
 
 @pytest.mark.parametrize("b, n", [(1, 8192), (4, 4096), (8, 2048), (16, 2048)])
@@ -93,3 +101,29 @@ def test_fp32_on_a_gpu_is_judged_at_its_own_speed():
     sparse_half, sparse_single = (attention_seconds(PLAUSIBLE_GPU, 1, 8192, t) for t in (torch.bfloat16, torch.float32))
     assert sparse_single / sparse_half > 0.5 * single / half
     assert attention_seconds(CPU, 1, 8192, torch.float32) == attention_seconds(CPU, 1, 8192), "a CPU computes both alike"
+
+
+def kept(work) -> float:
+    return work.at(EMPTY).kept
+
+
+def test_bytes_kept_for_backward():
+    """Of bf16 elements, by hand: what fused attention, an FFN and a loss keep, and what is left of it."""
+    tokens = 2 * 512
+    by_hand = 2 * tokens * 128 * (32 + 32 + 8 + 8)  # queries and output of 32 heads, keys and values of 8
+    assert kept(dense_attention(attention(2, 512), CPU)) == kept(sparse_attention(attention(2, 512), SETTINGS, CPU)) == by_hand
+    spelled = replace(attention(2, 512), fused=False, halved=False)
+    assert kept(dense_attention(spelled, CPU)) == by_hand + 2 * 2 * 32 * 512 * 512
+    assert kept(dense_ffn(ffn(tokens), CPU)) == 2 * tokens * (4096 + 2 * 14336)
+    assert kept(ffn_over_units(ffn(tokens), UnitSettings(14336, 14336 // 2), CPU)) == 2 * tokens * (4096 + 14336)
+    loss = LossShape(tokens, 0.25, 4096, 128256, rank=0, dtype=torch.bfloat16, need_x=True, need_weight=False, need_adapter=False)
+    assert kept(dense_loss(loss, CPU)) == 2 * tokens * (128256 + 4096)
+    assert kept(loss_by_rows(loss, CPU)) == 2 * tokens * 4096
+    assert kept(loss_by_rows(replace(loss, need_weight=True), CPU)) == 2 * 4096 * (tokens + 128256)
+
+
+def test_labels_that_do_not_count_cost_a_loss_nothing():
+    loss = LossShape(4096, 1.0, 4096, 128256, rank=16, dtype=torch.bfloat16, need_x=True, need_weight=False, need_adapter=True)
+    whole, quarter = (loss_by_rows(replace(loss, counted=share), CPU).at(EMPTY) for share in (1.0, 0.25))
+    assert quarter.flops == whole.flops / 4 and quarter.seconds == whole.seconds / 4
+    assert whole.flops == dense_loss(loss, CPU).at(EMPTY).flops

@@ -54,7 +54,7 @@ def found(model: nn.Module, **options) -> tuple[list[str], list[tuple[str, str]]
 
     torch.compile(model, backend=backend)(torch.randn(2, N, D), torch.randint(0, LABELS, (2,)))
     (unit,) = units
-    return [r.site.module for r in unit.regions], [(r.rule, r.site.module) for r in unit.refusals]
+    return [r.site.module for r in unit.regions], [(r.rule, r.site.module) for r in unit.refusals if r.kind != "loss"]
 
 
 LAYERS = ["layers.0", "layers.1"]

@@ -1,0 +1,123 @@
+"""What a training step adds to a model's memory, Inductor against "spt": `python -m bench.memory [--case NAME] [--variant NAME]`.
+
+LoRA steps of random models on a CPU, each variant of each case in a process of its own, one after the other and on one thread. Memory is
+the most that a step takes beyond what the process holds at rest, with the allocator trimmed before; it does not depend on what else the
+machine does. Times do: processor time is given, the least of a few steps. Loss and gradients of the exact variant stand beside the dense
+ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from sptc.benchmark.job import Job, Source
+from sptc.benchmark.process import Worker
+from sptc.benchmark.variants import Variant
+from sptc.benchmark.worker import Check, Runner
+
+RANK, STEPS = 16, 3
+
+VARIANTS = {
+    "inductor": Variant("inductor", "inductor"),
+    # The loss alone, which is exact.
+    "loss": Variant("loss", "spt", {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop"}),
+    # And attention at 1/8, and FFNs at 1/4 for tokens whose label does not count.
+    "spt": Variant("spt", "spt", {"loss.logits": "drop", "ffn.density": 1.0, "ffn.context_density": 0.25}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A factory of a model, and its step."""
+
+    factory: str
+    batch: int
+    length: int
+    counted: float = 1.0  # share of the tokens with a label
+    dtype: str = "fp32"
+    checkpointing: bool = False
+
+
+CASES = {
+    "gpt2": Case("bench.shapes:gpt2", 4, 512),
+    "gpt2, a quarter counts": Case("bench.shapes:gpt2", 4, 512, counted=0.25),
+    "gpt2, checkpointing": Case("bench.shapes:gpt2", 4, 512, checkpointing=True),
+    "qwen2, bf16": Case("bench.shapes:qwen2", 2, 1024, dtype="bf16"),
+    "qwen2, fp32": Case("bench.shapes:qwen2", 2, 1024),
+}
+
+
+@dataclass
+class Result:
+    """Of one variant of one case."""
+
+    case: str
+    variant: str
+    loss: float
+    gradient_norm: float
+    losses: str  # what became of the model's loss
+    rest_mib: float
+    added_mib: float
+    cpu_seconds: float
+
+
+def measure(case: str, variant: str, cache: str) -> Result:
+    """Compile and run one variant of a case in a new process."""
+    c = CASES[case]
+    job = Job(
+        Source(c.factory), VARIANTS[variant], c.batch, c.length, c.dtype, "cpu", RANK, c.counted, c.checkpointing, threads=1, cache=cache
+    )
+    with Worker(f"{case}, {variant}", Runner, job) as worker:
+        check: Check = worker.one("check", None)
+        cpu = min(seconds for _, seconds in worker.one("steps", STEPS))
+        rests, added = zip(*(worker.one("memory") for _ in range(2)), strict=True)
+        rows: list[dict[str, Any]] = (worker.one("report") or {}).get("regions", [])
+        told = ", ".join(f"{r['status']} [{r['rule']}]" if r["rule"] else r["status"] for r in rows if r["kind"] == "loss")
+    return Result(case, variant, check.loss, check.norm, told, max(rests), max(added), cpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", choices=CASES, help="may be repeated (default: all)")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="beside inductor; may be repeated (default: all)")
+    parser.add_argument("--json", type=Path, help="where to write everything measured")
+    arguments = parser.parse_args()
+    variants = ["inductor", *(v for v in arguments.variant or VARIANTS if v != "inductor")]
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as cache:
+        for case in arguments.case or CASES:
+            for variant in variants:
+                results.append(measure(case, variant, cache))
+                print(f"{table(results)}\n", flush=True)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+
+
+def table(results: list[Result]) -> str:
+    """A row for each result, beside that of Inductor for the same case."""
+    rows = []
+    for r in results:
+        dense = next(d for d in results if d.case == r.case)
+        figures = (
+            f"{r.loss:.5f}",
+            f"{r.gradient_norm:.4f}",
+            f"{r.rest_mib:.0f}",
+            f"{r.added_mib:.0f}",
+            f"{r.added_mib / dense.added_mib:.2f}",
+        )
+        rows.append((r.case, r.variant, r.losses, *figures, f"{dense.cpu_seconds / r.cpu_seconds:.2f}x"))
+    headers = ("case", "variant", "its loss", "value", "gradients", "MiB at rest", "a step adds", "of Inductor's", "faster")
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()

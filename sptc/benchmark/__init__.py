@@ -1,0 +1,1 @@
+"""`sptc bench` and `sptc.bench`: dense and sparse training steps of any model, checked and compared."""
