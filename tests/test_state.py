@@ -21,10 +21,10 @@ from sptc.state import (
     Router,
     TrainableState,
     attach,
-    detach,
     map_first_floating,
     owners,
     parse_layout,
+    strip,
 )
 
 Pair = namedtuple("Pair", "first second")
@@ -100,7 +100,7 @@ def test_eager_is_untouched_and_says_once_a_model_that_it_is_dense(caplog):
             twin(x)
             assert len(caplog.records) == 1
     for _, owner in list(owners(model)):
-        detach(owner)
+        strip(owner)
     assert not list(owners(model)) and not hasattr(model.a, "spt")
 
 
