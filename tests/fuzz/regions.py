@@ -126,7 +126,7 @@ MASKS = {  # spelling: (its tensor, whether it is added)
     "padding": ("mask[:, None, None, :]", False),
     "causal_padding": ("(places[:, None] >= places) & mask[:, None, None, :]", False),
     "added": ("torch.full((n, n), float('-inf'), dtype=x.dtype).triu(1)", True),
-    "added_min": ("torch.where(mask[:, None, None, :], 0.0, torch.finfo(x.dtype).min).to(x.dtype)", True),
+    "added_min": ("torch.where(mask[:, None, None, :], x.new_zeros(()), torch.finfo(x.dtype).min)", True),
     "filled": ("torch.zeros(n, n, dtype=x.dtype).masked_fill_(places[:, None] < places, -1e9)", True),
     "setitem": ("upper(n, x.dtype)", True),
     "alibi": ("(-0.5 * (places[:, None] - places).abs()).to(x.dtype)", True),
