@@ -1,7 +1,8 @@
-"""Sparse FFNs against the dense one, forward and backward: `python -m bench.ffn [--case NAME] [--rounds N] [--threads N] [--clock cpu]`.
+"""The routed FFN against the dense one, forward and backward: `python -m bench.ffn [--case NAME] [--rounds N] [--threads N] [--clock cpu]`.
 
-Each round times dense eager, dense compiled by Inductor, and the routed FFN (router, choice and sparse product, compiled by Inductor) one
-after the other, in one process, so that a busy machine hurts all of them alike. Ratios are of medians and of minima over the rounds.
+Each round times dense eager, dense compiled by Inductor, and dense compiled by backend "spt" with `ffn.selector="router"` (router, choice
+and products, compiled by Inductor) one after the other, in one process, so that a busy machine hurts all of them alike. Ratios are of
+medians and of minima over the rounds.
 
 `Ffn.units` and `Ffn.counted` are another form in plain torch, which `make gpu` times: one set of hidden units for all tokens.
 """
@@ -9,37 +10,42 @@ after the other, in one process, so that a busy machine hurts all of them alike.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sptc.codegen.ops  # noqa: F401
-from bench.kernels.cases import ACTIVATIONS
-from sptc.expression import parse
-from sptc.fit import STAND_IN_RANK
+import sptc
+from sptc.backend import compile_graph, spt
+from sptc.config import Config
 
-ops = torch.ops.sptc
+ACTIVATIONS: dict[str, tuple[int, Callable[..., Tensor]]] = {
+    "relu": (1, F.relu),
+    "gelu": (1, F.gelu),
+    "swiglu": (2, lambda u, v: F.silu(u) * v),
+}
+"""How many up projections an activation reads, and the function of their outputs."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One FFN. `lora` is the rank of trainable adapters on all projections, 0 for none; `trained` adds what `sptc.prepare` does: a router
-    that learns and scales, and a stand-in for the blocks that are left out."""
+    """One FFN. `lora` is the rank of trainable adapters on all projections, 0 for none; `trained`: routed it has what `sptc.prepare` adds,
+    a router that learns and scales, and a stand-in for the blocks that are left out."""
 
     tokens: int
     d: int
     hidden: int
-    activation: str = "gelu(u0)"  # a key of bench.kernels.cases.ACTIVATIONS
+    activation: str = "gelu"
     bias: bool = True
     lora: int = 0
     trained: bool = False
     blocks: int = 16
-    active: int = 8
 
 
 CASES = {
@@ -48,8 +54,10 @@ CASES = {
     "lora-384": Case(4096, 384, 1536, lora=16),
     "lora-384-router": Case(4096, 384, 1536, lora=16, trained=True),
     "lora-768-router": Case(4096, 768, 3072, lora=16, trained=True),
-    "swiglu-1024-router": Case(2048, 1024, 2816, "u1*silu(u0)", bias=False, lora=16, trained=True),
+    "lora-1024-router": Case(4096, 1024, 4096, lora=16, trained=True),
+    "swiglu-1024-router": Case(2048, 1024, 2816, "swiglu", bias=False, lora=16, trained=True),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Adapter(nn.Module):
@@ -62,22 +70,20 @@ class Adapter(nn.Module):
 
 
 class Ffn(nn.Module):
-    """x [N, d] to y [N, d], dense or routed, on the same frozen weights and the same adapters."""
+    """x [N, d] to y [N, d]: frozen weights and their adapters."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
-        activation = parse(case.activation)
-        self.activation, self.function = activation.text, ACTIVATIONS[case.activation]
-        self.ups = nn.ModuleList(nn.Linear(case.d, case.hidden, case.bias) for _ in range(activation.arity)).requires_grad_(False)
+        ups, self.function = ACTIVATIONS[case.activation]
+        self.ups = nn.ModuleList(nn.Linear(case.d, case.hidden, case.bias) for _ in range(ups)).requires_grad_(False)
         self.down = nn.Linear(case.hidden, case.d, case.bias).requires_grad_(False)
         rank = case.lora
         self.up_adapters = nn.ModuleList(Adapter(case.d, case.hidden, rank) for _ in self.ups) if rank else []
         self.down_adapter = Adapter(case.hidden, case.d, rank) if rank else None
-        self.router = nn.Parameter(torch.randn(case.blocks, case.d) * case.d**-0.5, requires_grad=False)
-        if case.trained:
-            self.added = nn.Parameter(torch.zeros(case.blocks, case.d))
-            self.stand_in = Adapter(case.d, case.d, STAND_IN_RANK)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(x)
 
     def dense(self, x: Tensor, units: Tensor | None = None) -> Tensor:
         """y of all hidden units, or of `units` (their numbers)."""
@@ -110,50 +116,44 @@ class Ffn(nn.Module):
         energy = self._hidden(x[::16]).float().square().mean(0) * self.down.weight.float().square().sum(0)
         return energy.topk(int(self.case.hidden * density)).indices
 
-    def routed(self, x: Tensor) -> Tensor:
-        logits, scale, used = F.linear(x, self.router).float(), None, self.case.active / self.case.blocks
-        if self.case.trained:
-            added = F.linear(x, self.added).float()
-            logits = logits.detach() + added
-        tokens, offsets, index = ops.route(logits, self.case.active)
-        if self.case.trained:
-            scale = (2 * torch.sigmoid(added)).reshape(-1).index_select(0, index)
-        biased = [i for i, up in enumerate(self.ups) if up.bias is not None]
-        adapted = list(range(len(self.up_adapters)))
-        y, low_out, _ = ops.routed_ffn(
-            x,
-            [up.weight for up in self.ups],
-            [self.ups[i].bias for i in biased],
-            biased,
-            [F.linear(x, adapter.a) for adapter in self.up_adapters],
-            [adapter.b for adapter in self.up_adapters],
-            adapted,
-            self.down.weight.t(),
-            None if self.down_adapter is None else self.down_adapter.a,
-            tokens, offsets, scale, None, None, 0.0, 0.0, self.activation,
-        )  # fmt: skip
-        if self.down.bias is not None:
-            y = y + self.down.bias
-        if self.down_adapter is not None:
-            y = y + F.linear(low_out / used, self.down_adapter.b)
-        if self.case.trained:
-            y = y + 2 * (1 - used) * F.linear(F.linear(x, self.stand_in.a), self.stand_in.b)
-        return y
+
+class Layer(nn.Module):
+    """A module around an FFN: what `sptc.prepare` adds belongs to a module whose hooks Dynamo traces."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.ffn = Ffn(case)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x)
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def routed(layer: Layer, x: Tensor, inner: Callable[..., Any] | None = None) -> Callable[[Tensor], Tensor]:
+    """The layer compiled by backend "spt" at a density of 1/2, by `inner` in place of Inductor if given; prepared if its case says so."""
+    case = layer.ffn.case
+    options = {"decline": "never", "ffn.selector": "router", "ffn.density": 0.5, "ffn.blocks": case.blocks}
+    if case.trained:
+        sptc.prepare(layer, x, options)
+    if inner is None:
+        return torch.compile(layer, dynamic=False, backend=spt, options=options)
+    config = Config.from_options(options)
+    backend = functools.partial(compile_graph, config=config, inner=lambda gm, inputs, _: inner(gm, inputs))
+    return torch.compile(layer, dynamic=False, backend=backend)
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of forward and backward by `clock`, by variant, one entry a round."""
     torch.manual_seed(0)
-    ffn = Ffn(case)
-    x = torch.randn(case.tokens, case.d, requires_grad=True)
-    grad = torch.randn(case.tokens, case.d)
-    functions = {"eager": ffn.dense, "inductor": torch.compile(ffn.dense), "routed": torch.compile(ffn.routed)}
+    layer = Layer(case).to(dtype)
+    x = torch.randn(case.tokens, case.d, dtype=dtype, requires_grad=True)
+    grad = torch.randn(case.tokens, case.d, dtype=dtype)
+    functions = {"eager": layer.ffn.dense, "inductor": torch.compile(layer.ffn.dense), "routed": routed(layer, x.detach())}
 
     def step(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
             function(x).backward(grad)
             x.grad = None
-            ffn.zero_grad(set_to_none=True)
+            layer.zero_grad(set_to_none=True)
 
         return run
 
@@ -173,6 +173,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with --threads 1 on a busy machine")
@@ -182,7 +183,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     print(f"{'case':20}{'eager ms':>10}{'inductor':>10}{'routed':>10}{'x eager':>9}{'x inductor':>12}{'(of minima)':>13}")
     for name in arguments.case or CASES:
-        times = measure(CASES[name], arguments.rounds, clock)
+        times = measure(CASES[name], DTYPES[arguments.dtype], arguments.rounds, clock)
         eager, inductor, routed = (statistics.median(times[k]) * 1e3 for k in ("eager", "inductor", "routed"))
         least = min(times["inductor"]) / min(times["routed"])
         print(

@@ -1,56 +1,56 @@
-"""What a training step adds to a model's memory on a CPU, Inductor against "spt": `python -m bench.memory [--case NAME] [--variant NAME]`.
+"""What a training step adds to a model's memory, Inductor against "spt": `python -m bench.memory [--case NAME] [--variant NAME]`.
 
-Each variant of each case runs in a process of its own, one after the other. Measured are steps after the first two, forward, loss and
-backward without the optimizer: the most memory that the process holds beyond what it holds at rest, with the allocator trimmed before;
-and processor time, the least of a few steps. Memory does not depend on what else the machine does; times do.
+LoRA steps of random models on a CPU, each variant of each case in a process of its own, one after the other and on one thread. Memory is
+the most that a step takes beyond what the process holds at rest, with the allocator trimmed before; it does not depend on what else the
+machine does. Times do: processor time is given, the least of a few steps. Loss and gradients of the exact variant stand beside the dense
+ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import subprocess
-import sys
-import time
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
-from torch import nn
 
-from bench.step import RANK, make_batch, make_model
+from sptc.benchmark.job import Job, Source
+from sptc.benchmark.process import Worker
+from sptc.benchmark.variants import Variant
+from sptc.benchmark.worker import Check, Runner
 
-EXACT = {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop"}
-SPARSE = {"loss.logits": "drop", "ffn.density": 1.0, "ffn.context_density": 0.25}
+RANK, STEPS = 16, 3
 
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "inductor": None,
-    "loss": EXACT,  # the loss alone: exact
-    "spt": SPARSE,  # and attention at 1/8, and FFNs at 1/4 for tokens whose label does not count
+VARIANTS = {
+    "inductor": Variant("inductor", "inductor"),
+    # The loss alone, which is exact.
+    "loss": Variant("loss", "spt", {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop"}),
+    # And attention at 1/8, and FFNs at 1/4 for tokens whose label does not count.
+    "spt": Variant("spt", "spt", {"loss.logits": "drop", "ffn.density": 1.0, "ffn.context_density": 0.25}),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model with LoRA on its layers, and a batch."""
+    """A factory of a model, and its step."""
 
-    family: str  # "gpt2" or "qwen2"
+    factory: str
     batch: int
     length: int
-    counted: float  # share of the tokens with a label
-    bf16: bool = False  # autocast
+    counted: float = 1.0  # share of the tokens with a label
+    dtype: str = "fp32"
     checkpointing: bool = False
 
 
 CASES = {
-    "gpt2": Case("gpt2", 4, 512, 1.0),
-    "gpt2, a quarter": Case("gpt2", 4, 512, 0.25),
-    "gpt2, checkpointing": Case("gpt2", 4, 512, 1.0, checkpointing=True),
-    "qwen2, fp32": Case("qwen2", 2, 1024, 1.0),
-    "qwen2, bf16": Case("qwen2", 2, 1024, 1.0, bf16=True),
+    "gpt2": Case("bench.shapes:gpt2", 4, 512),
+    "gpt2, a quarter counts": Case("bench.shapes:gpt2", 4, 512, counted=0.25),
+    "gpt2, checkpointing": Case("bench.shapes:gpt2", 4, 512, checkpointing=True),
+    "qwen2, bf16": Case("bench.shapes:qwen2", 2, 1024, dtype="bf16"),
+    "qwen2, fp32": Case("bench.shapes:qwen2", 2, 1024),
 }
 
 
@@ -60,120 +60,64 @@ class Result:
 
     case: str
     variant: str
-    losses: str  # how many losses were rewritten, and what became of the others
-    rest_mib: float  # the process between steps
-    added_mib: float  # at most, during a step
-    cpu_seconds: float
     loss: float
+    gradient_norm: float
+    losses: str  # what became of the model's loss
+    rest_mib: float
+    added_mib: float
+    cpu_seconds: float
 
 
-def gpt2() -> nn.Module:
-    """4 layers of GPT-2's sizes, with its vocabulary, in one graph with its loss."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=4, use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning that would break the graph before the loss
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    return get_peft_model(model, lora).train()
-
-
-def measure(name: str, variant: str, rounds: int) -> Result:
-    """Compile and run one variant of a case in this process."""
-    import sptc
-    from sptc.backend import spt
-
-    torch.set_num_threads(1)
-    case, options = CASES[name], VARIANTS[variant]
-    model = gpt2() if case.family == "gpt2" else make_model()
-    if case.checkpointing:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-    batch = make_batch(case.batch, case.length, case.counted)
-    compiled: Any = torch.compile(model) if options is None else torch.compile(model, backend=spt, options=options)
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
-            loss = compiled(**batch).loss
-        loss.backward()
-        for p in model.parameters():
-            p.grad = None
-        return float(loss.detach())
-
-    step()
-    step()
-    seconds = []
-    for _ in range(rounds):
-        start = time.process_time()
-        step()
-        seconds.append(time.process_time() - start)
-    rest, added, loss = 0.0, 0.0, 0.0
-    for _ in range(2):
-        rest = _trimmed()
-        loss = step()
-        added = max(added, _kib("VmHWM") / 1024 - rest)
-    rows = [] if options is None else [r for r in sptc.report(compiled).regions if r.kind == "loss"]
-    told = ", ".join(r.status if r.rule is None else f"{r.status} [{r.rule}]" for r in rows)
-    return Result(name, variant, told, rest, added, min(seconds), loss)
-
-
-def _trimmed() -> float:
-    """MiB that the process holds, after what was freed is given back; its peak counts from here."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _kib("VmRSS") / 1024
-
-
-def _kib(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1])
+def measure(case: str, variant: str, cache: str) -> Result:
+    """Compile and run one variant of a case in a new process."""
+    c = CASES[case]
+    job = Job(
+        Source(c.factory), VARIANTS[variant], c.batch, c.length, c.dtype, "cpu", RANK, c.counted, c.checkpointing, threads=1, cache=cache
+    )
+    with Worker(f"{case}, {variant}", Runner, job) as worker:
+        check: Check = worker.one("check", None)
+        cpu = min(seconds for _, seconds in worker.one("steps", STEPS))
+        rests, added = zip(*(worker.one("memory") for _ in range(2)), strict=True)
+        rows: list[dict[str, Any]] = (worker.one("report") or {}).get("regions", [])
+        told = ", ".join(f"{r['status']} [{r['rule']}]" if r["rule"] else r["status"] for r in rows if r["kind"] == "loss")
+    return Result(case, variant, check.loss, check.norm, told, max(rests), max(added), cpu)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated (default: all)")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="beside inductor; may be repeated (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="steps that are timed (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where to write everything measured")
-    parser.add_argument("--here", action="store_true", help="one case and one variant in this process; prints JSON")
     arguments = parser.parse_args()
-    if arguments.here:
-        print(json.dumps(asdict(measure(arguments.case[0], arguments.variant[0], arguments.rounds))))
-        return
-    names = ["inductor", *(v for v in arguments.variant or VARIANTS if v != "inductor")]
-    rows, results = [], []
-    for case in arguments.case or CASES:
-        base: Result | None = None
-        for variant in names:
-            command = [
-                sys.executable,
-                "-m",
-                "bench.memory",
-                "--here",
-                "--case",
-                case,
-                "--variant",
-                variant,
-                "--rounds",
-                str(arguments.rounds),
-            ]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            result = Result(**json.loads(output.splitlines()[-1]))
-            base = base or result
-            results.append(result)
-            figures = (result.rest_mib, result.added_mib)
-            ratios = (result.added_mib / base.added_mib, result.cpu_seconds / base.cpu_seconds)
-            rows.append((case, variant, result.losses, *(f"{f:.0f}" for f in figures), *(f"{r:.2f}" for r in ratios), f"{result.loss:.5f}"))
-            print(tabulate(rows, _HEADERS, disable_numparse=True), flush=True)
-    if arguments.json:
-        content = {"torch": torch.__version__, "results": [asdict(r) for r in results]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    variants = ["inductor", *(v for v in arguments.variant or VARIANTS if v != "inductor")]
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as cache:
+        for case in arguments.case or CASES:
+            for variant in variants:
+                results.append(measure(case, variant, cache))
+                print(f"{table(results)}\n", flush=True)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
 
 
-_HERE = (sys.executable, "-m", "bench.memory", "--here")
-_HEADERS = ("case", "variant", "loss", "MiB at rest", "a step adds", "of inductor's", "CPU time of its", "value")
+def table(results: list[Result]) -> str:
+    """A row for each result, beside that of Inductor for the same case."""
+    rows = []
+    for r in results:
+        dense = next(d for d in results if d.case == r.case)
+        figures = (
+            f"{r.loss:.5f}",
+            f"{r.gradient_norm:.4f}",
+            f"{r.rest_mib:.0f}",
+            f"{r.added_mib:.0f}",
+            f"{r.added_mib / dense.added_mib:.2f}",
+        )
+        rows.append((r.case, r.variant, r.losses, *figures, f"{dense.cpu_seconds / r.cpu_seconds:.2f}x"))
+    headers = ("case", "variant", "its loss", "value", "gradients", "MiB at rest", "a step adds", "of Inductor's", "faster")
+    return tabulate(rows, headers, disable_numparse=True)
+
 
 if __name__ == "__main__":
     main()

@@ -35,9 +35,19 @@ def opt(batch: int = 8, length: int = 512) -> Made:
     return _made(OPTForCausalLM, OPTConfig(vocab_size=VOCABULARY, **sizes, dropout=0.0), batch, length)
 
 
+def gpt2(batch: int = 4, length: int = 512) -> Made:
+    """4 layers of GPT-2's sizes, d 768, FFN 3072, 12 heads, with its 50,257 words: most of a step's memory are logits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model, inputs = _made(GPT2LMHeadModel, config, batch, length)
+    model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # what it takes anyway, after a warning that breaks the graph before the loss
+    return model, inputs
+
+
 def _made(cls: Any, config: Any, batch: int, length: int) -> Made:
     config.use_cache = False
     torch.manual_seed(0)
     model = cls(config)
-    ids = torch.randint(4, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(4, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
     return model, {"input_ids": ids, "labels": ids}

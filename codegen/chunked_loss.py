@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sptc import expression
 
-_U0 = expression.SYMBOLS[0]
+_U0 = expression.U0
 
 
 def loss_and_gradients(
@@ -27,7 +27,7 @@ def loss_and_gradients(
     Arguments as of `sptc::linear_cross_entropy`. A gradient that is not needed is an empty tensor of shape [0].
     """
     counted = (labels != ignored).nonzero().squeeze(1)
-    function = expression.parse(transform).expression
+    function = expression.parse(transform)
     single = accumulation_dtype(x)
     sources = (x, weight, bias, low, up)
     summed = (False, True, True, False, True)  # over chunks, in fp32; of rows each chunk writes its own
@@ -39,7 +39,7 @@ def loss_and_gradients(
     total = torch.zeros((), dtype=single, device=x.device)
     for chunk, part, products, logits in _chunks(x, weight, bias, low, up, counted, rows, single):
         scores = logits if function == _U0 else _evaluated(function, logits)
-        slope = None if function == _U0 else _evaluated(expression.derivative(function, _U0), logits)
+        slope = None if function == _U0 else _evaluated(expression.derivative(function), logits)
         total += _to_gradient(scores, labels.index_select(0, chunk), smoothing)
         if slope is not None:
             scores *= slope
@@ -103,7 +103,7 @@ def _to_gradient(scores: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     scores.div_(sums)
     if smoothing:
         scores.sub_(smoothing / scores.shape[1])
-    scores.scatter_add_(1, labels, scores.new_full(labels.shape, smoothing - 1))
+    scores.scatter_(1, labels, scores.gather(1, labels) - (1 - smoothing))  # not scatter_add_, of whose order a GPU makes no promise
     return loss
 
 

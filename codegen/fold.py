@@ -1,4 +1,4 @@
-"""Binding the constants of a template: expressions and branches that they decide disappear, loops over them unroll."""
+"""Binding the constants of a template: expressions and branches that they decide disappear."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def fold(function: ast.FunctionDef, constants: Mapping[str, Constant], where: st
         where: names the template in errors.
 
     Raises:
-        SpecializeError: a count of `unroll` or of a slice is no constant, a constant is assigned to, an assertion fails.
+        SpecializeError: a count of a slice is no constant, a constant is assigned to, an assertion fails.
     """
     function.body = _Fold(constants, where).block(function.body) or [ast.Pass()]
     ast.fix_missing_locations(function)
@@ -145,10 +145,7 @@ class _Fold(ast.NodeTransformer):
                 return [node]
             case ast.Assign(targets=[target]):
                 node.value = self.visit(node.value)
-                targets = self.targets(target)
-                if not targets:
-                    return []
-                node.targets = targets if len(targets) == 1 else [ast.Tuple(targets, ast.Store())]
+                node.targets = [self.visit(target)]
                 return [node]
         return [self.generic_visit(node)]  # type: ignore[list-item]
 
@@ -169,28 +166,10 @@ class _Fold(ast.NodeTransformer):
         return [node]
 
     def loop(self, node: ast.For) -> list[ast.stmt]:
-        if not (isinstance(node.iter, ast.Call) and isinstance(node.iter.func, ast.Name) and node.iter.func.id == "unroll"):
-            node.iter = self.visit(node.iter)
-            [node.target] = self.targets(node.target)
-            node.body = self.block(node.body)
-            return [node] if node.body else []
-        [argument], target = node.iter.args, node.target
-        count = value_of(self.visit(argument))
-        if not isinstance(target, ast.Name) or type(count) is not int:
-            self.fail(node, f"unroll({ast.unparse(argument)}) needs one name and a constant integer, got {_shown(count)}")
-        outer, result = self.bound.get(target.id), []
-        for i in range(count):
-            self.bound[target.id] = i
-            body = copy.deepcopy(node.body)
-            if i > 0:
-                for inner in (inner for statement in body for inner in ast.walk(statement)):
-                    if isinstance(inner, ast.stmt):
-                        set_margin(inner, Margin())
-            result += self.block(body)
-        self.bound.pop(target.id, None)
-        if outer is not None:
-            self.bound[target.id] = outer
-        return _with_margin(result, margin(node))
+        node.iter = self.visit(node.iter)
+        node.target = self.visit(node.target)
+        node.body = self.block(node.body)
+        return [node] if node.body else []
 
     def assertion(self, node: ast.stmt, test: ast.expr, message: ast.expr | None) -> list[ast.stmt]:
         shown, value = ast.unparse(test), value_of(self.visit(copy.deepcopy(test)))
@@ -202,11 +181,6 @@ class _Fold(ast.NodeTransformer):
             values = ", ".join(f"{name} = {self.bound[name]!r}" for name in names)
             self.fail(node, f"{shown} does not hold with {values}{f': {reason}' if isinstance(reason, str) and reason else ''}")
         return []
-
-    def targets(self, node: ast.expr) -> list[ast.expr]:
-        """An assignment's target, `name[i]` and `name[:N]` resolved, tuples flattened."""
-        node = self.visit(node)
-        return node.elts if isinstance(node, ast.Tuple) else [node]
 
     # Expressions
 
@@ -271,41 +245,18 @@ class _Fold(ast.NodeTransformer):
         return node
 
     def argument(self, node: ast.expr) -> list[ast.expr]:
-        if not isinstance(node, ast.Starred):
-            return [self.visit(node)]
-        value = self.visit(node.value)
-        if not isinstance(value, ast.Tuple):
-            self.fail(node, f"*{ast.unparse(node.value)}: only name[:N] with a constant N can be passed with a star")
-        return value.elts
-
-    def visit_Tuple(self, node: ast.Tuple) -> ast.expr:
-        elements: list[ast.expr] = []
-        for element in node.elts:
-            inner = element.value if isinstance(element, ast.Starred) else element
-            visited = self.visit(inner)
-            many = isinstance(inner, ast.Subscript) and isinstance(inner.slice, ast.Slice) and isinstance(visited, ast.Tuple)
-            elements += visited.elts if many else [visited]
-        return ast.copy_location(ast.Tuple(elements, node.ctx), node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        node.slice = self.visit(node.slice)
-        if not isinstance(node.value, ast.Name):
-            node.value = self.visit(node.value)
-            return node
-        name, index = node.value.id, value_of(node.slice)
-        if type(index) is int:
-            if index < 0:
-                self.fail(node, f"{name}[{index}]: the values of {name!r} are numbered from 0")
-            return ast.copy_location(ast.Name(f"{name}_{index}", node.ctx), node)
-        if isinstance(node.slice, ast.Slice) and node.slice.upper is not None and node.slice.step is None:
-            low = 0 if node.slice.lower is None else value_of(node.slice.lower)
-            high = value_of(node.slice.upper)
-            if type(low) is not int or type(high) is not int or low < 0:
-                self.fail(node, f"{name}[{ast.unparse(node.slice)}] needs constant integers")
-            names: list[ast.expr] = [ast.Name(f"{name}_{i}", type(node.ctx)()) for i in range(low, high)]
-            return ast.copy_location(ast.Tuple(names, node.ctx), node)
-        node.value = self.visit(node.value)
-        return node
+        """An argument of a call, or those that `*name[:N]` stands for."""
+        match node:
+            case ast.Starred(
+                value=ast.Subscript(value=ast.Name(id=name), slice=ast.Slice(lower=None, upper=ast.expr() as upper, step=None))
+            ):
+                count = value_of(self.visit(upper))
+                if type(count) is not int:
+                    self.fail(node, f"{ast.unparse(node)} needs a constant integer, got {_shown(count)}")
+                return [ast.copy_location(ast.Name(f"{name}_{i}", ast.Load()), node) for i in range(count)]
+            case ast.Starred():
+                self.fail(node, f"{ast.unparse(node)}: only name[:N] with a constant N can be passed with a star")
+        return [self.visit(node)]
 
     def computed(self, node: ast.AST, function: Callable[..., Any], *values: Any) -> Any:
         try:

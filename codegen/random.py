@@ -50,35 +50,6 @@ def keep_mask(seed: Tensor, index: Tensor, p: float) -> Tensor:
     return keep.view(index.shape)
 
 
-def keep_runs(seed: Tensor, start: Tensor, length: int, p: float) -> Tensor:
-    """`keep_mask(seed, start[..., None] + arange(length), p)`, four times cheaper: neighbours share the words of one counter.
-
-    Args:
-        seed: int64, one element.
-        start: int64, any shape: the first logical index of each run.
-        length: elements in a run.
-        p: in [0, 1].
-
-    Returns:
-        bool [*start.shape, length].
-    """
-    threshold = drop_threshold(p)
-    flat = start.reshape(-1)
-    shift = flat & 3
-    aligned = not bool(shift.any())
-    counters = -(-length // 4) if aligned else (length + 2) // 4 + 1
-    steps = torch.arange(counters, device=start.device)
-    keep = torch.empty((flat.numel(), length), dtype=torch.bool, device=start.device)
-    rows = max(1, _CHUNK // max(counters, 1))
-    for first in range(0, flat.numel(), rows):
-        part = slice(first, first + rows)
-        words = torch.stack(_words(seed, (flat[part] >> 2).unsqueeze(1) + steps), dim=-1).flatten(1) >= threshold
-        if not aligned:
-            words = words.gather(1, shift[part].unsqueeze(1) + torch.arange(length, device=start.device))
-        keep[part] = words[:, :length]
-    return keep.view(*start.shape, length)
-
-
 def drop_threshold(p: float) -> int:
     """The least 32-bit word that survives dropout with probability `p`: 2**32, which none reaches, for p = 1."""
     if not 0.0 <= p <= 1.0:

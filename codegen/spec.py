@@ -13,8 +13,8 @@ class KernelSpec:
     """One kernel, fully determined: equal specs give equal source.
 
     `template` names a file of `codegen/templates` and the `@triton.jit` function of that name in it. `constants` has a value for each of
-    its `tl.constexpr` parameters. `hooks` gives the expressions behind the functions that a template leaves open: "activation" (canonical
-    text of `sptc/expression.py`) and "predicate" (canonical text of `sptc/predicate.py`). `num_warps` and `num_stages` are Triton's.
+    its `tl.constexpr` parameters. `hooks` gives the expressions behind the functions that a template leaves open: "predicate" (canonical
+    text of `sptc/predicate.py`). `num_warps` and `num_stages` are Triton's.
     """
 
     template: str

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sptc.codegen import triton_expr, triton_predicate
+from sptc.codegen import triton_predicate
 from sptc.codegen.fold import SpecializeError, Unknown, fold, value_of
 from sptc.codegen.prune import has_effects, prune
 from sptc.codegen.source import margin, parse, print_statements, rename_in_comments, set_margin
@@ -23,7 +23,6 @@ from sptc.codegen.spec import Constant, KernelSpec
 TEMPLATES = Path(__file__).parent / "templates"
 _PACKAGE = "sptc.codegen.templates."
 _HOOKS = {
-    **dict.fromkeys(triton_expr.ACTIVATION_HOOKS, ("activation", triton_expr.activation_source, triton_expr.HELPERS)),
     **dict.fromkeys(triton_predicate.PREDICATE_HOOKS, ("predicate", triton_predicate.predicate_source, triton_predicate.HELPERS)),
 }
 

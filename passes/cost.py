@@ -7,7 +7,7 @@ fixed overhead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,20 +16,19 @@ import torch
 
 from sptc.device import DeviceCosts
 from sptc.region import AttentionSettings, Cost, FfnSettings, UnitSettings
+from sptc.sample import LEAST, SHARE
 
 Size = Any  # an int or a sympy expression
 
 # Passes over an array of [tokens, hidden] or [queries, keys]: reads and writes of elements, each product's operands included.
 _DENSE_ATTENTION_PASSES = (8, 10)  # matmul, scale, mask, softmax, matmul as single operators: forward, backward
 _DENSE_HIDDEN_PASSES = (2, 3)  # for each up projection, and the same again for the activation's result
-_ROUTED_HIDDEN_PASSES = (3, 4)  # for bytes; their time is part of the measured rate
+_BLOCK_OPS = 4  # around the product of a projection with the rows of one block
 _SMALL_OPS = 20  # that a rewrite adds around its operators: routing, casts, reshapes
 _LOADING = 48  # rows whose products take as long as bringing the weights near: a block with few tokens is slow
-_ROUTED_ROWS = 512  # of a block, where the rate of routed products was measured
 _CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
 _CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
 _POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
-_SAMPLE_SHARE, _SAMPLE_LEAST = 16, 64  # tokens that energies of hidden units are measured on: N // 16 + 64, at most all
 _DENSE_LOGITS_PASSES, _LOGITS_PASSES = 8, 7  # reads and writes of a logit in fp32, forward and backward, products included
 _WIDE = 4  # bytes of a logit in fp32
 _SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
@@ -217,17 +216,15 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
         added = router + 2 * s.tokens * (s.d + s.d_out) * s.stand_in_rank
         router += added * (3 if s.trained_router and s.trains else 1)
     entries = s.tokens * settings.active
-    gathers = el * entries * ((s.d + 3 * s.d_out) + (s.d_out + 3 * s.d) * s.needs_hidden)
+    gathers = el * entries * ((2 * s.d + 3 * s.d_out) + (2 * s.d_out + 3 * s.d) * s.needs_hidden)
     sorting = 16 * 4 * s.tokens * settings.blocks  # passes of a stable sort over the scores
     products = part * _ffn_flops(s)
-    traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _ROUTED_HIDDEN_PASSES)) + gathers + sorting
-    # The measured rate holds gathers and passes over hidden units, for an activation without an exponential.
+    traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathers + sorting
     rows = entries / sympy.Integer(settings.blocks)
-    seconds = products / (gemm * device.routed) * (1 + _LOADING / rows) / (1 + _LOADING / _ROUTED_ROWS)
-    seconds += router / gemm + sorting / device.bandwidth
-    seconds += part * s.tokens * s.hidden * (1 + s.needs_hidden) / device.exponentials
-    fixed = device.routed_seconds * device.calls(settings.blocks) * (1.0 if s.trains else 0.5) + _SMALL_OPS * device.op_seconds
-    return Work(products + router, traffic, seconds + fixed, el * _ffn_kept(s, part))
+    seconds = products / gemm * (1 + _LOADING / rows) + router / gemm + (gathers + sorting) / device.bandwidth
+    seconds += part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device)
+    calls = _BLOCK_OPS * device.calls(settings.blocks) * (1 + s.ups) * (2 if s.trains else 1) + _SMALL_OPS
+    return Work(products + router, traffic, seconds + calls * device.op_seconds, el * _ffn_kept(s, part))
 
 
 def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
@@ -239,7 +236,7 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     ]
     part = sum(parts) / 2
     chosen = [kept for kept in parts if kept < 1]
-    sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(_SAMPLE_SHARE) + _SAMPLE_LEAST) * s.d * s.hidden * s.ups
+    sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(SHARE) + LEAST) * s.d * s.hidden * s.ups
     weights = el * s.hidden * (s.ups * s.d + s.d_out)
     gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * int(bool(chosen))
     rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * int(settings.context is not None)
@@ -248,6 +245,20 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth
     seconds += (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds
     return Work(flops + sample, traffic, seconds, el * _ffn_kept(s, part))
+
+
+def ffn_through_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
+    """The dense forward pass; backward, that of the FFN over fewer units, from hidden values gathered out of the dense ones."""
+    forward = replace(s, need_x=False, need_ups=0, need_down=False, need_adapters=False)
+    dense, thin, thin_forward = dense_ffn(forward, device), ffn_over_units(s, settings, device), ffn_over_units(forward, settings, device)
+    part = sympy.Rational(settings.units + (settings.units if settings.context is None else settings.context), 2 * s.hidden)
+    gathered = 2 * _element(s.dtype) * part * s.tokens * s.hidden * s.ups
+    return Work(
+        dense.flops + thin.flops - thin_forward.flops,
+        dense.bytes + thin.bytes - thin_forward.bytes + gathered,
+        dense.seconds + thin.seconds - thin_forward.seconds + gathered / device.bandwidth + _SMALL_OPS * device.op_seconds,
+        thin.kept,
+    )
 
 
 def _ffn_flops(s: FfnShape) -> sympy.Expr:

@@ -25,6 +25,7 @@ from sptc.passes.cost import (
     dense_attention,
     dense_ffn,
     ffn_over_units,
+    ffn_through_units,
     share,
     sparse_attention,
     sparse_ffn,
@@ -63,9 +64,8 @@ TRIED = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}
 def decide(unit: Unit) -> Unit:
     """Fill `decisions`, one a region in the order of `regions`, then those on losses.
 
-    A loss whose logits the graph returns becomes a refusal of rule "logits" unless options drop them;
-    a region whose hidden units cannot be cut into equal blocks becomes a refusal of rule "blocks", one in dtypes that the device's sparse
-    operators don't compute in a refusal of rule "dtype".
+    A loss whose logits the graph returns becomes a refusal of rule "logits" unless options drop them, a routed FFN whose hidden units can't
+    be cut into equal blocks one of rule "blocks", attention in dtypes that the sparse operators don't compute in one of rule "dtype".
     """
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
     regions: list[Region] = []
@@ -76,7 +76,7 @@ def decide(unit: Unit) -> Unit:
             reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
             continue
-        if reason := misfit(region, unit.device):
+        if isinstance(region, AttentionRegion) and (reason := misfit(region, unit.device)):
             refusals.append(Refusal(region.kind, "dtype", region.y, reason, region.site))
             continue
         regions.append(region)
@@ -115,6 +115,23 @@ def at_density(unit: Unit, region: Region, density: float) -> tuple[Settings, Co
     settings, dense, sparse = _forms(unit, region, density, length)
     here = {_LENGTH: length.hint}
     return settings, dense.at(here), sparse.at(here)
+
+
+def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Cost] | None:
+    """How a region whose forward pass keeps all units would have its gradients go through fewer, and what it costs dense and so.
+
+    None: options or the model leave nothing to save.
+    """
+    apart = unit.config.ffn_gradient_context_density is not None and _told_apart(unit, region)
+    units = _units(region, unit.config.ffn_gradient_density)
+    context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart else None
+    settings = UnitSettings(region.hidden, units, context, gradients_only=True)
+    length = _length(region)
+    shape = _ffn_shape(region, unit.states.get(region), length)
+    if settings.whole or not shape.needs_hidden:
+        return None
+    here = {_LENGTH: length.hint}
+    return settings, dense_ffn(shape, unit.device).at(here), ffn_through_units(shape, settings, unit.device).at(here)
 
 
 def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple[Settings, Work, Work]:
@@ -284,7 +301,11 @@ def measured(unit: Unit, region: Region) -> bool:
 
 def splits(unit: Unit, region: FfnRegion) -> bool:
     """Whether tokens that count in the loss keep other units than those that do not: not where next to all of them count."""
-    if unit.config.ffn_context_density is None or not isinstance(unit.counted, Counted) or not fits(unit.counted.lead, region):
+    return unit.config.ffn_context_density is not None and _told_apart(unit, region)
+
+
+def _told_apart(unit: Unit, region: FfnRegion) -> bool:
+    if not isinstance(unit.counted, Counted) or not fits(unit.counted.lead, region):
         return False
     return unit.counted_share is None or unit.counted_share <= _MOST
 
@@ -293,14 +314,15 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
-    def units(density: float) -> int:
-        kept = share(density)
-        return -(-kept.numerator * region.hidden // kept.denominator)
-
     if not splits(unit, region):
-        return UnitSettings(region.hidden, units(density))
+        return UnitSettings(region.hidden, _units(region, density))
     counted = unit.config.ffn_density
-    return UnitSettings(region.hidden, units(1.0 if counted == "auto" else counted), units(density))
+    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), _units(region, density))
+
+
+def _units(region: FfnRegion, density: float) -> int:
+    kept = share(density)
+    return -(-kept.numerator * region.hidden // kept.denominator)
 
 
 def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:

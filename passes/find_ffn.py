@@ -1,7 +1,7 @@
 """Find FFN regions: y = down(dropout(act(up_1(x), ..., up_k(x)))), with `act` any elementwise graph.
 
-From every projection, walk back through what computes its input until projections are reached. What lies between is lifted to an
-expression; it is never matched against a list of known activations.
+From every projection, walk back through what computes its input until projections are reached. What lies between may be any graph of
+elementwise operators; it is never matched against a list of known activations.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
+import torch
 from torch import fx
 from torch.fx import Node
 
-from sptc import expression
 from sptc.passes.bind import parameter_path
 from sptc.passes.boundary import breach
+from sptc.passes.elementwise import bends, elementwise, function
 from sptc.passes.frame import parameter
 from sptc.passes.pattern import (
     TRANSPARENT,
     VIEWS,
+    base_name,
     before_dropout,
     dtype,
     keeps_last_axis,
@@ -29,11 +30,11 @@ from sptc.passes.pattern import (
     match_projection,
     op,
     origin_of_units,
-    plain_number,
     same_size,
     shape,
     transparent,
     units,
+    value,
 )
 from sptc.passes.site import site_of
 from sptc.region import FfnRegion, Found, Lora, Projection, Refusal
@@ -57,8 +58,6 @@ MIXING = frozenset(
         "aten.flip.default",
     }
 )
-
-LINEAR = frozenset({"aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.neg.default", "aten.div.Tensor"})
 
 
 def find_ffn(gm: fx.GraphModule) -> Found:
@@ -118,8 +117,8 @@ def _may_be_ffn(start: Node, hidden: Any) -> bool:
             nonlinear, following = True, node.all_input_nodes[:1]
         elif name in MIXING:
             mixing, following = True, node.all_input_nodes[:1]
-        elif shape(node) and expression.liftable(name):
-            nonlinear = nonlinear or name not in LINEAR
+        elif shape(node) and elementwise(node):
+            nonlinear = nonlinear or bends(node)
             following = node.all_input_nodes
         elif _is_unit_parameter(node):
             mixing = True
@@ -143,7 +142,9 @@ class _Walk:
     hidden: Any  # size of the unit axis
     ups: dict[Node, Projection] = field(default_factory=dict)
     nodes: set[Node] = field(default_factory=set)
-    memo: dict[Node, sympy.Expr] = field(default_factory=dict)
+    reached: dict[Node, frozenset[Node]] = field(default_factory=dict)  # ups that a node is computed from, by what was walked through
+    bent: set[Node] = field(default_factory=set)  # ups that a function is applied to
+    linear: bool = True  # so far all of it is a sum of ups times numbers
     problem: tuple[str, Node, str] | None = None  # the first (rule, node, reason) that forbids the region
     dropout_p: float = 0.0
 
@@ -160,9 +161,10 @@ def _region(down: Projection) -> FfnRegion | Refusal | None:
     if not _may_be_ffn(down.x, hidden):
         return None
     walk = _Walk(hidden)
-    activation = _lift(_after_dropout(down.x, walk), walk)
-    activation, ups = _gate_first(activation, tuple(walk.ups.values()))
-    if walk.problem is None and _is_linear(activation, len(ups)):
+    _follow(_after_dropout(down.x, walk), walk)
+    # A gated activation reads alike however it is spelled: what a function is applied to comes first.
+    ups = tuple(sorted(walk.ups.values(), key=lambda up: up.y not in walk.bent))
+    if walk.problem is None and walk.linear:
         return None  # a LoRA pair, a plain stack of projections
     nodes = frozenset(walk.nodes.union(down.nodes, _adapter_nodes(down, walk.nodes), *(up.nodes for up in ups)))
     site = site_of(nodes)
@@ -179,7 +181,7 @@ def _region(down: Projection) -> FfnRegion | Refusal | None:
         y=down.y,
         ups=ups,
         down=down,
-        activation=expression.canonical(activation),
+        activation=_spelled(walk.nodes),
         dropout_p=walk.dropout_p,
         hidden=hidden,
         nodes=nodes,
@@ -200,21 +202,23 @@ def _after_dropout(node: Node, walk: _Walk) -> Node:
     return below  # type: ignore[return-value]
 
 
-def _lift(node: Node, walk: _Walk) -> sympy.Expr:
-    if node not in walk.memo:
-        walk.memo[node] = _lift_node(node, walk)
-    return walk.memo[node]
+def _follow(node: Node, walk: _Walk) -> frozenset[Node]:
+    """The ups that `node` is computed from; problems are noted in `walk`, and the walk goes on to learn what is there."""
+    if node not in walk.reached:
+        walk.reached[node] = _follow_node(node, walk)
+    return walk.reached[node]
 
 
-def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
-    """`node` as an expression of the projections' outputs; problems are noted in `walk`, and the walk goes on to learn what is there."""
+def _follow_node(node: Node, walk: _Walk) -> frozenset[Node]:
     up = match_projection(node)
     if up is not None and same_size(shape(node)[-1], walk.hidden):
-        return _symbol(node, up, walk)
+        walk.ups[node] = up
+        return frozenset({node})
     several = match_adapters(node)
     if several is not None and same_size(shape(node)[-1], walk.hidden):
         walk.refuse("adapters", node, _several(node, several[1]))
-        return _symbol(node, several[0], walk)
+        walk.ups[node] = several[0]
+        return frozenset({node})
     name = op(node)
     if not name or not shape(node):
         return _stranger(node, walk)
@@ -230,62 +234,39 @@ def _lift_node(node: Node, walk: _Walk) -> sympy.Expr:
     if name in MIXING:
         walk.refuse("activation", node, f"{node.name} ({name}) mixes hidden units")
         return _descend(node, walk)
-    if not expression.liftable(name):
+    if not elementwise(node):
         return _stranger(node, walk)
     walk.nodes.add(node)
-    arguments = [_lift_argument(a, walk) for a in node.args]
-    for arg in (a for a in node.all_input_nodes if plain_number(a) is None):
+    tensors = [arg for arg in node.all_input_nodes if isinstance(value(arg), torch.Tensor)]  # dynamic shapes make nodes of numbers too
+    ups = frozenset[Node]().union(*(_follow(arg, walk) for arg in tensors))
+    walk.linear = walk.linear and not bends(node)
+    if function(node):
+        walk.bent |= ups
+    for arg in tensors:
         if len(shape(arg)) != len(shape(node)) or not all(map(same_size, shape(arg), shape(node))):
             walk.refuse(
                 "shape", node, f"{node.name} ({name}) combines {arg.name} {list(shape(arg))} into {list(shape(node))}: it broadcasts"
             )
-    lifted = expression.lift(name, arguments, {key: _lift_argument(a, walk) for key, a in node.kwargs.items()})
-    if lifted is None:
-        walk.refuse("activation", node, f"{node.name} ({name}) has arguments that no elementwise expression covers")
-        return sympy.Integer(0)
-    return lifted
+    return ups
 
 
-def _symbol(node: Node, up: Projection, walk: _Walk) -> sympy.Expr:
-    """The symbol of a projection's output; a residual stream without norms may hold those of any number of layers."""
-    if len(walk.ups) == len(expression.SYMBOLS):
-        walk.refuse("inputs", node, f"more than {len(expression.SYMBOLS)} projections enter one activation")
-        return sympy.Integer(1)
-    walk.ups[node] = up
-    return expression.SYMBOLS[len(walk.ups) - 1]
-
-
-def _descend(node: Node, walk: _Walk) -> sympy.Expr:
+def _descend(node: Node, walk: _Walk) -> frozenset[Node]:
     walk.nodes.add(node)
-    return _lift(node.args[0], walk)  # type: ignore[arg-type]
+    return _follow(node.args[0], walk)  # type: ignore[arg-type]
 
 
-def _lift_argument(arg: Any, walk: _Walk) -> Any:
-    if isinstance(arg, Node) and (number := plain_number(arg)) is not None:
-        return number
-    return _lift(arg, walk) if isinstance(arg, Node) else arg
-
-
-def _stranger(node: Node, walk: _Walk) -> sympy.Expr:
+def _stranger(node: Node, walk: _Walk) -> frozenset[Node]:
     if _is_unit_parameter(node):
         walk.refuse("activation", node, f"{node.name} gives each hidden unit a parameter of its own inside the activation")
     else:
         walk.refuse("operand", node, f"{node.name} enters the activation and is computed by no projection of the input")
-    return sympy.Integer(1)
+    return frozenset()
 
 
-def _gate_first(activation: sympy.Expr, ups: tuple[Projection, ...]) -> tuple[sympy.Expr, tuple[Projection, ...]]:
-    """The same, with the projections that a function is applied to in front: a gated activation reads alike however it is spelled."""
-    symbols = expression.SYMBOLS[: len(ups)]
-    bent = set().union(*(f.free_symbols for f in activation.atoms(sympy.Function)))
-    order = sorted(range(len(ups)), key=lambda i: symbols[i] not in bent)
-    renamed = {symbols[old]: symbols[new] for new, old in enumerate(order)}
-    return activation.xreplace(renamed), tuple(ups[i] for i in order)
-
-
-def _is_linear(activation: sympy.Expr, arity: int) -> bool:
-    units = expression.SYMBOLS[:arity]
-    return bool(activation.is_polynomial(*units)) and sympy.Poly(activation, *units).total_degree() <= 1
+def _spelled(nodes: set[Node]) -> str:
+    """The activation for people: its operators in order, such as "silu, mul"."""
+    graph = next(iter(nodes)).graph
+    return ", ".join(base_name(node).split(".")[1] for node in graph.nodes if node in nodes and elementwise(node))
 
 
 def _check_inputs(ups: tuple[Projection, ...], walk: _Walk) -> None:

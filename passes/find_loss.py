@@ -35,7 +35,7 @@ from sptc.passes.rows import Rows, UnreadableRows
 from sptc.passes.site import site_of
 from sptc.region import LossRegion, Projection, Refusal
 
-_U0 = expression.SYMBOLS[0]
+_U0 = expression.U0
 _MEAN = 1  # ATen's reductions: none, mean, sum
 _PARTS = frozenset({"aten.slice.Tensor", "aten.select.int", "aten.transpose.int", "aten.permute.default", "aten.detach.default"})
 _PRODUCTS = frozenset({"aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.mm.default"})
@@ -151,6 +151,8 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
         if (several := match_adapters(node)) is not None:
             raise _Refused("adapters", node, f"{node.name} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None
+        if node.op == "placeholder":
+            raise _Refused("projection", node, f"its logits are an input of the graph, {node.name}: what projects them is in another one")
         if not isinstance(source, Node) or not shape(source):
             raise _Refused("projection", node, f"its logits come from {node.name} ({op(node) or node.op}), which is no projection")
         if op(node) in _LOG_SOFTMAX and int(node.args[1]) % len(shape(node)) == axis and not mapped:  # type: ignore[call-overload]
@@ -189,8 +191,6 @@ def _transform(mapped: list[Node]) -> sympy.Expr:
         if lifted is None:
             raise _Refused("between", node, f"{node.name} ({op(node)}) has arguments that no elementwise expression covers")
         computed = lifted
-    if expression.derivative(computed, _U0).has(expression.slope):
-        raise _Refused("between", mapped[0], f"{mapped[0].name} ({op(mapped[0])}) is no smooth function of a logit")
     return computed
 
 

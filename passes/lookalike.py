@@ -15,8 +15,8 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
-from sptc import expression
 from sptc.passes.boundary import alias_sets, written_by
+from sptc.passes.elementwise import elementwise
 from sptc.passes.pattern import VIEWS, base_name, before_dropout, is_weight, keeps_last_axis, op, shape, transparent
 from sptc.passes.site import site_of
 from sptc.region import Refusal
@@ -219,4 +219,4 @@ def _refusal(like: _Like) -> Refusal:
 def _is_form(node: Node) -> bool:
     """Whether an operator may stand between the projections of a region."""
     name = op(node)
-    return transparent(node) or name == "aten.dropout.default" or (name in VIEWS and keeps_last_axis(node)) or expression.liftable(name)
+    return transparent(node) or name == "aten.dropout.default" or (name in VIEWS and keeps_last_axis(node)) or elementwise(node)

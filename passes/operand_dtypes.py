@@ -1,4 +1,4 @@
-"""Whether the sparse operators compute in the dtypes of a region's operands, as autocast leaves them."""
+"""Whether sparse attention computes in the dtypes of a region's operands, as autocast leaves them. FFNs do in any, as the dense ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ from torch.fx import Node
 from sptc.device import DeviceCosts
 from sptc.passes.modes import autocast_dtype
 from sptc.passes.pattern import dtype, value
-from sptc.region import AttentionRegion, Region
+from sptc.region import AttentionRegion
 
 
-def misfit(region: Region, device: DeviceCosts) -> str:
+def misfit(region: AttentionRegion, device: DeviceCosts) -> str:
     """Why they don't, for people; "" if they do."""
-    found = {_cast(node, region.y) for node in _operands(region)} - {None}
+    found = {_cast(node, region.y) for node in (region.q, region.k, region.v)} - {None}
     names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
     if len(found) > 1:
         return f"its operands are of {names}, which the sparse operators don't mix"
     return f"the sparse operators don't compute in {names} on this device" if found - device.dtypes else ""
-
-
-def _operands(region: Region) -> list[Node]:
-    if isinstance(region, AttentionRegion):
-        return [region.q, region.k, region.v]
-    return [region.x, *(projection.weight for projection in (*region.ups, region.down))]
 
 
 def _cast(node: Node, place: Node) -> torch.dtype | None:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from sptc.passes.effects import remove_dead_code
 from sptc.passes.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite_attention import rewrite_attention
-from sptc.passes.rewrite_ffn import rewrite_ffn
+from sptc.passes.rewrite_blocks import rewrite_blocks
+from sptc.passes.rewrite_gradients import rewrite_gradients
 from sptc.passes.rewrite_loss import drop_returned, rewrite_loss
 from sptc.passes.rewrite_units import rewrite_units
 from sptc.passes.token_lists import Tokens, insert_tokens
@@ -42,7 +43,9 @@ def rewrite(unit: Unit) -> Unit:
     by_graph = {frame.gm.graph: frame for frame in every}
     tokens = insert_tokens(unit, [d.settings for d in chosen if not isinstance(d.settings, LossSettings)])
     dropped: list[int] = []
-    for decision in chosen:
+    by_place = {node: place for frame in every for place, node in enumerate(frame.gm.graph.nodes)}
+    # The last one first: what a region reads may be what another one computes, which is then replaced in the new form as well.
+    for decision in sorted(chosen, key=lambda d: by_place[d.region.y], reverse=True):
         region, settings = decision.region, decision.settings
         if isinstance(region, LossRegion):
             assert isinstance(settings, LossSettings)
@@ -65,11 +68,12 @@ def rewrite(unit: Unit) -> Unit:
 
 def _choosers() -> list[Any]:
     ops = torch.ops.sptc
-    return [ops.choose_units.default, ops.select_blocks.default, ops.route.default]
+    return [ops.choose_units.default, ops.select_blocks.default, ops.route.default, ops.keep.default]
 
 
 def _keeping_choices() -> tuple[Any, Any]:
-    """The contexts of a checkpoint that computes everything again but what was chosen: rounding could make another choice in backward."""
+    """The contexts of a checkpoint that computes everything again but what was chosen, as rounding could choose otherwise in backward, and
+    what is little of much work (`sptc::keep`)."""
     return create_selective_checkpoint_contexts(_choosers())
 
 
@@ -84,10 +88,12 @@ def sparse_form(region: Region, settings: Settings, state: State | None, by_grap
 
     if isinstance(settings, UnitSettings):
         assert region.kind == "ffn"
+        if settings.gradients_only:
+            return rewrite_gradients(region, settings, tokens.through(here), again=by_graph[region.y.graph].call is not None)
         return rewrite_units(region, settings, tokens.through(here))
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
-        return rewrite_ffn(region, settings, state, here(tokens.mask) if settings.keep and tokens.mask is not None else None)
+        return rewrite_blocks(region, settings, state, here(tokens.mask) if settings.keep and tokens.mask is not None else None)
     assert isinstance(settings, AttentionSettings) and (state is None or isinstance(state, CodebookState))
     return rewrite_attention(_with_mask_at_hand(region, by_graph), settings, state)
 

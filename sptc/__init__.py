@@ -1,8 +1,8 @@
 """A torch.compile backend that rewrites attention and FFN regions into sparse equivalents for fine-tuning.
 
 `torch.compile(model, backend="spt")` needs no import: the backend is an entry point. `prepare` before the optimizer is made adds trainable
-routers (and codebooks, for the selector "pq"); `explain` says what a compile would do; `report` says what it did; `plan` chooses densities
-for a budget; `bench` compares training steps.
+routers (and codebooks, for the selector "pq"), and `detach` takes them away; `explain` says what a compile would do; `report` says what it
+did; `plan` chooses densities for a budget; `bench` compares training steps.
 """
 
 from sptc.benchmark.bench import bench
@@ -12,8 +12,21 @@ from sptc.dropped import DroppedLogitsError
 from sptc.explain import explain
 from sptc.plan import Plan
 from sptc.planning import plan
-from sptc.prepare import prepare
+from sptc.prepare import detach, prepare
 from sptc.report import Report
 from sptc.state import step
 
-__all__ = ["Config", "ConfigError", "DroppedLogitsError", "Plan", "Report", "bench", "explain", "plan", "prepare", "report", "step"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DroppedLogitsError",
+    "Plan",
+    "Report",
+    "bench",
+    "detach",
+    "explain",
+    "plan",
+    "prepare",
+    "report",
+    "step",
+]

@@ -47,7 +47,18 @@ def adopt(model: nn.Module) -> None:
         for owner in found:
             state: Any = owner.spt
             owner.spt = ModulesToSaveWrapper(state, adapter)
+            owner.spt.set_adapter(adapter)  # a wrapper begins with a list of them, which `merge_and_unload` takes for a name
             owner.spt.modules_to_save[adapter].notice = state.notice  # the copy still shares it with the other owners
             owner.spt.modules_to_save[adapter].requires_grad_(not config.inference_mode)
         if found and NAME not in (config.modules_to_save or []):
             config.modules_to_save = [*(config.modules_to_save or []), NAME]
+
+
+def release(model: nn.Module) -> None:
+    """Undo what `adopt`, and PEFT when it loaded such an adapter, noted of the `spt` modules."""
+    for peft_model in peft_models(model):
+        for config in peft_model.peft_config.values():
+            if NAME in (getattr(config, "modules_to_save", None) or []):
+                config.modules_to_save = [name for name in config.modules_to_save if name != NAME] or None
+        if NAME in (getattr(peft_model, "modules_to_save", None) or ()):
+            peft_model.modules_to_save = {name for name in peft_model.modules_to_save if name != NAME} or None

@@ -43,6 +43,14 @@ class Config:
         "ffn.context_density", "auto", "selector 'energy': the share for tokens whose label does not count; None: as for all"
     )
     ffn_max_rise: float = _option("ffn.max_rise", 0.01, "with 'auto': how much the loss may rise before training, relative, at least 0")
+    ffn_gradient_density: float = _option(
+        "ffn.gradient_density",
+        1.0,
+        "where the forward pass keeps all hidden units: the share that gradients go through, in (0, 1]",
+    )
+    ffn_gradient_context_density: float | None = _option(
+        "ffn.gradient_context_density", None, "the same for tokens whose label does not count; None: as for all"
+    )
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
@@ -107,10 +115,24 @@ class Config:
             "attention.density": self.attention_density,
             "ffn.density": self.ffn_density,
             "ffn.context_density": self.ffn_context_density,
+            "ffn.gradient_density": self.ffn_gradient_density,
+            "ffn.gradient_context_density": self.ffn_gradient_context_density,
         }
         for key, value in densities.items():
             if isinstance(value, float) and not 0.0 < value <= 1.0:
                 raise ConfigError(f"option {key!r} must be in (0, 1], got {value}")
+        thinned = [f.metadata["key"] for f in _options() if f.name.startswith("ffn_gradient") and getattr(self, f.name) not in (1.0, None)]
+        fixed = (
+            self.ffn_selector == "router"
+            or self.plan is not None
+            or self.ffn_density != "auto"
+            or self.ffn_context_density not in ("auto", None)
+        )
+        if thinned and fixed:
+            raise ConfigError(
+                f"option {thinned[0]!r} is for FFNs whose forward pass keeps all hidden units; leave out ffn.density, ffn.context_density, "
+                "ffn.selector and plan, and set ffn.max_rise to 0 to keep all of them so"
+            )
         if not 0.0 <= self.ffn_max_rise < float("inf"):
             raise ConfigError(f"option 'ffn.max_rise' must be a number of at least 0, got {self.ffn_max_rise}")
         for key, size in (

@@ -49,10 +49,8 @@ class DeviceCosts:
     sparse_attention_backward: float
     pooled: float  # (mean query, key) pairs of the pooled selector, for one element of the head size
     coded: float  # (vector, codeword) pairs of the pq selector, for one element of the head size
-    routed: float  # rate of sptc::routed_ffn, gathers included, as a share of gemm
     op_seconds: float  # a small operator
     attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward; `calls` says how often
-    routed_seconds: float  # routed FFN of next to nothing, forward and backward; `calls` says how often
     default_blocks: Blocks  # (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block)
     gpu: bool = False
     dtypes: frozenset[torch.dtype] = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})  # that it computes in
@@ -104,7 +102,7 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
 
 def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks, gpu: bool = False) -> DeviceCosts:
     """The constants of one thread, for `threads` of them."""
-    scaled = {name: values[name] * threads for name in _NUMBERS if name != "routed" and not name.endswith("seconds")}
+    scaled = {name: values[name] * threads for name in _NUMBERS if not name.endswith("seconds")}
     single, half = (Rates(**{key: rate * threads for key, rate in values[name].items()}) for name in ("single", "half"))
     return DeviceCosts(**{**values, **scaled, "single": single, "half": half}, default_blocks=default_blocks, gpu=gpu)
 

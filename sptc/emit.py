@@ -24,7 +24,7 @@ from sptc.passes.site import site_of
 from sptc.passes.unit import Unit
 from sptc.region import Site
 
-_SHOWN = frozenset({"q", "k", "v", "x", "down"})  # arguments whose shapes tell a reader what a kernel was made for
+_SHOWN = frozenset({"q", "k", "v"})  # arguments whose shapes tell a reader what a kernel was made for
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,14 @@ class _Bench:
     sparse_length: int
     blocks: tuple[int, int]  # query_block, key_block
     product: tuple[int, int, int]  # rows, inner and columns of a product
-    ffn: tuple[int, int, int]  # tokens, size, hidden units
     memory: int  # floats that no cache holds
     values: int  # floats that a cache holds
 
     @classmethod
     def of(cls, device: torch.device) -> _Bench:
         if device.type == "cpu":
-            return cls(device, torch.float32, 4, 1024, 1024, (32, 16), (1024, 512, 2048), (1024, 768, 3072), 1 << 23, 1 << 18)
-        return cls(device, torch.bfloat16, 32, 4096, 8192, (128, 64), (8192, 4096, 4096), (8192, 2048, 8192), 1 << 25, 1 << 21)
+            return cls(device, torch.float32, 4, 1024, 1024, (32, 16), (1024, 512, 2048), 1 << 23, 1 << 18)
+        return cls(device, torch.bfloat16, 32, 4096, 8192, (128, 64), (8192, 4096, 4096), 1 << 25, 1 << 21)
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Random numbers that do not touch the global generator."""
@@ -104,7 +103,6 @@ def measure(device: torch.device) -> dict[str, Any]:
             "exponentials": values.numel() / bench.seconds(lambda: torch.exp(values)),
             "op_seconds": bench.seconds(lambda: torch.add(values[:64], values[:64])),
             **_sparse_attention(bench),
-            **_routed_ffn(bench, (single if bench.sparse_dtype == torch.float32 else half)["gemm"]),
         }
 
 
@@ -122,7 +120,6 @@ def launches(device: torch.device) -> list[Launch]:
 
     with targeting(target_of(device)), Recorder():
         _sparse_attention(bench)
-        _routed_ffn(bench, 1.0)
     return found
 
 
@@ -180,29 +177,6 @@ def _sparse_attention(bench: _Bench) -> dict[str, float]:
         "sparse_attention_backward": 2.5 * flops / backward,
         "attention_seconds": min(least[0], least[1]) + least[2] + least[3],
     }
-
-
-def _routed_ffn(bench: _Bench, gemm: float) -> dict[str, float]:
-    groups, active = 8, 4
-
-    def timed(tokens: int, size: int, hidden: int) -> float:
-        x = bench.random(tokens, size, dtype=bench.sparse_dtype).requires_grad_()
-        up, down = (bench.random(hidden, size, dtype=bench.sparse_dtype) for _ in range(2))
-        lists = torch.ops.sptc.route(bench.random(tokens, groups), active)
-
-        def run() -> None:
-            y = torch.ops.sptc.routed_ffn(
-                x, [up], [], [], [], [], [], down, None, lists[0], lists[1], None, None, None, 0.0, 0.0, "relu(u0)"
-            )[0]
-            torch.autograd.grad(y, x, y)
-
-        return bench.seconds(run)
-
-    tokens, size, hidden = bench.ffn
-    least = timed(8, 16, 64)
-    seconds = _rest(timed(tokens, size, hidden), least)
-    each = least / (groups if bench.device.type == "cpu" else 1)  # a CPU takes one block after another, a GPU all in one launch
-    return {"routed": (active / groups) * 8 * tokens * size * hidden / seconds / gemm, "routed_seconds": each}
 
 
 def _rest(seconds: float, fixed: float) -> float:

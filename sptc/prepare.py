@@ -20,8 +20,8 @@ from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plan import Plan
 from sptc.report import Report
-from sptc.state import DenseNotice, TrainableState, attach, detach, owners
-from sptc.trial import Check, FfnSample, Trial
+from sptc.state import DenseNotice, Router, TrainableState, attach, owners, strip
+from sptc.trial import Check, Trial
 
 
 class PrepareError(ValueError):
@@ -90,11 +90,30 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
         adapter.adopt(model)
     except BaseException:
         for _, owner in list(owners(model)):
-            detach(owner)
+            strip(owner)
         raise
     torch._dynamo.reset()
     last = check.units[-1]
     return Report.of([*check.units[:-1], replace(last, refusals=(*last.refusals, *trial.refusals))])
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `prepare`: take away the trainable state that it added, and the hooks. The plain model, which is `model` itself, is left.
+
+    Its state is lost; save it before (`model.state_dict()`, or the adapter's `save_pretrained`). What the user trains is not touched. Code
+    that was compiled before is forgotten, since Dynamo does not notice that hooks are gone. A model without such state stays as it is.
+
+    Args:
+        model: a prepared model, a PeftModel around one, or what `merge_and_unload` made of that; one that `torch.compile` wrapped is
+            unwrapped.
+    """
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    for _, owner in list(owners(model)):
+        strip(owner)
+    adapter.release(model)
+    torch._dynamo.reset()
+    return model
 
 
 def _check(model: nn.Module) -> None:
@@ -108,7 +127,7 @@ def _check(model: nn.Module) -> None:
     if any(p.is_meta for p in model.parameters()):
         raise PrepareError("the model has parameters on the meta device; load its weights, then prepare it")
     for name, _ in owners(model):
-        raise PrepareError(f"the model is prepared already ({name or 'the root'} has `spt`); to change options, prepare a fresh model")
+        raise PrepareError(f"the model is prepared already ({name or 'the root'} has `spt`); to change options, sptc.detach(model) first")
     adapter.check(model)
 
 
@@ -116,8 +135,11 @@ def _states(trial: Trial, notice: DenseNotice) -> dict[str, TrainableState]:
     """The state of each owner, by the owner's name."""
     states = {}
     for owner, samples in trial.samples.items():
-        names = (f"ffn{i}" for i in itertools.count())
-        states[owner] = TrainableState({next(names) if isinstance(s, FfnSample) else key: s.slot() for key, s in samples.items()}, notice)
+        names, slots = (f"ffn{i}" for i in itertools.count()), {}
+        for key, sample in samples.items():
+            assert sample.slot is not None, "every call that a graph holds was seen"
+            slots[next(names) if isinstance(sample.slot, Router) else key] = sample.slot
+        states[owner] = TrainableState(slots, notice)
     return states
 
 
@@ -134,6 +156,6 @@ def _drop_unreached(model: nn.Module, states: Mapping[str, TrainableState], reac
     for name, state in states.items():
         slots = {key: slot for key, slot in state.slots().items() if id(slot.tensors()[0]) in reached}
         if len(slots) < len(state.slots()):
-            detach(model.get_submodule(name))
+            strip(model.get_submodule(name))
             if slots:
                 attach(model.get_submodule(name), TrainableState(slots, state.notice))

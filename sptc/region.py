@@ -87,7 +87,7 @@ class FfnRegion:
     y: Node
     ups: tuple[Projection, ...]
     down: Projection
-    activation: str  # canonical string over u0, u1, ...
+    activation: str  # its operators, for people: "silu, mul"
     dropout_p: float  # between act and down; 0.0 when not training
     hidden: int  # d_ff
     nodes: frozenset[Node]
@@ -228,10 +228,13 @@ class UnitSettings:
     hidden: int
     units: int  # of the tokens that count, or of all where `context` is None
     context: int | None = None  # of the other tokens; None: all tokens are alike
+    gradients_only: bool = False  # the forward pass keeps all units, whatever gradients go through
 
     @property
     def density(self) -> float:
         """The share that a plan chooses: that of the context, where it has one."""
+        if self.gradients_only:
+            return 1.0
         return (self.units if self.context is None else self.context) / self.hidden
 
     @property

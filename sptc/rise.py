@@ -28,7 +28,7 @@ from tqdm import tqdm
 from sptc.beside import Mixed, insert_beside, remove
 from sptc.budget import replan
 from sptc.hint import optimization_hint
-from sptc.passes.decide import TRIED, at_density, measured, splits
+from sptc.passes.decide import TRIED, at_density, measured, splits, through_units
 from sptc.passes.effects import alias_sets, written_by
 from sptc.passes.frame import frames, input_index, outermost, parameter
 from sptc.passes.key import region_keys
@@ -64,6 +64,8 @@ def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], t
     known = [remembered.get(w, {}).get(split) for w, split in zip(weights, apart, strict=True) if w is not None]
     if len(known) == len(waiting) and None not in known:
         return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
+    if unit.config.ffn_max_rise == 0.0:
+        return _with(unit, dict.fromkeys(waiting, 1.0), "the loss may not rise at all (ffn.max_rise)")
     reason = _obstacle(unit, weights)
     if reason is not None:
         return _with(unit, dict.fromkeys(waiting, 1.0), f"how much it may leave out can't be measured: {reason}; set ffn.density")
@@ -196,6 +198,11 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
                 yield decision
                 continue
             density = densities[decision.region]
+            assert isinstance(decision.region, FfnRegion)
+            through = through_units(unit, decision.region) if density == 1.0 else None
+            if through is not None:
+                yield Decision(decision.region, True, f"gradients through fewer units, forward all of them; {reason}", *through)
+                continue
             settings, dense, sparse = at_density(unit, decision.region, density)
             kept = f"kept whole; {reason}" if density == 1.0 else f"{decision.reason}; {reason}"
             yield Decision(decision.region, density < 1.0, kept, settings, dense, sparse)

@@ -245,7 +245,7 @@ def attach(owner: nn.Module, state: TrainableState) -> None:
     owner.register_forward_hook(mark_output)
 
 
-def detach(owner: nn.Module) -> None:
+def strip(owner: nn.Module) -> None:
     """Undo `attach`."""
     del owner.spt
     for handle, hook in list(owner._forward_hooks.items()):

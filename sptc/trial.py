@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,39 +28,45 @@ Judge = Callable[[fx.GraphModule, list[Any]], Unit]
 
 
 @dataclass
-class FfnSample:
-    """What the example batch showed of an FFN, over all calls of its owner."""
+class Sample:
+    """What the example batch shows of a region, until the state's start is fitted to it: when all calls that a graph holds were seen.
 
-    name: str  # owner-local, of the down weight
-    settings: FfnSettings
-    down: Tensor | None = None  # [d_ff, d_out], a view of the weight
-    inputs: list[Tensor] = field(default_factory=list)  # [N, d] each
-    hidden: list[Tensor] = field(default_factory=list)  # [N, d_ff] each: what the down projection is given
+    Calls of the same region in later graphs find it fitted.
+    """
 
-    def slot(self) -> Router:
-        assert self.down is not None
-        x, hidden, dtype = torch.cat(self.inputs), torch.cat(self.hidden), self.down.dtype
-        start = fit_router(x, _block_norms(hidden, self.down, self.settings.blocks))
-        missing = _missing(hidden, self.down, x.float() @ start[0].T + start[1], self.settings.active)
-        low, high, constant = (t.to(dtype) for t in fit_stand_in(x, missing, self.settings.left_out or 1.0))
-        return Router((start[0].to(dtype), start[1].to(dtype)), (low, high, constant), self.name)
+    fit: Callable[[dict[str, list[Tensor]]], Router | Codebook]
+    parts: dict[str, int]  # what is shown, and how often by one call
+    calls: int = 0
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    slot: Router | Codebook | None = None
+
+    def add(self, part: str, value: Tensor) -> None:
+        self.seen.setdefault(part, []).append(value)
+        if all(len(self.seen.get(name, ())) == times * self.calls for name, times in self.parts.items()):
+            with torch.autocast(value.device.type, enabled=False):  # the graph may have it on just here
+                self.slot = self.fit(self.seen)
+            self.seen.clear()
 
 
-@dataclass
-class AttentionSample:
-    """What the example batch showed of an attention, over all calls of its owner."""
+def _fit_router(seen: dict[str, list[Tensor]], name: str, settings: FfnSettings) -> Router:
+    """From inputs [N, d], hidden [N, d_ff] units and the down weight [d_ff, d_out], whose owner-local name is `name`."""
+    x, hidden, down = torch.cat(seen["inputs"]), torch.cat(seen["hidden"]), seen["down"][0]
+    start = fit_router(x, _block_norms(hidden, down, settings.blocks))
+    missing = _missing(hidden, down, x.float() @ start[0].T + start[1], settings.active)
+    low, high, constant = (t.to(down.dtype) for t in fit_stand_in(x, missing, settings.left_out or 1.0))
+    return Router((start[0].to(down.dtype), start[1].to(down.dtype)), (low, high, constant), name)
 
-    vectors: list[Tensor] = field(default_factory=list)  # queries and keys, [h_kv, N, d] each
 
-    def slot(self) -> Codebook:
-        return Codebook(fit_codebooks(torch.cat(self.vectors, 1)))
+def _fit_codebook(seen: dict[str, list[Tensor]]) -> Codebook:
+    """From vectors [h_kv, N, d], queries and keys."""
+    return Codebook(fit_codebooks(torch.cat(seen["vectors"], 1)))
 
 
 class Trial:
     """The first run. `samples` maps the name of an owner to its slots: "attention<i>", or the local name of an FFN's down weight."""
 
     def __init__(self, model: nn.Module, judge: Judge) -> None:
-        self.samples: dict[str, dict[str, FfnSample | AttentionSample]] = {}
+        self.samples: dict[str, dict[str, Sample]] = {}
         self.refusals: list[Refusal] = []
         self._judge = judge
         self._modules = {str(id(module)): name for name, module in model.named_modules()}
@@ -105,15 +112,12 @@ class Trial:
 
     def _watch_attention(self, region: AttentionRegion, owner: str, unit: Unit) -> Iterator[tuple[Node, Callable[[Tensor], None]]]:
         call = [r for r in unit.regions if r.kind == "attention" and holder(r) == holder(region)]
-        sample = self.samples.setdefault(owner, {}).setdefault(f"attention{call.index(region)}", AttentionSample())
-        assert isinstance(sample, AttentionSample)
-
-        def see(value: Tensor) -> None:
-            sample.vectors.append(_vectors(value, key_heads))
-
-        key_heads = int(shape(region.k)[-3])
-        yield region.q, see
-        yield region.k, see
+        sample = self._sample(owner, f"attention{call.index(region)}", _fit_codebook, {"vectors": 2})
+        if sample.slot is None:
+            key_heads = int(shape(region.k)[-3])
+            sample.calls += 1
+            for node in (region.q, region.k):
+                yield node, lambda value: sample.add("vectors", _vectors(value, key_heads))
 
     def _watch_ffn(
         self, region: FfnRegion, owner: str, decision: Decision, frame: Frame, args: Sequence[Any]
@@ -126,21 +130,16 @@ class Trial:
             self._refuse(region, "its down weight is not a parameter of the module that holds the FFN")
             return
         assert isinstance(decision.settings, FfnSettings)
-        sample = self.samples.setdefault(owner, {}).setdefault(down, FfnSample(down, decision.settings))
-        assert isinstance(sample, FfnSample)
+        fit = partial(_fit_router, name=down, settings=decision.settings)
+        sample = self._sample(owner, down, fit, {"inputs": 1, "hidden": 1, "down": 1})
+        if sample.slot is None:
+            sample.calls += 1
+            yield region.x, lambda value: sample.add("inputs", _tokens(value))
+            yield region.down.x, lambda value: sample.add("hidden", _tokens(value))
+            yield region.down.weight, lambda value: sample.add("down", value.detach() if region.down.transposed else value.detach().T)
 
-        def see_input(value: Tensor) -> None:
-            sample.inputs.append(_evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0))
-
-        def see_hidden(value: Tensor) -> None:
-            sample.hidden.append(_evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0))
-
-        def see_down(value: Tensor) -> None:
-            sample.down = value.detach() if region.down.transposed else value.detach().T
-
-        yield region.x, see_input
-        yield region.down.x, see_hidden
-        yield region.down.weight, see_down
+    def _sample(self, owner: str, key: str, fit: Callable[..., Router | Codebook], parts: dict[str, int]) -> Sample:
+        return self.samples.setdefault(owner, {}).setdefault(key, Sample(fit, parts))
 
     def _refuse(self, region: Region, reason: str) -> None:
         self.refusals.append(Refusal(region.kind, "state", region.y, f"no trainable state: {reason}", region.site))
@@ -237,6 +236,11 @@ def _vectors(value: Tensor, key_heads: int) -> Tensor:
     b = value.numel() // (h * n * d)
     rows = value.reshape(b, key_heads, h // key_heads, n, d).transpose(0, 1).reshape(key_heads, -1, d)
     return _evenly(rows, SAMPLED_ROWS // 2, 1)
+
+
+def _tokens(value: Tensor) -> Tensor:
+    """Some of the rows of [..., d], as [N, d]."""
+    return _evenly(value.reshape(-1, value.shape[-1]), SAMPLED_ROWS, 0)
 
 
 def _evenly(rows: Tensor, count: int, dim: int) -> Tensor:

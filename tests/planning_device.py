@@ -14,9 +14,7 @@ DEVICE = DeviceCosts(
     sparse_attention_backward=1e10,
     pooled=1e12,
     coded=1e12,
-    routed=20.0,
     op_seconds=0.0,
     attention_seconds=0.0,
-    routed_seconds=0.0,
     default_blocks=lambda n, m, density, own: (4, 2),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import sptc
-from sptc.state import detach, owners
+from sptc import trial
 from tests.models.compiled import without_inductor
 
 OPTIONS = {"decline": "never", "attention.selector": "pq", "attention.query_block": 4, "attention.key_block": 4}
@@ -64,8 +65,7 @@ def trained(model, x):
 
 def prepared_and_detached(model, x):
     sptc.prepare(model, x, OPTIONS)
-    for _, owner in list(owners(model)):
-        detach(owner)
+    sptc.detach(model)
 
 
 RUNS = {
@@ -111,3 +111,29 @@ def test_a_trial_keeps_nothing_for_gradients():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         report = sptc.prepare(model, x, OPTIONS)
     assert [r.status for r in report.regions] == ["rewritten", "rewritten"] and not saved
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_prepare_holds_the_samples_of_one_region_at_a_time(monkeypatch, shared):
+    """A router is fitted to all calls of its FFN in a graph; codebooks are those of one call."""
+    held: list[weakref.ref] = []
+    most, rows = [], []
+    evenly, fit = trial._evenly, trial.fit_router
+
+    def watched(*args):
+        value = evenly(*args)
+        held.append(weakref.ref(value))
+        most.append(sum(ref() is not None for ref in held))
+        return value
+
+    def counted(x, *args):
+        rows.append(len(x))
+        return fit(x, *args)
+
+    monkeypatch.setattr(trial, "_evenly", watched)
+    monkeypatch.setattr(trial, "fit_router", counted)
+    block = Block()
+    model = nn.Sequential(*(block if shared else Block() for _ in range(4)))
+    sptc.prepare(model, torch.randn(2, 9, 32), {**OPTIONS, "ffn.selector": "router", "ffn.blocks": 4})
+    assert len(most) == 16  # queries, keys, inputs and hidden units of four blocks
+    assert max(most) == (8 if shared else 2) and rows == ([4 * 18] if shared else [18] * 4)

@@ -1,7 +1,6 @@
 import json
 import os
 import stat
-from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def test_rates_grow_with_threads_and_overheads_do_not(cache):
     one, four = (device._costs(values, threads, blocks) for threads in (1, 4))
     assert four.single.gemm == 4 * one.single.gemm and four.half.attention == 4 * one.half.attention
     assert four.bandwidth == 4 * one.bandwidth and four.sparse_attention == 4 * one.sparse_attention
-    assert (four.op_seconds, four.routed_seconds, four.routed) == (one.op_seconds, one.routed_seconds, one.routed)
+    assert (four.op_seconds, four.attention_seconds) == (one.op_seconds, one.attention_seconds)
 
 
 def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):
@@ -75,15 +74,6 @@ def test_a_processor_is_measured_anew_where_onednn_computes_fp32_products():
     finally:
         torch.set_float32_matmul_precision(before)
     assert device._key(CPU) == usual
-
-
-def test_a_routed_ffn_of_next_to_nothing_is_a_call_on_a_gpu_and_its_blocks_on_a_cpu(monkeypatch):
-    """The constant is what `DeviceCosts.calls` multiplies."""
-    monkeypatch.setattr(measure._Bench, "seconds", lambda self, run: 8.0)
-    cpu = measure._Bench.of(CPU)
-    gpu = replace(cpu, device=torch.device("meta"))
-    found = [measure._routed_ffn(bench, 1.0)["routed_seconds"] for bench in (cpu, gpu)]
-    assert found == [1.0, 8.0]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "missing", "negative", "text", "rate"])

@@ -30,7 +30,7 @@ def test_a_compile_leaves_its_graphs_and_report(tmp_path):
     assert texts["02.rewritten.py"].count("torch.ops.sptc.sparse_attention.default") == 2
     assert "f32[" in texts["00.captured.py"], "shapes are shown"
     regions = json.loads(texts["regions.json"])["regions"]
-    assert [r["status"] for r in regions] == ["rewritten"] * 4 + ["refused"], "the loss, whose logits the model returns"
+    assert [r["status"] for r in regions] == [*["rewritten"] * 4, "refused"], "the loss, whose logits the model returns"
     assert all(r["module"] in texts["report.txt"] for r in regions)
 
     svg = ElementTree.fromstring(texts["graph.svg"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from sptc import emit as emit_module
 from sptc.backend import captured_unit
@@ -17,19 +18,22 @@ from tests.models.compiled import FULL, without_inductor
 from tests.models.zoo import CASES
 
 CPU = torch.device("cpu")
-OPTIONS = {**FULL, "ffn.selector": "router", "inference": "sparse"}
+OPTIONS = {**FULL, "inference": "sparse"}
 
 
-class Mlp(nn.Module):
+class Attention(nn.Module):
+    """x [n, 16]: one head, each row attends to those before it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+        q, k, v = (layer(x)[None, None] for layer in (self.q, self.k, self.v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0]
 
 
-class HalfInside(Mlp):
+class HalfInside(Attention):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             y = super().forward(x)
@@ -60,7 +64,7 @@ def interpreter(monkeypatch):
 
 
 def test_a_device_without_kernels_gets_none():
-    assert emitted(Mlp(), torch.randn(5, 16)) == ()
+    assert emitted(Attention(), torch.randn(5, 16)) == ()
 
 
 def test_regions_share_kernels_and_their_headers_name_both(interpreter):
@@ -71,46 +75,48 @@ def test_regions_share_kernels_and_their_headers_name_both(interpreter):
         lines = [line for line in kernel.source.splitlines() if line.startswith("# for ")]
         assert lines == [f"# for {origin}" for origin in kernel.origins]
         assert len(lines) == 2 and "layers.0" in lines[0] and "layers.1" in lines[1]
-    assert {"attention_backward_kv", "ffn_grad_hidden"} <= templates(kernels)
+    assert "attention_backward_kv" in templates(kernels)
 
 
 def test_nothing_is_emitted_for_gradients_that_nobody_asks_for(interpreter):
-    model, x = Mlp(), torch.randn(5, 16)
-    assert {"ffn_grad_hidden", "grouped_outer", "grouped_sum"} <= templates(emitted(model, x))
+    model, x = Attention(), torch.randn(9, 16)
+    backward = {"attention_backward_q", "attention_backward_kv"}
+    assert backward <= templates(emitted(model, x))
     model.requires_grad_(False)
-    assert templates(emitted(model, x)) == {"ffn_up", "grouped_product", "gather_sum", "invert_lists"}
-    frozen = templates(emitted(model, x.clone().requires_grad_()))
-    assert "ffn_grad_hidden" in frozen and not {"grouped_outer", "grouped_sum"} & frozen
-    model.requires_grad_(True)
+    forward = templates(emitted(model, x))
+    assert "attention_forward" in forward and not backward & forward
+    assert backward <= templates(emitted(model, x.clone().requires_grad_()))
+    model.q.requires_grad_(True)
+    assert backward & templates(emitted(model, x)) == {"attention_backward_q"}
     with torch.no_grad():
-        assert "ffn_grad_hidden" not in templates(emitted(model, x))
+        assert not backward & templates(emitted(model, x))
 
 
 def test_kernels_are_for_the_dtype_that_autocast_makes(interpreter):
     x = torch.randn(5, 16)
-    assert precisions(emitted(Mlp(), x)) == {"tf32x3"}
+    assert precisions(emitted(Attention(), x)) == {"tf32x3"}
     assert precisions(emitted(HalfInside(), x)) == {"tf32"}
     with torch.autocast("cpu", torch.bfloat16):
-        assert precisions(emitted(Mlp(), x)) == {"tf32"}
+        assert precisions(emitted(Attention(), x)) == {"tf32"}
 
 
 def test_a_gpu_gets_its_kernels_compiled_before_the_first_step(monkeypatch):
     """All that the graph launches, in the signatures that it launches them with; a CPU compiles nothing ahead."""
     asked: list[tuple[list[Launch], Target]] = []
     monkeypatch.setattr(emit_module, "precompile", lambda launches, target: asked.append((launches, target)))
-    model, x = Mlp(), torch.randn(5, 16)
+    model, x = Attention(), torch.randn(9, 16)
     with targeting(KNOWN["sm_90"]):
         kernels = emitted(model, x, torch.device("cuda"))
     [(launches, target)] = asked
     assert target == KNOWN["sm_90"] and {launch.spec for launch in launches} == {kernel.spec for kernel in kernels}
-    assert {"ffn_up", "ffn_grad_hidden", "grouped_outer"} <= {launch.spec.template for launch in launches}
+    assert {"attention_forward", "attention_backward_q", "attention_backward_kv"} <= {launch.spec.template for launch in launches}
     assert all(value.is_meta for launch in launches for value in launch.arguments.values() if isinstance(value, Tensor))
     emitted(model, x)
     assert len(asked) == 1
 
 
 def test_emitting_adds_no_guard(interpreter):
-    model, seen = Mlp(), []
+    model, seen = Attention(), []
 
     def backend(gm, inputs):
         seen.append(gm)
@@ -124,4 +130,4 @@ def test_emitting_adds_no_guard(interpreter):
 
 
 def test_double_precision_has_no_kernels(interpreter):
-    assert emitted(Mlp(), torch.randn(5, 16)) and not emitted(Mlp().double(), torch.randn(5, 16, dtype=torch.float64))
+    assert emitted(Attention(), torch.randn(5, 16)) and not emitted(Attention().double(), torch.randn(5, 16, dtype=torch.float64))

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -54,7 +55,7 @@ def slots(model):
 
 
 def rewritten(report):
-    return [r for r in report.regions if r.status == "rewritten"]
+    return [r for r in report.regions if r.status == "rewritten" and r.kind != "loss"]
 
 
 class Attention(nn.Module):
@@ -441,3 +442,61 @@ def test_another_backend_is_said_once_and_ours_never(other, caplog):
     for length in (12, 14):
         torch.compile(model, backend=other)(batch(length)).sum().backward()
     assert said() == 1
+
+
+def test_detaching_gives_back_the_plain_model():
+    model = Model().eval()
+    names = list(model.state_dict())
+    expected = torch.compile(copy.deepcopy(model), backend=Compiled())(batch())
+    sptc.prepare(model, batch(), OPTIONS)
+    randomised(model)
+    assert not torch.allclose(torch.compile(model, backend=Compiled())(batch()), expected)
+    assert sptc.detach(torch.compile(model)) is model
+    assert list(model.state_dict()) == names and not list(owners(model)) and not any(m._forward_hooks for m in model.modules())
+    assert torch.equal(torch.compile(model, backend=Compiled())(batch()), expected)
+    assert len(rewritten(sptc.prepare(model, batch(), OPTIONS))) == len(slots(model)), "it can be prepared anew"
+    assert sptc.detach(sptc.detach(model)) is model
+
+
+@pytest.mark.parametrize("other", [None, ["norm"]])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_detached_adapter_saves_what_a_plain_one_does(other, loaded, tmp_path):
+    from peft import PeftModel
+
+    base = Model(layers=1)
+    fresh = copy.deepcopy(base)
+    model = adapted(base, modules_to_save=other)
+    before = sorted(dict(model.named_parameters()))
+    sptc.prepare(model, batch(), OPTIONS)
+    if loaded:
+        model.save_pretrained(tmp_path / "prepared")
+        sptc.prepare(fresh, batch(), OPTIONS)
+        model = PeftModel.from_pretrained(fresh, tmp_path / "prepared", is_trainable=True)
+    sptc.detach(model)
+    assert sorted(dict(model.named_parameters())) == before
+    assert model.peft_config["default"].modules_to_save == other
+    model.save_pretrained(tmp_path / "plain")
+    assert "spt" not in (tmp_path / "plain" / "adapter_config.json").read_text()
+    with safe_open(tmp_path / "plain" / "adapter_model.safetensors", "pt") as saved:
+        keys = list(saved.keys())
+    assert keys and not [key for key in keys if "spt" in key]
+
+
+def test_a_prepared_adapter_merges_and_what_is_left_is_prepared():
+    model = adapted(Model(layers=1)).eval()
+    sptc.prepare(model, batch(), OPTIONS)
+    randomised(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    # With fewer blocks a merged adapter of `down` is not divided by their share, so that the two differ.
+    backend = Compiled(**{"ffn.density": 1.0})
+    with torch.no_grad():
+        expected = torch.compile(model, backend=backend)(batch())
+        merged = model.merge_and_unload()
+        assert not [name for name in merged.state_dict() if "modules_to_save" in name or "lora" in name]
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(merged, backend=backend)(batch()), expected, rtol=1e-4, atol=1e-5)
+    assert all(len(rewritten(report)) == 2 for report in backend.reports)
+    assert not [name for name in sptc.detach(merged).state_dict() if "spt" in name]

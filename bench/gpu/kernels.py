@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from bench.gpu.journal import Figures, Journal
 from bench.gpu.sizes import Sizes
 from bench.gpu.stage import Limit
 from bench.gpu.timing import one
-from bench.kernels.cases import AttentionCase, FfnCase
+from bench.kernels.cases import AttentionCase
 from bench.kernels.tuning import step
 from sptc.codegen.block_lists import block_count, query_run
 from sptc.codegen.launch import Launch, recorded
@@ -24,7 +23,7 @@ from sptc.codegen.spec import KernelSpec
 _PRODUCTS = {"attention_forward": 2, "attention_backward_q": 3, "attention_backward_kv": 4}  # for each listed (query, key)
 
 
-def kernels(case: AttentionCase | FfnCase, sizes: Sizes, journal: Journal, limit: Limit) -> Iterator[Figures]:
+def kernels(case: AttentionCase, sizes: Sizes, journal: Journal, limit: Limit) -> Iterator[Figures]:
     """A row for each kernel, in the order of launches, then one for all of the step with the torch operators between them.
 
     `floor_share` is the floor over the time; `mm_share` the time that `torch.mm` takes for as many operations, at its best, over the time.
@@ -34,7 +33,7 @@ def kernels(case: AttentionCase | FfnCase, sizes: Sizes, journal: Journal, limit
         with recorded(run=True) as launches:
             whole()
         product, copy = journal.figure("product_rate"), journal.figure("copy_rate")
-        entries = _listed(launches) if isinstance(case, AttentionCase) else 0
+        entries = _listed(launches)
         total = 0.0
         for launch in launches:
             limit.check()
@@ -77,34 +76,15 @@ def _listed(launches: list[Launch]) -> int:
     return int(counts.sum())
 
 
-def products(spec: KernelSpec, case: AttentionCase | FfnCase, entries: int) -> int:
-    """Operations of a kernel's matrix products.
-
-    Of attention, whose lists hold `entries` blocks, these count whole, as kernels compute them; pooled scores count what the mask leaves.
-    """
-    if isinstance(case, FfnCase):
-        return 2 * case.tokens * case.active * (case.hidden // case.blocks) * features(spec)
+def products(spec: KernelSpec, case: AttentionCase, entries: int) -> int:
+    """Operations of a kernel's matrix products: the `entries` blocks of the lists whole, as kernels compute them, and of pooled scores what
+    the mask leaves."""
     if spec.template in _PRODUCTS:
         pairs = entries * case.query_block * case.key_block * (case.heads // case.kv_heads)
         return 2 * case.size * pairs * _PRODUCTS[spec.template]
     if spec.template.startswith("pooled_"):
         runs = case.batch * case.heads * block_count(case.length, query_run(case.query_block))
         return 2 * case.size * runs * case.length // (2 if case.own else 1)
-    return 0
-
-
-def features(spec: KernelSpec) -> int:
-    """How many features a kernel multiplies each (list entry, hidden unit) with; 0 if it is no product."""
-    constants: dict[str, Any] = dict(spec.constants)
-    match spec.template:
-        case "ffn_up":
-            return constants["DEPTH"] * constants["UPS"]
-        case "ffn_grad_hidden":
-            return constants["DEPTH"]
-        case "grouped_product":
-            return constants["COLUMNS"] * constants["INPUTS"]
-        case "grouped_outer":
-            return constants["COLUMNS"]
     return 0
 
 

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.ffn import Ffn
+from bench.ffn import Case as FfnCase
+from bench.ffn import Ffn, Layer, routed
 from bench.gpu.journal import Figures
-from bench.gpu.sizes import Sizes, forms
+from bench.gpu.sizes import Sizes
 from bench.gpu.stage import Limit
 from bench.gpu.timing import one, timed
 from bench.kernels import steps
-from bench.kernels.cases import AttentionCase, AttentionOperands, FfnCase, attention_operands
-from sptc.codegen.routing import chosen_pairs
+from bench.kernels.cases import AttentionCase, AttentionOperands, attention_operands
+from sptc.codegen.ops import block_products
 
 Form = Callable[[AttentionCase, AttentionOperands], Tensor]
 
@@ -35,16 +37,18 @@ def _sparse(case: AttentionCase, o: AttentionOperands) -> Tensor:
 
 
 ATTENTION: dict[str, Form] = {"flash": _with(SDPBackend.FLASH_ATTENTION), "sparse": _sparse, "cudnn": _with(SDPBackend.CUDNN_ATTENTION)}
+ROUTED = "routed 1/2"
 FFN: dict[str, Callable[[Ffn], Callable[[Tensor], Tensor]]] = {
     "dense": lambda layer: layer.dense,
     "units 1/2": lambda layer: lambda x: layer.units(x, 1 / 2),
     "units 1/4": lambda layer: lambda x: layer.units(x, 1 / 4),
     "1/4 of tokens dense, others units 1/8": lambda layer: lambda x: layer.counted(x, 1 / 4, 1 / 8),
-    "routed 1/2": lambda layer: layer.routed,
+    ROUTED: lambda layer: layer.dense,  # as the backend rewrites it
 }
-PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "mm": lambda rows, weights, _: rows @ weights[0],
-    "_grouped_mm": lambda rows, weights, ends: torch._grouped_mm(rows, weights, offs=ends),
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "mm": lambda x, weight, tokens, _: x.index_select(0, tokens) @ weight[0].t(),
+    "by blocks": block_products.gather_product,
+    "grouped": block_products.grouped_gather_product,
 }
 
 
@@ -59,22 +63,25 @@ def ffn(case: FfnCase, form: str, sizes: Sizes, limit: Limit) -> Iterator[Figure
     """Compiled by Inductor, router and stand-in, or the choice of units, included. What LoRA trains gets gradients, and so does x."""
     torch.manual_seed(0)
     with torch.device(sizes.device):
-        layer = Ffn(forms(case)).to(sizes.dtype)
+        layer = Layer(case).to(sizes.dtype)
         x = torch.randn(case.tokens, case.d, dtype=sizes.dtype, requires_grad=True)
         grad = torch.randn(case.tokens, case.d, dtype=sizes.dtype)
-    run: Any = torch.compile(FFN[form](layer), dynamic=False, backend="aot_eager" if sizes.dry else "inductor")
+    run: Any
+    if form == ROUTED:
+        run = routed(layer, x.detach(), aot_eager if sizes.dry else None)
+    else:
+        run = torch.compile(FFN[form](layer.ffn), dynamic=False, backend="aot_eager" if sizes.dry else "inductor")
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     yield from timed_rows(lambda: run(x), leaves, grad, sizes, limit)
 
 
 def product(case: FfnCase, form: str, sizes: Sizes, limit: Limit) -> Iterator[Figures]:
-    """A library's product of a router's list entries with the weights of one block, or each with those of its own."""
-    dtype = torch.bfloat16  # the only one that torch's grouped product takes
-    rows = torch.randn(case.tokens * case.active, case.d, device=sizes.device, dtype=dtype)
-    weights = torch.randn(case.blocks, case.d, case.hidden // case.blocks, device=sizes.device, dtype=dtype)
-    ends = chosen_pairs(torch.randn(case.tokens, case.blocks, device=sizes.device), case.active, None).sum(1).cumsum(0).to(torch.int32)
-    ms = one(lambda: PRODUCTS[form](rows, weights, ends), sizes, limit).ms
-    yield {"forward_ms": ms, "tflops": 2 * rows.shape[0] * case.d * weights.shape[2] / ms / 1e9}
+    """The product of a router's list entries, gathered, with the weights of one block, or each with those of its own."""
+    x = torch.randn(case.tokens, case.d, device=sizes.device, dtype=torch.bfloat16)
+    weight = torch.randn(case.blocks, case.hidden // case.blocks, case.d, device=sizes.device, dtype=torch.bfloat16)
+    tokens, _, offsets = torch.ops.sptc.route(torch.randn(case.tokens, case.blocks, device=sizes.device), case.blocks // 2)
+    ms = one(lambda: PRODUCTS[form](x, weight, tokens, offsets), sizes, limit).ms
+    yield {"forward_ms": ms, "tflops": 2 * len(tokens) * case.d * weight.shape[1] / ms / 1e9}
 
 
 def timed_rows(run: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor, sizes: Sizes, limit: Limit) -> Iterator[Figures]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from bench.ffn import Case as FfnForms
+from bench.ffn import Case as FfnCase
 from bench.kernels import check
-from bench.kernels.cases import AttentionCase, FfnCase
+from bench.kernels.cases import AttentionCase
 from sptc.codegen.kernels.selection import default_blocks
 from sptc.codegen.target import KNOWN, Target, target_of
 
@@ -23,9 +23,9 @@ class Sizes:
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
-    checks: tuple[AttentionCase | FfnCase, ...]
+    checks: tuple[AttentionCase, ...]
     attention: tuple[AttentionCase, ...]
-    ffn: tuple[FfnCase, ...]
+    ffn: dict[str, FfnCase]
     model: dict[str, Any]  # arguments of a LlamaConfig
     lengths: tuple[int, ...]
     tokens: int
@@ -46,11 +46,6 @@ class Sizes:
     def target(self) -> Target:
         """That of the device; of a dry run one to compile for."""
         return KNOWN["sm_90"] if self.dry else target_of(self.device)
-
-
-def forms(case: FfnCase) -> FfnForms:
-    """The FFN of a case with what `sptc.prepare` adds to it."""
-    return FfnForms(case.tokens, case.d, case.hidden, case.activation, case.bias, case.lora, True, case.blocks, case.active)
 
 
 def _attention(name: str, length: int, heads: int, kv_heads: int, size: int, mask: str, tokens: int = _TOKENS) -> AttentionCase:
@@ -79,11 +74,11 @@ FULL = Sizes(
         _attention("OPT-1.3B", 2048, 32, 32, 64, "causal"),
         _attention("BERT-base", 512, 12, 12, 64, "none"),
     ),
-    (
-        FfnCase("LLaMA-8B", _TOKENS, 4096, 14336, "u1*silu(u0)", bias=False, lora=RANK),
-        FfnCase("OPT-1.3B", _TOKENS, 2048, 8192, "relu(u0)", bias=True, lora=RANK),
-        FfnCase("BERT-base", _TOKENS, 768, 3072, "gelu(u0)", bias=True, lora=RANK),
-    ),
+    {
+        "LLaMA-8B": FfnCase(_TOKENS, 4096, 14336, "swiglu", bias=False, lora=RANK, trained=True),
+        "OPT-1.3B": FfnCase(_TOKENS, 2048, 8192, "relu", lora=RANK, trained=True),
+        "BERT-base": FfnCase(_TOKENS, 768, 3072, "gelu", lora=RANK, trained=True),
+    },
     _model(4096, 14336, heads=32, kv_heads=8, layers=2, vocabulary=4096),
     (8192, 2048),
     _TOKENS,
@@ -95,12 +90,9 @@ _SMALL = AttentionCase("causal n=64", 1, 64, 2, 1, 16, "causal", query_block=32,
 DRY = Sizes(
     torch.device("cpu"),
     (torch.float32, torch.float16),
-    (
-        replace(_SMALL, length=37, density=0.5, query_block=16, key_block=8),
-        FfnCase("SwiGLU LoRA", 9, 16, 32, "u1*silu(u0)", bias=False, lora=4, weights_train=True, blocks=4, active=2),
-    ),
+    (replace(_SMALL, length=37, density=0.5, query_block=16, key_block=8),),
     (_SMALL,),
-    (FfnCase("ReLU", 24, 32, 64, "relu(u0)", bias=True, lora=4, blocks=4, active=2),),
+    {"ReLU": FfnCase(24, 32, 64, "relu", lora=4, trained=True, blocks=4)},
     _model(32, 64, heads=2, kv_heads=1, layers=1, vocabulary=32),
     (32,),
     32,

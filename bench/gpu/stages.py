@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from bench.gpu.journal import Figures, Journal
 from bench.gpu.sizes import DRY, FULL, Sizes
 from bench.gpu.stage import Case, Limit, Stage
 from bench.kernels import ahead, check, tuning
-from bench.kernels.cases import AttentionCase, FfnCase
+from bench.kernels.cases import AttentionCase
 from bench.kernels.warm import distinct, warm
 from sptc.codegen.launch import Launch
 from sptc.codegen.target import KNOWN, Target
@@ -25,7 +26,6 @@ from sptc.codegen.tiling import asking, using
 def stages(dry: bool, journal: Journal) -> tuple[Stage, ...]:
     """All of them, for a GPU or for a dry run on a CPU."""
     sizes = DRY if dry else FULL
-    timed = (sizes.attention[0], sizes.ffn[0], *sizes.attention[1:], *sizes.ffn[1:])
 
     def case(name: str, seconds: float, rows: Callable[..., Iterable[Figures]], *arguments: Any) -> Case:
         return Case(name, seconds * sizes.patience, functools.partial(rows, *arguments))
@@ -33,12 +33,12 @@ def stages(dry: bool, journal: Journal) -> tuple[Stage, ...]:
     def stage(name: str, seconds: float, cases: Iterable[Case], interpreted: bool = True) -> Stage:
         return Stage(name, seconds * sizes.patience, tuple(cases), interpreted)
 
-    layer_cases = [
-        case(f"{c.name}: {form}", 25, layers.attention if isinstance(c, AttentionCase) else layers.ffn, c, form, sizes)
-        for c in timed
-        for form in (layers.ATTENTION if isinstance(c, AttentionCase) else layers.FFN)
-    ]
-    products = [case(f"{c.name}: {form}", 10, layers.product, c, form, sizes) for c in sizes.ffn[:1] for form in layers.PRODUCTS]
+    attention = [[case(f"{c.name}: {form}", 25, layers.attention, c, form, sizes) for form in layers.ATTENTION] for c in sizes.attention]
+    ffn = [[case(f"{name}: {form}", 25, layers.ffn, c, form, sizes) for form in layers.FFN] for name, c in sizes.ffn.items()]
+    most_important_first = (*attention[0], *ffn[0], *itertools.chain(*attention[1:], *ffn[1:]))
+    name, largest = next(iter(sizes.ffn.items()))
+    products = [case(f"{name}: {form}", 10, layers.product, largest, form, sizes) for form in layers.PRODUCTS]
+    checks = {c.name: functools.partial(check.check, c) for c in sizes.checks} | {"products of blocks": check.check_products}
     steps = [case(f"n={length}: {way.name}", 60, training.step, length, way, sizes) for length in sizes.lengths for way in training.WAYS]
     return (
         stage("start", 60, (
@@ -47,9 +47,9 @@ def stages(dry: bool, journal: Journal) -> tuple[Stage, ...]:
             case("rates", 20, start.rates, sizes),
         )),
         stage("warm", 100, (case("kernels", 95, compile_all, sizes, journal),), interpreted=False),
-        stage("correct", 100, (case(f"{c.name} {_short(t)}", 25, correct, c, t, sizes) for t in sizes.dtypes for c in sizes.checks)),
-        stage("kernels", 75, (case(c.name, 20, kernels.kernels, c, sizes, journal) for c in timed)),
-        stage("layers", 110, (*layer_cases, *products)),
+        stage("correct", 100, (case(f"{c} {_short(t)}", 25, correct, run, t, sizes) for t in sizes.dtypes for c, run in checks.items())),
+        stage("kernels", 75, (case(c.name, 20, kernels.kernels, c, sizes, journal) for c in sizes.attention)),
+        stage("layers", 110, (*most_important_first, *products)),
         stage("training", 180, (case("calibration", 45, training.calibration, sizes), *steps)),
         stage("tuning", 90, (case(c.name, 60, tune, c, sizes, journal) for c in sizes.attention[:1]), interpreted=False),
         stage("flex", 60, (case(c.name, 60, flex.measure, c, sizes) for c in sizes.attention[1:2] or sizes.attention[:1])),
@@ -60,14 +60,14 @@ def compile_all(sizes: Sizes, journal: Journal, limit: Limit) -> Iterator[Figure
     """Compile what the later stages launch, on all cores. Failures, then how many there were in how many seconds."""
     target = _target(journal)
     began = time.monotonic()
-    launches = [launch for c in (*sizes.checks, *sizes.attention, *sizes.ffn) for launch in ahead.launches(c, target, sizes.dtype)]
+    launches = [launch for c in (*sizes.checks, *sizes.attention) for launch in ahead.launches(c, target, sizes.dtype)]
     launches += [launch for t in sizes.dtypes[1:] for c in sizes.checks for launch in ahead.launches(c, target, t)]
     yield from _warmed(launches[: sizes.kernels], target, began, limit)
 
 
-def correct(case: AttentionCase | FfnCase, dtype: torch.dtype, sizes: Sizes, _: Limit) -> Iterator[Figures]:
+def correct(run: Callable[[torch.device, torch.dtype], list[check.Check]], dtype: torch.dtype, sizes: Sizes, _: Limit) -> Iterator[Figures]:
     """How many tensors were compared, the wrong ones, and the one nearest to its bound, as a share of it."""
-    checks = check.check(case, sizes.device, dtype)
+    checks = run(sizes.device, dtype)
     wrong = [f"{c.tensor} {c.error:.2g} > {c.bound:.2g}" for c in checks if not c.passed]
     worst, share = max(((c.tensor, c.error / c.bound if c.bound else 0.0) for c in checks), key=lambda pair: pair[1])
     yield {"tensors": len(checks), "wrong": wrong, "nearest": worst, "share_of_bound": share}

@@ -28,7 +28,7 @@ def main() -> None:
 def compile_all(targets: list[str], only: str) -> int:
     """Print the table of `--aot`; 1 if a bound is broken."""
     named = [name for name in sorted(ahead.templates()) if only.lower() in name]
-    chosen = (*cases.ATTENTION, *cases.FFN) if named else cases.named((*cases.ATTENTION, *cases.FFN), only)
+    chosen = cases.ATTENTION if named else cases.named(cases.ATTENTION, only)
     rows = []
     for row in ahead.compiled(chosen, [KNOWN[name] for name in targets], named):
         rows.append(row)

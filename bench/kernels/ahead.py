@@ -12,12 +12,10 @@ from triton import CompilationError
 from triton.runtime.errors import PTXASError
 
 import sptc.codegen
-from bench.kernels.cases import AttentionCase, FfnCase, attention_operands, ffn_operands
-from bench.kernels.steps import ffn_arguments, ffn_need
+from bench.kernels.cases import AttentionCase, attention_operands
 from sptc.codegen.aot import Resources, compile_ahead, resources
-from sptc.codegen.kernels import attention, ffn, selection
+from sptc.codegen.kernels import attention, selection
 from sptc.codegen.kernels.mask import KernelMask
-from sptc.codegen.kernels.route import route
 from sptc.codegen.launch import Launch, recorded
 from sptc.codegen.load import load
 from sptc.codegen.target import Target, targeting
@@ -44,14 +42,14 @@ def templates() -> set[str]:
     return {path.stem for path in folder.glob("*.py") if path.stem in _functions(path)}
 
 
-def launches(case: AttentionCase | FfnCase, target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+def launches(case: AttentionCase, target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What training with the case launches on `target`, each kernel once."""
     with targeting(target), recorded() as found:
-        _attention(case, dtype) if isinstance(case, AttentionCase) else _ffn(case, dtype)
+        _attention(case, dtype)
     return list({launch.spec: launch for launch in found}.values())
 
 
-def compiled(cases: Sequence[AttentionCase | FfnCase], targets: Sequence[Target], only: Sequence[str] = ()) -> Iterator[Row]:
+def compiled(cases: Sequence[AttentionCase], targets: Sequence[Target], only: Sequence[str] = ()) -> Iterator[Row]:
     """Compile every kernel of the cases (of the templates `only`, if given) for every target, each distinct one once."""
     for target in targets:
         done = set()
@@ -99,12 +97,3 @@ def _attention(case: AttentionCase, dtype: torch.dtype) -> None:
     rest = (ids, counts, *o.mask, o.seed, case.dropout, case.scale, case.query_block, case.key_block)
     out, lse = attention.forward(o.q, o.k, o.v, *rest)
     attention.backward(o.grad, o.q, o.k, o.v, out, lse, *rest, [True] * 3)
-
-
-def _ffn(case: FfnCase, dtype: torch.dtype) -> None:
-    o = ffn_operands(case, META, dtype)
-    tokens, offsets, index = route(o.scores, case.active)
-    scale = o.scores.reshape(-1).index_select(0, index) if case.scaled else None
-    arguments = ffn_arguments(case, o, tokens, offsets, scale)
-    _, _, pre = ffn.routed_ffn(*arguments)
-    ffn.routed_ffn_backward(o.grad_y, o.grad_low_out, *arguments, pre, ffn_need(case, o))

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.kernels import steps
-from bench.kernels.cases import AttentionCase, AttentionOperands, FfnCase, FfnOperands, attention_operands, ffn_operands
+from bench.kernels.cases import AttentionCase, AttentionOperands, attention_operands
 from sptc.codegen.block_lists import block_count, owned
 from sptc.codegen.reference import attention as attention_reference
-from sptc.codegen.reference import ffn as ffn_reference
 
 _MULTIPLE = 2.0  # of the error of plain torch
 _ROUNDING = 1e-6  # of the largest value, for errors of plain torch that happen to be none
@@ -21,7 +20,7 @@ _SWAPPED = 2.0  # both blocks of a swap may move by the most that rounding the m
 _SUMS = 1e-4  # of a tile's largest score, for what is left to the order of sums in fp32
 _STATISTICS = 0.01  # of the largest value
 
-CASES: tuple[AttentionCase | FfnCase, ...] = (
+CASES = (
     AttentionCase("LLaMA's heads", 1, 2048, 8, 2, 128, "causal"),
     AttentionCase("causal GQA", 2, 501, 4, 2, 64, "causal", density=0.25, selector="pq"),
     AttentionCase("causal dropout", 1, 500, 2, 2, 128, "causal", density=0.25, dropout=0.1),
@@ -29,11 +28,6 @@ CASES: tuple[AttentionCase | FfnCase, ...] = (
     AttentionCase("padding, pooled", 3, 333, 4, 4, 64, "padding", density=0.5),
     AttentionCase("all, small blocks", 2, 257, 2, 1, 96, "none", density=0.25, query_block=16, key_block=16),
     AttentionCase("wide heads", 1, 300, 2, 1, 256, "causal", density=0.5, selector="pq"),
-    FfnCase("SwiGLU LoRA", 203, 256, 704, "u1*silu(u0)", bias=False, lora=16, weights_train=True),
-    FfnCase("ReLU bias", 129, 200, 800, "relu(u0)", bias=True, weights_train=True, blocks=8, active=4),
-    FfnCase("GELU tanh Conv1D", 64, 192, 768, "gelu_tanh(u0)", bias=True, conv1d=True, lora=8, weights_train=True),
-    FfnCase("GELU dropout", 150, 128, 512, "gelu(u0)", bias=True, dropout=0.1, scaled=False, weights_train=True, active=16),
-    FfnCase("one token", 1, 64, 256, "relu(u0)", bias=True, weights_train=True, active=1),
 )
 
 
@@ -51,14 +45,12 @@ class Check:
         return self.error <= self.bound  # a NaN fails
 
 
-def check(case: AttentionCase | FfnCase, device: torch.device, dtype: torch.dtype) -> list[Check]:
-    """Run the case on `device` and compare."""
-    checks = check_attention if isinstance(case, AttentionCase) else check_ffn
-    return list(checks(case, device, dtype))
+def check(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[Check]:
+    """Selection, then attention on the lists of the reference, forward and backward, on `device`."""
+    return list(_check(case, device, dtype))
 
 
-def check_attention(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """Selection, then attention on the lists of the reference, forward and backward."""
+def _check(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     o = attention_operands(case, device, dtype)
     exact = _attention_in(o, torch.device("cpu"), torch.float64)
     statistics = o.codebooks is not None
@@ -117,24 +109,29 @@ def check_lists(
     return Check(case.name, "lists", (loss / explained).max().item(), 1.0)
 
 
-def check_ffn(case: FfnCase, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """Routing, then the FFN on those lists, forward and backward."""
-    o = ffn_operands(case, device, dtype)
-    tokens, offsets, scale = steps.route(case, o)
-    wanted = ffn_reference.route(o.scores.cpu(), case.active)
-    same = torch.equal(tokens.cpu(), wanted[0]) and torch.equal(offsets.cpu(), wanted[1])
-    yield Check(case.name, "lists", 0.0 if same else 1.0, 0.0)
+def check_products(device: torch.device, dtype: torch.dtype) -> list[Check]:
+    """The products of a routed FFN's list entries with the weights of their blocks, on `device`."""
+    n, blocks, width, features = 203, 8, 48, 64
+    ops, generator = torch.ops.sptc, torch.Generator().manual_seed(0)
 
-    arguments = list(steps.ffn_arguments(case, o, tokens, offsets, scale))
-    outputs, named = _ffn_run(arguments, o, torch.ops.sptc.routed_ffn)
-    exact = _ffn_run([_moved(x, torch.device("cpu"), torch.float64) for x in arguments], o, ffn_reference.routed_ffn)
-    with torch.device(device):
-        plain = _ffn_run([_moved(x, device, dtype) for x in arguments], o, ffn_reference.routed_ffn)
-    for name, value, want, rough in zip(("y", "low_out"), outputs, exact[0], plain[0], strict=False):
-        if want.numel():
-            yield _within(case.name, name, value, want, rough)
-    for name, value in named.items():
-        yield _within(case.name, name, value, exact[1][name], plain[1][name])
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    x, h, weight, scores = draw(n, features), draw(n * 3, width), draw(blocks, width, features), draw(n, blocks).float()
+
+    def run(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        a, b, w = (t.to(device, dtype) for t in (x, h, weight))
+        tokens, _, offsets = ops.route(scores.to(device), 3)
+        return [
+            ops.gather_product(a, w, tokens, offsets),
+            ops.scatter_product(b, w, tokens, offsets, n),
+            ops.outer_product(b, a, tokens, offsets),
+        ]
+
+    cpu, names = torch.device("cpu"), ("gathered", "scattered", "outer")
+    return [
+        _within("products of blocks", *row) for row in zip(names, run(device, dtype), run(cpu, torch.float64), run(cpu, dtype), strict=True)
+    ]
 
 
 def _kept(ids: Tensor, counts: Tensor, blocks: int) -> Tensor:
@@ -164,25 +161,8 @@ def _attention_reference(
     return out, lse, *torch.autograd.grad(out, leaves, moved.grad)
 
 
-def _ffn_run(arguments: list, o: FfnOperands, function) -> tuple[list[Tensor], dict[str, Tensor]]:  # type: ignore[no-untyped-def, type-arg]
-    """Outputs, and gradients by name."""
-    x, up, up_bias, _, low, up_B, _, down, down_A, _, _, scale, *_ = arguments
-    leaves = {"x": x, **{f"up{i}": t for i, t in enumerate(up)}, **{f"bias{i}": t for i, t in enumerate(up_bias)}}
-    leaves |= {f"low{i}": t for i, t in enumerate(low)} | {f"B{i}": t for i, t in enumerate(up_B)}
-    leaves |= {name: t for name, t in (("down", down), ("A", down_A), ("scale", scale)) if t is not None}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    y, low_out, *_ = function(*arguments)
-    outputs, gradients = [y], [o.grad_y.to(y.device, y.dtype)]
-    if down_A is not None:
-        outputs, gradients = [y, low_out], [*gradients, o.grad_low_out.to(y.device, y.dtype)]
-    return outputs, dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
-
-
 def _moved(x, device: torch.device, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    """A tensor or list of tensors elsewhere, floating ones in `dtype`, as leaves of their own; anything else as it is."""
-    if isinstance(x, list):
-        return [_moved(item, device, dtype) for item in x]
+    """A tensor elsewhere, a floating one in `dtype`, as a leaf of its own; anything else as it is."""
     if not isinstance(x, Tensor):
         return x
     moved = x.detach().to(device, dtype) if x.is_floating_point() else x.to(device)

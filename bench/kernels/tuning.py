@@ -12,9 +12,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from bench.gpu.sizes import FULL
-from bench.kernels.cases import AttentionCase, FfnCase, attention_operands, ffn_operands, named
+from bench.kernels.cases import AttentionCase, attention_operands, named
 from bench.kernels.clock import milliseconds
-from bench.kernels.steps import attention_step, ffn_step
+from bench.kernels.steps import attention_step
 from sptc.codegen.tiling import Tiling
 from sptc.codegen.tune import tune_each
 
@@ -25,14 +25,14 @@ def run(only: str) -> int:
         print("tile sizes are measured on a GPU, and torch sees none", file=sys.stderr)
         return 2
     found: list[dict[str, Any]] = []
-    for case in named((*FULL.attention, *FULL.ffn), only):
+    for case in named(FULL.attention, only):
         found += rows(case, torch.device("cuda"), torch.bfloat16, lambda: None)
         print(f"{case.name}: {len(found)} questions answered", file=sys.stderr, flush=True)
     print(tabulate([{key: value for key, value in row.items() if key != "all"} for row in found], headers="keys"))
     return 0
 
 
-def rows(case: AttentionCase | FfnCase, device: torch.device, dtype: torch.dtype, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def rows(case: AttentionCase, device: torch.device, dtype: torch.dtype, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """What is best for each kernel of the case, beside what the table says, and milliseconds of the whole step with each candidate.
 
     `check` is called before each measurement, and may raise: the rows so far are kept on disk, as tuning keeps them.
@@ -57,11 +57,9 @@ def rows(case: AttentionCase | FfnCase, device: torch.device, dtype: torch.dtype
             }
 
 
-def step(case: AttentionCase | FfnCase, device: torch.device, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+def step(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
     """One training step of the op of a case, on operands made now."""
-    if isinstance(case, AttentionCase):
-        return functools.partial(attention_step, case, attention_operands(case, device, dtype))
-    return functools.partial(ffn_step, case, ffn_operands(case, device, dtype))
+    return functools.partial(attention_step, case, attention_operands(case, device, dtype))
 
 
 def _text(tiling: Tiling) -> str:

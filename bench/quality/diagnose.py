@@ -23,7 +23,7 @@ from sptc.passes.rewrite import sparse_form
 from sptc.passes.runner import run
 from sptc.passes.token_lists import Tokens, insert_tokens
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings
+from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings, LossRegion
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def diagnose(model: nn.Module, batch: Inputs, options: dict[str, Any]) -> list[M
 
 def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     """Each region's sparse form is put beside the dense one, which the rest of the graph goes on with."""
-    chosen_regions = [decision for decision in unit.decisions if decision.rewrite]
+    chosen_regions = [d for d in unit.decisions if d.rewrite and not isinstance(d.region, LossRegion)]  # a loss is exact
     tokens = insert_tokens(unit, [decision.settings for decision in chosen_regions])
     beside = [(decision, *_insert(decision, unit, tokens)) for decision in chosen_regions]
     watched = {node for decision, sparse, chosen in beside for node in (*_operands(decision), sparse, chosen) if node is not None}
@@ -166,7 +166,7 @@ def _ffn(decision: Decision, values: dict[Node, Any], sparse: Tensor, chosen: Se
     shares: tuple[float, ...] = ()
     if chosen is not None:
         assert isinstance(decision.settings, FfnSettings)
-        offsets = chosen[1].double()
+        offsets = chosen[2].double()
         tokens = offsets[-1] / decision.settings.active
         shares = tuple(round(float(share), 4) for share in offsets.diff() / tokens)
     return FfnMeasure(decision.region.site.module, relative(sparse, values[decision.region.y]), shares)

@@ -59,7 +59,7 @@ class Record:
     wall_seconds: list[float] = field(default_factory=list)  # of each step
     cpu_seconds: list[float] = field(default_factory=list)  # of each step, over all threads
     plan: dict[str, Any] | None = None  # `Planned.to_dict`, of a run with a plan of its own
-    rewritten: int = 0  # regions
+    rewritten: int = 0  # regions that became sparse
     regions: list[dict[str, Any]] = field(default_factory=list)  # after training
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -123,7 +123,8 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
     if options is None:
         record.points = record.dense_points
     else:
-        record.rewritten = sum(region.status == "rewritten" and region.graph == 0 for region in sptc.report(compiled).regions)
+        rows = [r for r in sptc.report(compiled).regions if r.graph == 0 and r.kind != "loss"]
+        record.rewritten = sum(r.status == "rewritten" for r in rows)
         record.regions = [measure.to_dict() for measure in diagnose(objective, task.train.take(order[0][:DIAGNOSED]), options)]
 
 

@@ -23,6 +23,7 @@ VARIANTS: dict[str, Options] = {
     "units": {"attention.enabled": False, "ffn.max_rise": 0.02},  # of FFNs, as measured; twice what the default allows
     "units-1/2": {"attention.enabled": False, "ffn.density": 0.5, "ffn.context_density": None},
     "context-1/4": {"attention.enabled": False, "ffn.context_density": 0.25},
+    "gradients": {"attention.enabled": False, "ffn.max_rise": 0.0, "ffn.gradient_context_density": 0.125},  # forward exact
     "paper": _PAPER,
     "attention": _ATTENTION,
     "ffn": _FFN,

@@ -21,12 +21,11 @@ from sptc.codegen.kernels.precision import product_precision
 from sptc.codegen.launch import Argument, launch
 from sptc.codegen.random import drop_threshold
 from sptc.codegen.spec import Constant, KernelSpec
-from sptc.codegen.target import target_of
+from sptc.codegen.target import KERNEL_DTYPES, target_of
 from sptc.codegen.tiling import Table
 
 _LOG2_E = 1.4426950408889634
 _SMALLEST = 16  # tl.dot takes no smaller matrices
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def forward(
@@ -91,7 +90,7 @@ class _Call:
     key_block: int
 
     def __post_init__(self) -> None:
-        if self.q.dtype not in _DTYPES or not self.q.dtype == self.k.dtype == self.v.dtype:
+        if self.q.dtype not in KERNEL_DTYPES or not self.q.dtype == self.k.dtype == self.v.dtype:
             raise TypeError(
                 "Triton attention takes q, k and v of one dtype among bfloat16, float16 and float32, "
                 f"got {self.q.dtype}, {self.k.dtype} and {self.v.dtype}"

@@ -15,7 +15,8 @@ lib = torch.library.Library("sptc", "FRAGMENT")
 lib.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor labels, int ignored, bool mean, "
     "float smoothing, str transform, int rows, bool[] need) "
-    "-> (Tensor loss, Tensor count, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_low, Tensor grad_up)"
+    "-> (Tensor loss, Tensor count, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_low, Tensor grad_up)",
+    tags=(torch.Tag.cudagraph_unsafe,),  # it reads on the host how many labels count
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-SAMPLE_SHARE, SAMPLE_LEAST = 16, 64  # energies are measured on N // 16 + 64 of N tokens, where there are so many
+from sptc import sample
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("split_tokens(Tensor counted) -> (Tensor, Tensor)")
@@ -32,7 +32,7 @@ def _split_fake(counted: Tensor) -> tuple[Tensor, Tensor]:
 
 def sample_size(tokens: int) -> int:
     """How many of `tokens` rows energies are measured on."""
-    return torch.sym_min(tokens, tokens // SAMPLE_SHARE + SAMPLE_LEAST)
+    return torch.sym_min(tokens, tokens // sample.SHARE + sample.LEAST)
 
 
 def sample_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,11 +6,9 @@ which everything that a spec decides is decided:
 - A parameter `X: tl.constexpr` leaves the signature and becomes its value. Expressions of constants fold, and so do `if`, conditional
   expressions, `and`, `or`, `not` and `assert` on them; the branches not taken disappear, and so do locals and parameters that nothing
   reads any more. A local `X: tl.constexpr = ...` folds likewise, and so does a constant of the module.
-- A parameter `UP: many("UPS")` becomes `UP_0` to `UP_{UPS - 1}`. `UP[i]` with a constant `i` is `UP_i`; `*UP[:UPS]` in a call is all of
-  them. Locals can be indexed in the same way: `acc[i] = ...`, and `grad[:UPS] = f(...)` for the values of a call.
-- `for i in unroll(N):` repeats its body with `i` a constant.
-- The hooks below stand for functions that are written from the spec: the model's activation and its mask. A template imports them from
-  here; only those that are called are written.
+- A parameter `T: many("TENSORS")` becomes `T_0` to `T_{TENSORS - 1}`; `*T[:TENSORS]` in a call is all of them.
+- The hooks below stand for functions that are written from the spec's predicate, the model's mask. A template imports them from here;
+  only those that are called are written.
 - Helpers are `@triton.jit` functions of the same file or imported from another file of this folder; those that are called are copied.
   A helper sees constants of its module, and none of the spec's.
 - Docstrings, blank lines and comments stay with the statement that they precede.
@@ -18,7 +16,6 @@ which everything that a spec decides is decided:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 _ONLY_IN_TEMPLATES = "stands for code that codegen/specialize.py writes: a template runs as specialised, by codegen/load.py"
@@ -27,26 +24,6 @@ _ONLY_IN_TEMPLATES = "stands for code that codegen/specialize.py writes: a templ
 def many(count: str) -> Any:
     """Annotation of a parameter that stands for as many as the constant `count` says."""
     return count
-
-
-def unroll(count: Any) -> Iterable[int]:
-    """Repeat the body of a loop for 0 to `count` - 1 at the time of specialising."""
-    raise _unspecialised("unroll")
-
-
-def activation(*u: Any) -> Any:
-    """act(u_0, ...): fp32 values of one shape, to a value of that shape."""
-    raise _unspecialised("activation")
-
-
-def activation_backward(grad: Any, *u: Any) -> Any:
-    """grad * d act / d u_i for each i: a tuple, or the one value where act reads one input."""
-    raise _unspecialised("activation_backward")
-
-
-def activation_and_backward(grad: Any, *u: Any) -> Any:
-    """(act(u_0, ...), grad * d act / d u_0, ...), sharing what both compute."""
-    raise _unspecialised("activation_and_backward")
 
 
 def allowed(b: Any, h: Any, q: Any, k: Any, live: Any, *operands: Any) -> Any:

@@ -18,7 +18,7 @@ from sptc.codegen.precompile import precompile
 from sptc.codegen.target import KNOWN, targeting
 
 TARGET = KNOWN["sm_90"]
-SMALL = ("gather_sum", "invert_lists", "run_means", "choose_blocks")  # that compile in no time
+SMALL = ("run_means", "choose_blocks")  # that compile in no time
 
 
 @pytest.fixture
@@ -47,7 +47,6 @@ def test_measuring_a_gpu_is_told_without_one():
     with targeting(TARGET):
         templates = {launch.spec.template for launch in measure.launches(torch.device("cuda"))}
     assert {"pooled_scores", "encode_histogram", "attention_forward", "attention_backward_q", "attention_backward_kv"} < templates
-    assert {"ffn_up", "grouped_product", "ffn_grad_hidden"} < templates, "the backward of both is measured, too"
 
 
 def test_what_was_compiled_is_found(launches, hits):

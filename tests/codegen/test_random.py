@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sptc.codegen.random import keep_mask, keep_runs, philox4x32
+from sptc.codegen.random import keep_mask, philox4x32
 
 KNOWN = [  # counter, key, answer: kat_vectors of Random123
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -31,14 +31,6 @@ def test_element_uses_word_of_its_counter():
             c, zero = i // 4, torch.zeros((), dtype=torch.int64)
             word = philox4x32((c & 0xFFFFFFFF, c >> 32, zero, zero), key)[int(i % 4)]
             assert bool(kept) == (int(word) >= p * 2**32)
-
-
-@pytest.mark.parametrize("start", [[0, 4, 4096], [1, 6, 2**33 + 3]])
-@pytest.mark.parametrize("length", [1, 3, 8, 61])
-def test_runs_equal_single_elements(start, length):
-    seed, start = torch.tensor([77]), torch.tensor(start).view(3, 1)
-    index = start.unsqueeze(-1) + torch.arange(length)
-    assert torch.equal(keep_runs(seed, start, length, 0.3), keep_mask(seed, index, 0.3))
 
 
 def test_rate_bounds_and_seed():

@@ -118,7 +118,8 @@ def difference(source: str, planted: Mapping[str, str], *, dtype: str, train: bo
     warnings.simplefilter("ignore")  # of checkpoints without gradients, and of gradients of what is no leaf
     reports: list[Any] = []
     captured: set[str] = set()
-    config = Config.from_options(FULL)
+    routed = zlib.crc32(source.encode()) % 2 == 1  # half of the programs, the same each time
+    config = Config.from_options({**FULL, "ffn.selector": "router", "ffn.blocks": 4} if routed else FULL)
 
     def sptc_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         captured.update(_modules(gm))

@@ -5,7 +5,7 @@ import torch
 from triton import knobs
 
 from bench.kernels import check, tuning
-from bench.kernels.cases import AttentionCase, FfnCase
+from bench.kernels.cases import AttentionCase
 from bench.kernels.clock import alternating, milliseconds
 from sptc import measure
 from sptc.codegen import load, precompile
@@ -13,10 +13,7 @@ from sptc.codegen.target import target_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SMALL = (
-    AttentionCase("attention", 2, 257, 4, 2, 64, "causal", density=0.25, query_block=64, key_block=32),
-    FfnCase("FFN", 100, 128, 512, "u1*silu(u0)", bias=False, lora=16, weights_train=True),
-)
+SMALL = AttentionCase("attention", 2, 257, 4, 2, 64, "causal", density=0.25, query_block=64, key_block=32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -27,9 +24,13 @@ def test_kernels_against_the_reference(case, dtype):
     assert not [c for c in checks if not c.passed]
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_same_bits_every_time(case):
-    run = tuning.step(case, torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_of_blocks_against_the_definition(dtype):
+    assert not [c for c in check.check_products(torch.device("cuda"), dtype) if not c.passed]
+
+
+def test_same_bits_every_time():
+    run = tuning.step(SMALL, torch.device("cuda"), torch.bfloat16)
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
@@ -56,7 +57,7 @@ def test_tile_sizes_are_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured.recall.cache_clear()
     device = torch.device("cuda")
-    run = tuning.step(SMALL[0], device, torch.bfloat16)
+    run = tuning.step(SMALL, device, torch.bfloat16)
     choices = tune(run, lambda call: milliseconds(call, device, rounds=2))
     assert choices and len(list((tmp_path / "sptc" / "tiles").iterdir())) == len(choices)
     assert tune(run, lambda call: 1 / 0) == []

@@ -27,18 +27,18 @@ TARGET = KNOWN["sm_90"]
 def launches(tmp_path, monkeypatch):
     """Two short kernels, and an empty cache."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    found = ahead.launches(DRY.ffn[0], TARGET, torch.float16)
-    return [next(launch for launch in found if launch.spec.template == name) for name in ("gather_sum", "invert_lists")]
+    found = ahead.launches(DRY.attention[0], TARGET, torch.float16)
+    return [next(launch for launch in found if launch.spec.template == name) for name in ("run_means", "choose_blocks")]
 
 
 def test_other_processes_fill_the_cache(launches, tmp_path):
     """Each kernel once; one that does not compile is told of, and the others are there."""
     bad = replace(launches[0], arguments=dict.fromkeys(launches[0].arguments, 3))  # numbers where the kernel loads from pointers
     results = list(warm([bad, *launches, *launches], TARGET, 2))
-    assert sorted(r.template for r in results) == ["gather_sum", "gather_sum", "invert_lists"]
+    assert sorted(r.template for r in results) == ["choose_blocks", "run_means", "run_means"]
     [wrong] = (r for r in results if r.error)
     assert "CompilationError" in wrong.error and all(r.seconds > 0 for r in results if r is not wrong)
-    assert {path.stem for path in (tmp_path / "triton").rglob("*.cubin")} == {"gather_sum", "invert_lists"}
+    assert {path.stem for path in (tmp_path / "triton").rglob("*.cubin")} == {"choose_blocks", "run_means"}
 
 
 def test_a_launch_finds_its_kernel(launches, monkeypatch):

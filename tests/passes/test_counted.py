@@ -12,8 +12,6 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
-from sptc.codegen.cpu.attention import default_blocks
-from sptc.device import calibrate
 from sptc.passes.counted import find_counted
 from sptc.region import Counted
 from tests.capture import capture
@@ -28,19 +26,18 @@ Routes = list[tuple[Tensor | None, list[int]]]
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch) -> Routes:
     """Of each route that runs: the mask it is given, and how many blocks it gives each token."""
-    from sptc.codegen.cpu import ffn
+    from sptc.codegen.ops import route
 
-    calibrate(torch.device("cpu"), default_blocks)  # measuring the device routes too
     seen: Routes = []
-    route = ffn.route
+    choose = route._chosen_pairs
 
-    def watched(scores: Tensor, active: int, keep: Tensor | None = None) -> Any:
-        lists = route(scores, active, keep)
-        assert len(lists[0]) == len(scores) * active
-        seen.append((keep, lists[0].bincount(minlength=len(scores)).tolist()))
-        return lists
+    def watched(scores: Tensor, active: int, keep: Tensor | None) -> Tensor:
+        pairs = choose(scores, active, keep)
+        assert pairs.sum() == len(scores) * active
+        seen.append((keep, pairs.sum(0).tolist()))
+        return pairs
 
-    monkeypatch.setattr(ffn, "route", watched)
+    monkeypatch.setattr(route, "_chosen_pairs", watched)
     return seen
 
 

@@ -31,10 +31,8 @@ DEVICE = DeviceCosts(
     sparse_attention_backward=5e10,
     pooled=1e11,
     coded=1e11,
-    routed=0.9,
     op_seconds=1e-6,
     attention_seconds=1e-3,
-    routed_seconds=1e-4,
     default_blocks=lambda n, m, density, own: (64, 32),
 )
 

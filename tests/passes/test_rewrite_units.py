@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from peft import LoraConfig
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
@@ -23,81 +21,9 @@ from sptc.backend import compile_graph
 from sptc.codegen.ops.units import sample_tokens
 from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
+from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
-D, HIDDEN, CLASSES = 12, 32, 5
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(D, HIDDEN), nn.Linear(D, HIDDEN, bias=False), nn.Linear(HIDDEN, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Fused(nn.Module):
-    """Gate and up are halves of one projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.both, self.down = nn.Linear(D, 2 * HIDDEN), nn.Linear(HIDDEN, D, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, gate = self.both(x).chunk(2, -1)
-        return self.down(up * F.gelu(gate))
-
-
-class Plain(nn.Module):
-    """In-place activation, views between, weights stored [in, out]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = Conv1D(HIDDEN, D), Conv1D(D, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x), inplace=True).view(x.shape[0], -1, HIDDEN))
-
-
-class Model(nn.Module):
-    def __init__(self, ffn: nn.Module) -> None:
-        super().__init__()
-        self.first, self.ffn, self.head = nn.Linear(D, D), ffn, nn.Linear(D, CLASSES)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        x = self.first(x)
-        return F.cross_entropy(self.head(x + self.ffn(x)).flatten(0, 1), labels.flatten())
-
-
-def batch(n: int = 7) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(CLASSES, (2, n), generator=generator)
-    labels[0, 2:] = labels[1, ::2] = -100
-    return torch.randn(2, n, D, generator=generator), labels
-
-
-def model_of(ffn: Callable[[], nn.Module], adapted: bool) -> Model:
-    torch.manual_seed(0)
-    model = Model(ffn())
-    if adapted:
-        for name, layer in list(model.ffn.named_children()):
-            conv = isinstance(layer, Conv1D)
-            setattr(model.ffn, name, LoraLinear(layer, "default", LoraConfig(fan_in_fan_out=conv), r=4, lora_alpha=6))
-        with torch.no_grad():
-            for name, p in model.ffn.named_parameters():
-                p.requires_grad_("lora" in name)
-                if "lora" in name:
-                    p.copy_(0.5 * torch.randn_like(p))
-    return model
-
-
-def hidden_and_output(ffn: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What the down projection is given, and the down projection."""
-    seen = []
-    handle = ffn.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    ffn(x[None])
-    handle.remove()
-    return seen[0][0], ffn.down
+FORWARD_TOO = {"gradients_only": False}
 
 
 def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
@@ -121,8 +47,8 @@ def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool) -> None:
     x, labels = batch()
     compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, "decline": "never"}))
     got = gradients(model, loss := compiled(x, labels))
-    (region,) = sptc.report(compiled).regions
-    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None}
+    (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None, **FORWARD_TOO}
 
     h = reference.first(x.double()).flatten(0, 1)
     expected = F.cross_entropy(reference.head(h + over_units(reference.ffn, h, None, 10, h)), labels.flatten())
@@ -141,7 +67,8 @@ def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted
     compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, "decline": "never"}))
     loss = compiled(x, labels)
     # Where next to all tokens of the first batch count, they are all alike.
-    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": None if counted == "all" else 8}
+    context = None if counted == "all" else 8
+    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": context, **FORWARD_TOO}
 
     h = reference.first(x.double()).flatten(0, 1)
     mask = (labels != -100).flatten()
@@ -187,7 +114,7 @@ def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool)
     options = {"ffn.density": 1.0, "ffn.context_density": 1.0, "decline": "never"}
     compiled = torch.compile(model, backend=without_inductor(**options))
     got = gradients(model, compiled(x, labels))
-    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+    assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"ffn": "rewritten", "loss": "rewritten"}
     assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
 
 
