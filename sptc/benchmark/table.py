@@ -119,4 +119,5 @@ def verdict(check: Check) -> str:
         return "not compared"
     if check.error is None or check.passed is None:
         return ""
-    return f"{'passed' if check.passed else 'FAILED'}: {check.error:.1e}, {check.bound:.1e} allowed"
+    verdict = f"{'passed' if check.passed else 'FAILED'}: {check.error:.1e}, {check.bound:.1e} allowed"
+    return verdict if check.error <= check.bound else f"{verdict}; {check.norm_error:.1e} of the norm"

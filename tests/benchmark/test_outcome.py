@@ -17,7 +17,7 @@ from sptc.benchmark.table import COSTS, TIMES, costs, times
 from sptc.benchmark.variants import BenchError, Variant
 from sptc.benchmark.worker import Check
 
-CHECK = Check(5.5, 0.25, 28, 28, 3.0, 5.5, 0.25, 1.0, 2e-6, 1e-6)
+CHECK = Check(5.5, 0.25, 28, 28, 3.0, 5.5, 0.25, 1.0, 2e-6, 1e-6, 1e-6)
 REPORT = {
     "totals": {"seconds_before": 0.5, "seconds_after": 0.2},
     "regions": [{"status": "rewritten"}, {"status": "declined"}, {"status": "refused"}],
@@ -40,7 +40,7 @@ def case() -> Case:
             outcome("eager", "eager", [1.0, 1.2, 1.1], 0.0),
             outcome("inductor", "inductor", [0.8, 1.0, 0.9], 20.1),
             outcome("spt-density-1", "spt", [0.8, 1.0, 0.9], 22.0),
-            outcome("spt", "spt", [0.4, 0.4, 0.6], 30.0, Check(5.6, 0.3, 27, 28, 3.0, 5.5, 0.25, 0.9, 0.4)),
+            outcome("spt", "spt", [0.4, 0.4, 0.6], 30.0, Check(5.6, 0.3, 27, 28, 3.0, 5.5, 0.25, 0.9, 0.4, 0.4)),
             Outcome(Variant("broken", "spt"), failed="ValueError: <no>", trace="Traceback"),
         ],
         ["the <tokens> are random"],
@@ -107,17 +107,18 @@ def test_the_tables_have_a_row_each_and_the_reason_of_a_failure(bench, case):
 
 
 def test_a_check_allows_what_rounding_does():
-    def passed(error: float | None, dense: float | None) -> bool | None:
-        return Check(0, 0, 0, 0, 0, error=error, dense_error=dense).passed
+    def passed(error: float | None, dense: float | None, norm: float = 2e-3) -> bool | None:
+        return Check(0, 0, 0, 0, 0, error=error, norm_error=norm, dense_error=dense).passed
 
     assert passed(9e-6, 1e-7) is True and passed(2e-5, 1e-6) is False and passed(2e-2, 1e-2) is True
+    assert passed(2e-2, 1e-6, 9e-4) is True, "a ReLU at 0"
     assert passed(math.inf, 1e-6) is False and passed(1e-7, None) is None and passed(None, None) is None
 
 
 def test_a_variant_off_the_dense_model_is_not_sound(case):
     *sound, broken = case.outcomes
     assert all(o.sound for o in sound) and not broken.sound, "a sparse one is not held to the dense model"
-    assert not outcome("spt-density-1", "spt", [1.0], 1.0, Check(0, 0, 0, 0, 0, error=1.0, dense_error=0.0)).sound
+    assert not outcome("spt-density-1", "spt", [1.0], 1.0, Check(0, 0, 0, 0, 0, error=1.0, norm_error=1.0, dense_error=0.0)).sound
 
 
 def test_json_holds_every_step_and_no_number_that_json_has_not(bench, case):
