@@ -39,6 +39,18 @@ def no_compiled_code() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def precision_of_products() -> Iterator[None]:
+    """How fp32 products are computed is a process's to say, and part of what is measured and of kernels: no test leaves it changed."""
+    matmul = torch.backends.cuda.matmul
+    before, own = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    yield
+    if torch.get_float32_matmul_precision() != before:
+        torch.set_float32_matmul_precision(before)
+    if matmul.fp32_precision != own:
+        matmul.fp32_precision = own
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """In tests of ops and kernels `torch.empty` and its kin hold NaN (the largest value for integers): an output left unwritten shows."""
     if request.path.parent.name not in {"codegen", "kernels"}:
