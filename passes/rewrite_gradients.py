@@ -1,8 +1,8 @@
 """An FFN region whose output is that of all its hidden units and whose gradients go through a part of them, in plain ATen.
 
 The forward pass is the dense one: loss and outputs are exact. Backward is that of the FFN over fewer units (`passes/rewrite_units.py`),
-at the hidden values of the dense one: its products are as much smaller, and so is what is kept for them. Gradients of one batch differ
-far more from another batch's than these from the exact ones (docs/quality.md).
+at the hidden values of the dense one: its products are as much smaller, and so is what is kept for them. docs/quality.md has what a
+model learns so.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ ones, KL(dense || sparse), at the tokens that count in the loss: what the loss o
 the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose sum stays within
 `ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
 
-A weight's density is chosen once: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0 chooses.
+A weight's density is chosen once for a limit: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0
+chooses.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _ROWS = 512  # at most, whose predictions are compared
 _GROUPS = 12
 _SILENT_SECONDS = 2.0
 
-_chosen: Any = WeakTensorKeyDictionary()  # down weight -> {whether the context was told apart: density}
+_chosen: Any = WeakTensorKeyDictionary()  # down weight -> {(whether the context was told apart, what was allowed): density}
 
 
 def weigh(unit: Unit) -> Unit:
@@ -60,8 +61,8 @@ def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], t
     if not waiting:
         return unit
     weights = [_weight(unit, region) for region in waiting]
-    apart = [splits(unit, region) for region in waiting]
-    known = [remembered.get(w, {}).get(split) for w, split in zip(weights, apart, strict=True) if w is not None]
+    cases = [(splits(unit, region), unit.config.ffn_max_rise) for region in waiting]
+    known = [remembered.get(w, {}).get(case) for w, case in zip(weights, cases, strict=True) if w is not None]
     if len(known) == len(waiting) and None not in known:
         return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
     if unit.config.ffn_max_rise == 0.0:
@@ -70,8 +71,8 @@ def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], t
     if reason is not None:
         return _with(unit, dict.fromkeys(waiting, 1.0), f"how much it may leave out can't be measured: {reason}; set ffn.density")
     chosen, text = agreed(*_measure(unit, waiting))
-    for weight, split, density in zip(weights, apart, chosen, strict=True):
-        remembered[weight] = {**remembered.get(weight, {}), split: density}
+    for weight, case, density in zip(weights, cases, chosen, strict=True):
+        remembered[weight] = {**remembered.get(weight, {}), case: density}
     return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
 
 

@@ -196,3 +196,13 @@ def test_deep_models_are_measured_in_groups() -> None:
     assert [region for group in groups for region in group] == list(unit.regions) and len(unit.regions) == 30
     assert len(groups) <= 12 and len(groups[0]) == 1 and {len(group) for group in groups[1:-1]} == {3}
     assert [len(group) for group in rise.grouped(unit, unit.regions[:5])] == [1] * 5
+
+
+def test_another_limit_is_another_choice() -> None:
+    """What was chosen for a model under one limit is not taken under another: with none allowed, the forward pass is dense."""
+    model = Model()
+    for allowed, expected in ((1e6, [0.5, 0.5]), (0.0, [1.0, 1.0])):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=without_inductor(**{**OPTIONS, "ffn.max_rise": allowed}))
+        compiled(*batch())
+        assert densities(compiled) == expected
