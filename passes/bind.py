@@ -1,9 +1,9 @@
 """Give the regions of a prepared model their trainable state, and take the marks that carried it out of the graph.
 
-A mark (`sptc::mark`, see sptc/state.py) stands at the output of the module that holds a region's state, and has its tensors as operands. It
-is matched to a region by that module's call (`nn_module_stack`, call suffix included) and, among several slots of one module, by the name
-of the down weight (FFN) or by order (attention). A mark outside the checkpoint body that holds its region has its tensors appended to the
-body's operands, so that the state is at hand where the region is.
+A mark (`sptc::mark`, see sptc/paper/state.py) stands at the output of the module that holds a region's state, and has its tensors as
+operands. It is matched to a region by that module's call (`nn_module_stack`, call suffix included) and, among several slots of one
+module, by the name of the down weight (FFN) or by order (attention). A mark outside the checkpoint body that holds its region has its
+tensors appended to the body's operands, so that the state is at hand where the region is.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import fx, nn
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
-from sptc.passes.frame import Frame, frames, hand_down, input_index, outermost, parameter
-from sptc.passes.pattern import shape
-from sptc.passes.site import site_of
+from sptc.ir.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
+from sptc.paper.state import MARK, Slot, parse_layout
+from sptc.passes.graph.frame import Frame, frames, hand_down, input_index, outermost, parameter
+from sptc.passes.graph.pattern import shape
+from sptc.passes.graph.site import site_of
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
-from sptc.state import MARK, Slot, parse_layout
 
 _STEP = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
 _TABLES = {"_modules", "_parameters", "_buffers", "__dict__"}

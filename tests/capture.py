@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from sptc.passes.normalize import CHECKPOINT, checkpoint_bodies, normalize
+from sptc.passes.normalize.lower import CHECKPOINT, checkpoint_bodies, normalize
 
 
 class Captured(NamedTuple):

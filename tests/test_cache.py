@@ -8,8 +8,8 @@ import stat
 
 import pytest
 
-from sptc import cache
 from sptc.codegen.cpu.compiler import library
+from sptc.device import cache
 
 
 @pytest.fixture(params=["home-is-a-file", "cache-is-a-file", "read-only"])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from sptc.capture import CaptureError, capture
+from sptc.model.capture import CaptureError, capture
 
 
 class Broken(nn.Module):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import sptc.codegen.ops  # noqa: F401
-from sptc import device, measure
 from sptc.config import ConfigError
+from sptc.device import costs as device
+from sptc.device import measure
 
 CPU = torch.device("cpu")
 

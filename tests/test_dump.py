@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from sptc.config import Config, ConfigError
-from sptc.dump import Dump
-from sptc.explain import explain
+from sptc.reports.dump import Dump
+from sptc.reports.explain import explain
 from tests.models.compiled import without_inductor
 from tests.models.zoo import CASES
 

@@ -5,15 +5,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sptc import emit as emit_module
 from sptc.backend import captured_unit
-from sptc.capture import capture
-from sptc.codegen.launch import Launch
-from sptc.codegen.target import KNOWN, Target, targeting
+from sptc.codegen.triton.run.launch import Launch
+from sptc.codegen.triton.target import KNOWN, Target, targeting
 from sptc.config import Config
-from sptc.emit import EmittedKernel, emit
+from sptc.model.capture import capture
 from sptc.passes import PIPELINE
 from sptc.passes.runner import run
+from sptc.reports import emit as emit_module
+from sptc.reports.emit import EmittedKernel, emit
 from tests.models.compiled import FULL, without_inductor
 from tests.models.zoo import CASES
 

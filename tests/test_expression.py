@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sptc.codegen.chunked_loss import _evaluated
-from sptc.expression import FUNCTIONS, U0, ExpressionError, canonical, derivative, lift, parse
+from sptc.codegen.ops.chunked_loss import _evaluated
+from sptc.ir.expression import FUNCTIONS, U0, ExpressionError, canonical, derivative, lift, parse
 
 _NUMBERS = st.one_of(st.integers(-5, 5), st.floats(-1e3, 1e3).filter(lambda v: abs(v) > 1e-3))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sptc.fit import CODEWORDS, STAND_IN_RANK, STAND_IN_RIDGE, fit_codebooks, fit_router, fit_stand_in, subvectors
+from sptc.paper.fit import CODEWORDS, STAND_IN_RANK, STAND_IN_RIDGE, fit_codebooks, fit_router, fit_stand_in, subvectors
 
 
 @pytest.mark.parametrize("head, m", [(64, 8), (80, 10), (8, 1), (20, 2), (12, 2), (7, 1), (4, 1), (128, 16)])

@@ -12,7 +12,7 @@ from torch import nn
 import sptc
 from sptc.cli import main
 from sptc.config import ConfigError
-from sptc.plan import Choice, Plan, PlannedRegion
+from sptc.ir.plan import Choice, Plan, PlannedRegion
 from tests.models.gpt import Gpt
 from tests.planning_device import DEVICE
 

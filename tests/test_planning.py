@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sptc
-from sptc.budget import PlanError, expected_squares, replan
-from sptc.plan import Choice, Plan, PlannedRegion, combined
-from sptc.sensitivity import SensitivityError
+from sptc.ir.plan import Choice, Plan, PlannedRegion, combined
+from sptc.plans.budget import PlanError, expected_squares, replan
+from sptc.plans.sensitivity import SensitivityError
 from tests.models import zoo
 from tests.models.compiled import without_inductor
 from tests.models.gpt import Gpt

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sptc.predicate import PredicateError, Ranges, parse
+from sptc.ir.predicate import PredicateError, Ranges, parse
 
 B, H, N, M = 2, 3, 11, 13
 SIZES = (3, 2)

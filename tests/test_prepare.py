@@ -16,13 +16,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._logging import warning_once
 
 import sptc
-from sptc.adapter import AdapterError
 from sptc.backend import compile_graph
-from sptc.capture import CaptureError
 from sptc.config import Config, ConfigError
-from sptc.fit import fit_router
-from sptc.prepare import PrepareError
-from sptc.state import Codebook, Router, owners
+from sptc.model.capture import CaptureError
+from sptc.paper.adapter import AdapterError
+from sptc.paper.fit import fit_router
+from sptc.paper.prepare import PrepareError
+from sptc.paper.state import Codebook, Router, owners
 from tests.models.zoo import CASES
 
 OPTIONS = {

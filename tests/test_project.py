@@ -20,7 +20,7 @@ SOURCES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / ro
 BANNED = {
     "sptc": ("triton",),
     "passes": ("triton", "sptc.codegen", "sptc.backend"),
-    "codegen": ("torch.fx", "sptc.passes", "sptc.region", "sptc.backend"),
+    "codegen": ("torch.fx", "sptc.passes", "sptc.ir.region", "sptc.backend"),
 }
 BRIDGES = {"backend.py", "emit.py", "prepare.py"}  # of sptc/: may import both passes and codegen
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sptc
-from sptc.explain import explain
+from sptc.reports.explain import explain
 from tests.models.compiled import without_inductor
 from tests.models.zoo import CASES
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sptc.explain import explain
-from sptc.repro_main import step
+from sptc.reports.explain import explain
+from sptc.reports.repro_main import step
 from tests.models.compiled import FULL, assert_gradients_close, without_inductor
 from tests.models.zoo import CASES
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sptc
-from sptc import rise
-from sptc.capture import capture
 from sptc.config import Config
+from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
+from sptc.plans import rise
 from tests.models.compiled import without_inductor
 from tests.planning_device import DEVICE
 

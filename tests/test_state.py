@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sptc
-from sptc.state import (
+from sptc.paper.state import (
     CODEBOOK_DECAY,
     MARK,
     Codebook,
@@ -90,7 +90,7 @@ def test_mark_is_an_identity_for_values_and_gradients():
 def test_eager_is_untouched_and_says_once_a_model_that_it_is_dense(caplog):
     model, x = Model(), torch.randn(2, 4)
     plain = model.b.forward(model.a.forward(x))
-    with caplog.at_level(logging.WARNING, "sptc.state"):
+    with caplog.at_level(logging.WARNING, "sptc.paper.state"):
         assert torch.equal(model(x), plain)
         model(x)
         assert len(caplog.records) == 1

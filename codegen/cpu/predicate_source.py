@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.cpu.compiler import library
-from sptc.predicate import Binary, Element, Expression, Index, Literal, Not, Predicate, Size
+from sptc.ir.predicate import Binary, Element, Expression, Index, Literal, Not, Predicate, Size
 
 _TYPES = {
     torch.bool: "uint8_t",

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from sptc.benchmark.child.process import Worker, WorkerFailed
+from sptc.benchmark.child.training import Gradients, _kind
+from sptc.benchmark.child.worker import Check, Runner, compared, error_of
 from sptc.benchmark.job import Job, Source
 from sptc.benchmark.outcome import Case, Outcome
-from sptc.benchmark.process import Worker, WorkerFailed
-from sptc.benchmark.progress import Progress
 from sptc.benchmark.run import Settings, _take_turns
-from sptc.benchmark.training import Gradients, _kind
+from sptc.benchmark.show.progress import Progress
 from sptc.benchmark.variants import Variant
-from sptc.benchmark.worker import Check, Runner, compared, error_of
 
 
 class Counter:

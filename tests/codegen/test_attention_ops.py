@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sptc.codegen.ops  # noqa: F401
-from sptc.codegen.block_lists import list_width
 from sptc.codegen.cpu.attention import default_blocks
+from sptc.codegen.reference.block_lists import list_width
 
 ops = torch.ops.sptc
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sptc.cache import private_folder
 from sptc.codegen.cpu import compiler
+from sptc.device.cache import private_folder
 
 _SOURCE = 'extern "C" long twice(long x) { return 2 * x; }'
 

@@ -9,14 +9,14 @@ import os
 import pytest
 import torch
 
-from sptc.cache import CacheError
-from sptc.codegen.random import keep_mask
-from sptc.codegen.spec import KernelSpec
+from sptc.codegen.reference.random import keep_mask
+from sptc.codegen.triton.spec import KernelSpec
+from sptc.device.cache import CacheError
 
 CPU = torch.device("cpu")
 LONG = "x = 1\n" * 20000
 PROBE = """
-from sptc.codegen.templates.philox import philox_keep
+from sptc.codegen.triton.templates.attention.philox import philox_keep
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def spec(block=32, unread=False):
 
 
 def loaded(*args, **kwargs):
-    from sptc.codegen.load import load
+    from sptc.codegen.triton.run.load import load
 
     return load(*args, **kwargs)
 
@@ -66,7 +66,7 @@ def test_dropout_is_that_of_the_reference(p):
 def test_large_indices_use_the_high_word(template):
     template(
         "far",
-        "from sptc.codegen.templates.philox import philox_keep\n"
+        "from sptc.codegen.triton.templates.attention.philox import philox_keep\n"
         "@triton.jit\ndef far(out, seed_ptr, index_ptr, threshold, N: tl.constexpr):\n    at = tl.arange(0, N)\n"
         "    tl.store(out + at, philox_keep(seed_ptr, tl.load(index_ptr + at), threshold))\n",
     )
@@ -123,7 +123,7 @@ def test_files_are_private_named_by_content_and_say_where_they_come_from(kernel_
 
 @pytest.mark.parametrize("damage", ["shortened", "other", "binary", "header"])
 def test_a_file_is_reused_only_if_its_body_is_right(damage, monkeypatch):
-    from sptc.codegen import load
+    from sptc.codegen.triton.run import load
 
     kernel = loaded(spec(), origin="first")
     text = kernel.path.read_text()
@@ -159,7 +159,7 @@ def test_a_folder_that_others_control_is_refused(fault, level, kernel_cache, tmp
 
 
 def emit_often(count):
-    from sptc.codegen.load import emit
+    from sptc.codegen.triton.run.load import emit
 
     for i in range(count):
         path = emit(KernelSpec("probe", ()), LONG)

@@ -154,7 +154,7 @@ def test_never_holds_more_than_a_few_rows(monkeypatch):
                 self.seen = max(self.seen, result.untyped_storage().nbytes())
             return result
 
-    from sptc.codegen.chunked_loss import loss_and_gradients
+    from sptc.codegen.ops.chunked_loss import loss_and_gradients
 
     x, weight = torch.randn(256, D), torch.randn(1000, D)
     with Largest() as largest:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from triton import CompilationError, knobs
 
-from sptc import measure
-from sptc.codegen import precompile as module
-from sptc.codegen.aot import build
-from sptc.codegen.launch import Launch
-from sptc.codegen.precompile import precompile
-from sptc.codegen.target import KNOWN, targeting
+from sptc.codegen.triton.run import precompile as module
+from sptc.codegen.triton.run.aot import build
+from sptc.codegen.triton.run.launch import Launch
+from sptc.codegen.triton.run.precompile import precompile
+from sptc.codegen.triton.target import KNOWN, targeting
+from sptc.device import measure
 
 TARGET = KNOWN["sm_90"]
 SMALL = ("run_means", "choose_blocks")  # that compile in no time

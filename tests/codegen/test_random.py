@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sptc.codegen.random import keep_mask, philox4x32
+from sptc.codegen.reference.random import keep_mask, philox4x32
 
 KNOWN = [  # counter, key, answer: kat_vectors of Random123
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

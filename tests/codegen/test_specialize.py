@@ -6,10 +6,10 @@ import ast
 
 import pytest
 
-from sptc.codegen.prune import prune
-from sptc.codegen.source import WIDTH, parse, print_statements
-from sptc.codegen.spec import KernelSpec
-from sptc.codegen.specialize import TEMPLATES, SpecializeError, specialize
+from sptc.codegen.triton.source.layout import WIDTH, parse, print_statements
+from sptc.codegen.triton.source.prune import prune
+from sptc.codegen.triton.source.specialize import TEMPLATES, SpecializeError, specialize
+from sptc.codegen.triton.spec import KernelSpec
 
 
 def body(source: str, name: str = "probe") -> str:

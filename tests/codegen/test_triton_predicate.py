@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sptc.codegen.spec import KernelSpec
-from sptc.codegen.specialize import specialize
-from sptc.codegen.triton_predicate import PREDICATE_HOOKS, predicate_source
-from sptc.predicate import PredicateError, parse
+from sptc.codegen.triton.source.predicate import PREDICATE_HOOKS, predicate_source
+from sptc.codegen.triton.source.specialize import specialize
+from sptc.codegen.triton.spec import KernelSpec
+from sptc.ir.predicate import PredicateError, parse
 
 B, H, N, M = 2, 3, 13, 21
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def evaluated(text, tensors, sizes, q_from=0, k_from=0):
 
 
 def run_elements(text, tensors, sizes, q_from=0, k_from=0, transposed=False):
-    from sptc.codegen.load import load
+    from sptc.codegen.triton.run.load import load
 
     tensors, sizes = tensors[: parse(text).tensor_count], sizes[: parse(text).size_count]
     read = {element.position for element in parse(text).elements}
@@ -152,7 +152,7 @@ BOUNDED = [
 
 
 def run_ranges(text, sizes, rectangles, b=1, h=1):
-    from sptc.codegen.load import load
+    from sptc.codegen.triton.run.load import load
 
     count = parse(text).size_count
     out = torch.full((len(rectangles),), -1, dtype=torch.int32)

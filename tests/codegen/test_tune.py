@@ -10,10 +10,10 @@ import pytest
 import sympy
 from triton.runtime.errors import OutOfResources
 
-from sptc.codegen import measured
-from sptc.codegen.target import KNOWN
-from sptc.codegen.tiling import Table, Tiling, TilingError, asking, using
-from sptc.codegen.tune import tune
+from sptc.codegen.triton.target import KNOWN
+from sptc.codegen.triton.tuning import measured
+from sptc.codegen.triton.tuning.tiling import Table, Tiling, TilingError, asking, using
+from sptc.codegen.triton.tuning.tune import tune
 
 BLOCK, SIZE = sympy.symbols("BLOCK size")
 ROWS = tuple(Tiling.of(4, 2, BLOCK=block) for block in (32, 64, 128, 1024))

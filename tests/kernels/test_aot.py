@@ -12,11 +12,11 @@ from triton.backends.compiler import GPUTarget
 
 from bench.kernels import __main__ as command
 from bench.kernels import ahead, cases, check
-from sptc.codegen import aot
-from sptc.codegen.aot import Resources
-from sptc.codegen.launch import Launch
-from sptc.codegen.load import load
-from sptc.codegen.target import KNOWN
+from sptc.codegen.triton.run import aot
+from sptc.codegen.triton.run.aot import Resources
+from sptc.codegen.triton.run.launch import Launch
+from sptc.codegen.triton.run.load import load
+from sptc.codegen.triton.target import KNOWN
 
 FAMILY = {"sm_80": "OPT-like", "sm_90": "LLaMA-like", "sm_100": "GPT-2-like", "gfx942": "BERT-like"}
 HEAD = {"sm_80": "d128", "sm_90": "d64", "sm_100": "d128", "gfx942": "d64"}

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sptc.codegen.aot import compile_ahead, resources
-from sptc.codegen.block_lists import block_count, list_width
-from sptc.codegen.kernels import attention
-from sptc.codegen.kernels.inverted import inverted_lists
-from sptc.codegen.launch import recorded
-from sptc.codegen.load import load
 from sptc.codegen.reference import attention as reference
-from sptc.codegen.target import KNOWN, targeting
-from sptc.codegen.tiling import Tiling, using
+from sptc.codegen.reference.block_lists import block_count, list_width
+from sptc.codegen.triton.launchers import attention
+from sptc.codegen.triton.launchers.inverted import inverted_lists
+from sptc.codegen.triton.run.aot import compile_ahead, resources
+from sptc.codegen.triton.run.launch import recorded
+from sptc.codegen.triton.run.load import load
+from sptc.codegen.triton.target import KNOWN, targeting
+from sptc.codegen.triton.tuning.tiling import Tiling, using
 from tests.attention_cases import MASKS, heads, operands
 
 SCALE = 0.3

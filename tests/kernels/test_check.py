@@ -8,9 +8,9 @@ import torch
 from bench.gpu.sizes import DRY
 from bench.kernels import check, steps, tuning
 from bench.kernels.cases import AttentionCase, attention_operands
-from sptc.codegen.block_lists import lists_from_scores, nearest_first, owned
 from sptc.codegen.reference import attention as reference
-from sptc.codegen.tiling import asking
+from sptc.codegen.reference.block_lists import lists_from_scores, nearest_first, owned
+from sptc.codegen.triton.tuning.tiling import asking
 
 CPU = torch.device("cpu")
 CAUSAL = AttentionCase("causal", 1, 1024, 2, 1, 64, "causal", query_block=32, key_block=16)

@@ -10,7 +10,7 @@ from torch.testing import FileCheck
 
 import sptc
 import sptc.backend
-from sptc.codegen.launch import recorded
+from sptc.codegen.triton.run.launch import recorded
 from tests.models import zoo
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 

@@ -7,9 +7,9 @@ from triton import knobs
 from bench.kernels import check, tuning
 from bench.kernels.cases import AttentionCase
 from bench.kernels.clock import alternating, milliseconds
-from sptc import measure
-from sptc.codegen import load, precompile
-from sptc.codegen.target import target_of
+from sptc.codegen.triton.run import load, precompile
+from sptc.codegen.triton.target import target_of
+from sptc.device import measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,8 +51,8 @@ def test_first_launches_find_their_kernels_compiled(tmp_path, monkeypatch):
 
 
 def test_tile_sizes_are_measured(tmp_path, monkeypatch):
-    from sptc.codegen import measured
-    from sptc.codegen.tune import tune
+    from sptc.codegen.triton.tuning import measured
+    from sptc.codegen.triton.tuning.tune import tune
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured.recall.cache_clear()

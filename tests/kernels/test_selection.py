@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from sptc.codegen.block_lists import list_width, lists_from_scores
-from sptc.codegen.kernels import selection
-from sptc.codegen.kernels.mask import KernelMask
-from sptc.codegen.kernels.precision import full_precision, product_precision
-from sptc.codegen.launch import recorded
 from sptc.codegen.reference import attention as reference
-from sptc.codegen.target import KNOWN, targeting
-from sptc.codegen.tiling import Tiling, using
+from sptc.codegen.reference.block_lists import list_width, lists_from_scores
+from sptc.codegen.triton.launchers import selection
+from sptc.codegen.triton.launchers.mask import KernelMask
+from sptc.codegen.triton.launchers.precision import full_precision, product_precision
+from sptc.codegen.triton.run.launch import recorded
+from sptc.codegen.triton.target import KNOWN, targeting
+from sptc.codegen.triton.tuning.tiling import Tiling, using
 from tests.codegen.test_attention import MASKS, SIZES, codebooks, heads, operands
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from triton.runtime import build as c_compiler
 from bench.gpu.sizes import DRY
 from bench.kernels import ahead
 from bench.kernels.warm import build_launcher, distinct, warm
-from sptc.codegen import aot
-from sptc.codegen.load import load
-from sptc.codegen.target import KNOWN
+from sptc.codegen.triton.run import aot
+from sptc.codegen.triton.run.load import load
+from sptc.codegen.triton.target import KNOWN
 
 TARGET = KNOWN["sm_90"]
 

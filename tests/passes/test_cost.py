@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sptc.device import DeviceCosts, Rates
-from sptc.passes.cost import (
+from sptc.device.costs import DeviceCosts, Rates
+from sptc.ir.region import AttentionSettings, FfnSettings, UnitSettings
+from sptc.passes.decide.cost import (
     AttentionShape,
     FfnShape,
     LossShape,
@@ -20,7 +21,6 @@ from sptc.passes.cost import (
     sparse_attention,
     sparse_ffn,
 )
-from sptc.region import AttentionSettings, FfnSettings, UnitSettings
 
 PLAUSIBLE_GPU = DeviceCosts(
     single=Rates(gemm=5e13, attention=4e13, attention_backward=3e13),

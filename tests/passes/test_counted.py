@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
-from sptc.passes.counted import find_counted
-from sptc.region import Counted
+from sptc.ir.region import Counted
+from sptc.passes.find.counted import find_counted
 from tests.capture import capture
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES, VOCABULARY

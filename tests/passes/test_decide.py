@@ -11,15 +11,15 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import sptc.codegen.ops  # noqa: F401
-from sptc.capture import capture
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.config import Config
-from sptc.device import DeviceCosts, Rates, calibrate
+from sptc.device.costs import DeviceCosts, Rates, calibrate
+from sptc.ir.region import AttentionSettings, CodebookState, FfnSettings, RouterState, UnitSettings
+from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
-from sptc.passes.decide import crossover, decide
+from sptc.passes.decide.decisions import crossover, decide
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.region import AttentionSettings, CodebookState, FfnSettings, RouterState, UnitSettings
 
 RATES = Rates(gemm=1e11, attention=1e11, attention_backward=1e11)
 DEVICE = DeviceCosts(

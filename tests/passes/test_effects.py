@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sptc.backend import compile_graph
 from sptc.config import Config
-from sptc.passes.effects import alias_sets, has_effects, written_by
-from sptc.passes.pattern import op
+from sptc.passes.graph.effects import alias_sets, has_effects, written_by
+from sptc.passes.graph.pattern import op
 from tests.capture import capture
 from tests.models.compiled import assert_gradients_close
 
@@ -176,7 +176,7 @@ def test_captured_bodies_are_left_alone():
 
     def backend(gm, example_inputs):
         before.extend(body.code for body in gm.modules() if isinstance(body, torch.fx.GraphModule))
-        from sptc.passes.normalize import normalize
+        from sptc.passes.normalize.lower import normalize
 
         normalize(gm, example_inputs)
         after.extend(body.code for body in gm.modules() if isinstance(body, torch.fx.GraphModule))
@@ -269,8 +269,8 @@ class KernelOnTheInput(nn.Module):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_triton_kernels_stay_and_are_seen_to_write(monkeypatch, dynamic):
     """Without a device they can't run, but Dynamo captures them when told that there is one."""
-    from sptc.passes.find_ffn import find_ffn
-    from sptc.passes.normalize import normalize
+    from sptc.passes.find.ffn import find_ffn
+    from sptc.passes.normalize.lower import normalize
 
     graphs = []
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sptc.passes.boundary import breach
-from sptc.passes.find_attention import find_attention
-from sptc.passes.normalize import checkpoint_bodies
-from sptc.region import AttentionRegion, Found
+from sptc.ir.region import AttentionRegion, Found
+from sptc.passes.find.attention import find_attention
+from sptc.passes.graph.boundary import breach
+from sptc.passes.normalize.lower import checkpoint_bodies
 from tests.capture import Captured, capture, node_values
 from tests.models.zoo import CASES
 from tests.passes.attention_semantics import compute

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config
-from sptc.passes.find_ffn import find_ffn
-from sptc.passes.normalize import graphs, lower
+from sptc.passes.find.ffn import find_ffn
+from sptc.passes.normalize.lower import graphs, lower
 from sptc.passes.unit import Unit
 
 D, H = 8, 16

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
-from sptc.report import RegionReport
+from sptc.reports.report import RegionReport
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 
 B, LENGTH, D, CLASSES = 2, 19, 8, 40

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sptc.passes.find_attention import find_attention
-from sptc.region import AttentionRegion, Mask
+from sptc.ir.region import AttentionRegion, Mask
+from sptc.passes.find.attention import find_attention
 from tests.capture import capture, node_values
 from tests.passes.attention_semantics import allowed
 

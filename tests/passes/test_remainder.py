@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sptc.capture import capture
 from sptc.config import Config
+from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
-from sptc.passes.remainder import remainder_seconds
+from sptc.passes.decide.remainder import remainder_seconds
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from tests.planning_device import DEVICE

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import sptc
 from sptc.codegen.cpu.attention import default_blocks
 from sptc.config import Config
-from sptc.device import calibrate
+from sptc.device.costs import calibrate
 from sptc.passes import PIPELINE
-from sptc.passes.normalize import graphs
-from sptc.passes.pattern import same_size, shape
+from sptc.passes.graph.pattern import same_size, shape
+from sptc.passes.normalize.lower import graphs
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor

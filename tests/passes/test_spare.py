@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config, ConfigError
-from sptc.passes.find import find
-from sptc.passes.normalize import lower
+from sptc.passes.find.regions import find
+from sptc.passes.normalize.lower import lower
 from sptc.passes.unit import Unit
 
 D, H, N, LABELS = 16, 32, 6, 5
