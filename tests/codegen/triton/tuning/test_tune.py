@@ -136,7 +136,7 @@ for i in range(50):
 
 
 def test_several_processes_write(cache):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     writers = [subprocess.Popen([sys.executable, "-c", WRITER.replace("BLOCK}", f"{size}}}")], cwd=root) for size in (32, 64)]
     seen = set()
     while any(writer.poll() is None for writer in writers):
