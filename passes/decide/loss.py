@@ -9,8 +9,8 @@ from torch.fx import Node
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
 from sptc.passes.decide.cost import LossShape, dense_loss, loss_by_rows
+from sptc.passes.find.loss import needed
 from sptc.passes.graph.pattern import shape, value
-from sptc.passes.rewrite.loss import needed
 from sptc.passes.unit import Unit
 
 _BUFFER = {"cpu": 32 << 20, "cuda": 256 << 20}  # bytes of the logits that stand in memory at a time

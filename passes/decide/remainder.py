@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from sptc.device.costs import DeviceCosts
 from sptc.ir.hint import optimization_hint
+from sptc.passes.graph.frame import graphs
 from sptc.passes.graph.pattern import base_name, dtype, op, requires_grad, shape, value
-from sptc.passes.normalize.lower import graphs
 from sptc.passes.unit import Unit
 
 # Positions of the two factors.

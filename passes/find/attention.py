@@ -19,11 +19,23 @@ from sptc.ir.region import AttentionRegion, Found, Refusal
 from sptc.passes.find.attention_operands import Operand, grouped, key_of, merged_heads, query_of, split_heads, without_empty
 from sptc.passes.find.lookalike import Flow, between_products
 from sptc.passes.graph.boundary import Breach, breach, disturbance
-from sptc.passes.graph.pattern import COPIES, VIEWS, argument, base_name, dtype, op, plain_number, same_size, shape, transparent, value
+from sptc.passes.graph.pattern import (
+    COPIES,
+    EINSUM,
+    VIEWS,
+    argument,
+    base_name,
+    dtype,
+    op,
+    plain_number,
+    same_size,
+    shape,
+    transparent,
+    value,
+)
 from sptc.passes.graph.site import site_of
 from sptc.passes.mask.mask import MASKED, Frame, MaskInput, Refused, read_mask
 from sptc.passes.mask.reader import Reader
-from sptc.passes.normalize.einsum import EINSUM
 
 FUSED = "aten.scaled_dot_product_attention.default"
 SOFTMAX = frozenset({"aten.softmax.int", "aten._softmax.default"})

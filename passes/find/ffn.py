@@ -16,7 +16,6 @@ from torch import fx
 from torch.fx import Node
 
 from sptc.ir.region import FfnRegion, Found, Lora, Projection, Refusal
-from sptc.passes.bind import parameter_path
 from sptc.passes.graph.boundary import breach
 from sptc.passes.graph.elementwise import bends, elementwise, function
 from sptc.passes.graph.frame import parameter
@@ -37,7 +36,7 @@ from sptc.passes.graph.pattern import (
     units,
     value,
 )
-from sptc.passes.graph.site import site_of
+from sptc.passes.graph.site import parameter_path, site_of
 
 # Operators that mix hidden units: a region with one of them between its projections is reported, not rewritten.
 MIXING = frozenset(

@@ -27,6 +27,7 @@ from sptc.passes.graph.pattern import (
     match_adapters,
     match_projection,
     op,
+    requires_grad,
     same_size,
     shape,
     transparent,
@@ -200,6 +201,13 @@ def _product_dtype(projection: Projection) -> torch.dtype:
     kind = dtype(products[0])
     assert kind is not None
     return kind
+
+
+def needed(region: LossRegion) -> tuple[bool, ...]:
+    """Which gradients are asked for: of x, the weight, the bias, the adapter's low-rank input, and its B."""
+    lora = region.projection.lora
+    operands = (region.projection.x, region.projection.weight, region.bias, lora and lora.low, lora and lora.b)
+    return tuple(operand is not None and requires_grad(operand) for operand in operands)
 
 
 def _turned(product: Node) -> Iterator[Node]:

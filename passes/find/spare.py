@@ -15,9 +15,8 @@ from torch.fx import Node
 
 from sptc.ir.region import FfnRegion, LossRegion, Region
 from sptc.passes.find.lookalike import projects
-from sptc.passes.graph.pattern import base_name, requires_grad, same_size, shape
+from sptc.passes.graph.pattern import CHECKPOINT, base_name, requires_grad, same_size, shape
 from sptc.passes.graph.site import modules_of
-from sptc.passes.normalize.lower import CHECKPOINT
 
 _SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 

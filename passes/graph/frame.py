@@ -8,7 +8,21 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx import Node
 
-from sptc.passes.normalize.lower import checkpoint_bodies
+from sptc.passes.graph.pattern import CHECKPOINT
+
+
+def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[Node, fx.GraphModule]]:
+    """The (call, body) pairs of activation checkpoints directly in `gm`."""
+    return [
+        (node, getattr(gm, str(node.args[0].target)))
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target is CHECKPOINT and isinstance(node.args[0], Node)
+    ]
+
+
+def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """`gm` and the bodies of its activation checkpoints, nested ones included, outermost first."""
+    return [gm, *(inner for _, body in checkpoint_bodies(gm) for inner in graphs(body))]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_float, has_free_unbacked
 from sptc.ir.region import Lora, Projection
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+EINSUM = "aten.einsum.default"
 
 # Operators whose result is their first argument under another shape, stride or dtype.
 VIEWS = frozenset(

@@ -16,6 +16,9 @@ from sptc.ir.region import Site
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
 _ITEM = re.compile(r"\.?(?:__dict__\['_modules'\]|_modules)\['([^']*)'\]")
+_STEP = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
+_TABLES = {"_modules", "_parameters", "_buffers", "__dict__"}
+_WRAPPERS = {"base_layer"}  # PEFT puts the weight of a layer that it adapts under this name
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -38,6 +41,20 @@ def modules_of(nodes: Iterable[Node]) -> set[str]:
     names = {name for node in nodes for name, _ in (node.meta.get("nn_module_stack") or {}).values()}
     parts = [path.split(".") for name in names if (path := _module_path(name))]
     return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
+
+
+def parameter_path(node: Node) -> list[str]:
+    """The names on the way from the compiled frame to a parameter: ["layers", "0", "fc2", "weight"]; [] when unknown."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return []
+    steps = [next(part for part in match.groups() if part is not None) for match in _STEP.finditer(source.name)]
+    return unwrapped([s for s in steps[1:] if s not in _TABLES])  # the first is the local or global that holds the model
+
+
+def unwrapped(names: list[str]) -> list[str]:
+    """The names of a path without those that PEFT puts between a layer and its weight."""
+    return [n for n in names if n not in _WRAPPERS]
 
 
 def _common_prefix(stacks: Sequence[list[str]]) -> list[str]:

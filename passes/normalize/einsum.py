@@ -14,10 +14,9 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 
-from sptc.passes.graph.pattern import op, same_size, shape, value
+from sptc.passes.graph.pattern import EINSUM, op, same_size, shape, value
 
 aten = torch.ops.aten
-EINSUM = "aten.einsum.default"
 
 
 def lower_einsum(gm: fx.GraphModule) -> None:

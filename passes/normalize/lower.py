@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sptc.ir.region import Refusal
 from sptc.passes.graph.effects import alias_sets, remove_dead_code, written_by
+from sptc.passes.graph.frame import checkpoint_bodies, graphs
 from sptc.passes.graph.pattern import CHECKPOINT
 from sptc.passes.graph.site import site_of
 from sptc.passes.normalize.einsum import lower_einsum
@@ -122,20 +123,6 @@ def _let_views_copy(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         if not written or aliases[node] not in changed:
             node.target = torch.ops.aten.reshape.default
-
-
-def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
-    """The (call, body) pairs of activation checkpoints directly in `gm`."""
-    return [
-        (node, getattr(gm, str(node.args[0].target)))
-        for node in gm.graph.nodes
-        if node.op == "call_function" and node.target is CHECKPOINT and isinstance(node.args[0], fx.Node)
-    ]
-
-
-def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """`gm` and the bodies of its activation checkpoints, nested ones included, outermost first."""
-    return [gm, *(inner for _, body in checkpoint_bodies(gm) for inner in graphs(body))]
 
 
 def _check_constants(gm: fx.GraphModule) -> None:

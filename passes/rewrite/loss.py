@@ -9,16 +9,10 @@ from torch import fx
 from torch.fx import Node
 
 from sptc.ir.region import LossRegion, LossSettings
+from sptc.passes.find.loss import needed
 from sptc.passes.graph.build import Builder, aten
-from sptc.passes.graph.pattern import dtype, requires_grad, shape
+from sptc.passes.graph.pattern import dtype, shape
 from sptc.passes.graph.rows import brought_back
-
-
-def needed(region: LossRegion) -> tuple[bool, ...]:
-    """Which gradients are asked for: of x, the weight, the bias, the adapter's low-rank input, and its B."""
-    lora = region.projection.lora
-    operands = (region.projection.x, region.projection.weight, region.bias, lora and lora.low, lora and lora.b)
-    return tuple(operand is not None and requires_grad(operand) for operand in operands)
 
 
 def rewrite_loss(region: LossRegion, settings: LossSettings) -> Node:

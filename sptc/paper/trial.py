@@ -18,8 +18,7 @@ from sptc.paper.state import Codebook, Router
 from sptc.passes.bind import holder
 from sptc.passes.decide.decisions import routes
 from sptc.passes.graph.frame import Frame, frames, input_index, outermost, parameter
-from sptc.passes.graph.pattern import shape
-from sptc.passes.normalize.lower import CHECKPOINT
+from sptc.passes.graph.pattern import CHECKPOINT, shape
 from sptc.passes.unit import Unit
 
 SAMPLED_ROWS = 4096  # tokens of an FFN, or vectors of a key head, that the start of the state is computed from

@@ -13,7 +13,7 @@ from torch.fx import Node
 from sptc.ir.region import AttentionRegion, Region, Settings
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.frame import Frame, frames
-from sptc.passes.normalize.lower import CHECKPOINT
+from sptc.passes.graph.pattern import CHECKPOINT
 from sptc.passes.rewrite.forms import sparse_form
 from sptc.passes.rewrite.token_lists import insert_tokens
 from sptc.passes.unit import Unit

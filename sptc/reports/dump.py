@@ -14,7 +14,7 @@ import networkx as nx
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
-from sptc.passes.normalize.lower import graphs
+from sptc.passes.graph.frame import graphs
 from sptc.passes.unit import Unit
 from sptc.reports.emit import EmittedKernel
 from sptc.reports.report import Report

@@ -18,10 +18,10 @@ from sptc.codegen.triton.spec import KernelSpec
 from sptc.codegen.triton.target import runs_kernels, target_of, targeting
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Site
+from sptc.passes.graph.frame import graphs
 from sptc.passes.graph.modes import autocast_dtype
 from sptc.passes.graph.pattern import op, requires_grad, value
 from sptc.passes.graph.site import site_of
-from sptc.passes.normalize.lower import graphs
 from sptc.passes.unit import Unit
 
 _SHOWN = frozenset({"q", "k", "v"})  # arguments whose shapes tell a reader what a kernel was made for

@@ -12,8 +12,8 @@ from tabulate import tabulate
 from torch import fx
 
 from sptc.ir.region import AttentionRegion, Decision, FfnSettings, Kind, LossRegion, Refusal, Region, RouterState
+from sptc.passes.graph.frame import graphs
 from sptc.passes.graph.pattern import requires_grad, same_size, shape
-from sptc.passes.normalize.lower import graphs
 from sptc.passes.unit import Unit
 
 Status = Literal["rewritten", "declined", "refused"]

@@ -13,8 +13,8 @@ from sptc.ir.region import RouterState
 from sptc.paper.state import MARK, Codebook, DenseNotice, Router, TrainableState, attach
 from sptc.passes.bind import bind
 from sptc.passes.find.regions import find
-from sptc.passes.graph.frame import frames, input_index, outermost
-from sptc.passes.normalize.lower import graphs, lower
+from sptc.passes.graph.frame import frames, graphs, input_index, outermost
+from sptc.passes.normalize.lower import lower
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sptc.ir.region import AttentionRegion, Found
 from sptc.passes.find.attention import find_attention
 from sptc.passes.graph.boundary import breach
-from sptc.passes.normalize.lower import checkpoint_bodies
+from sptc.passes.graph.frame import checkpoint_bodies
 from tests.capture import Captured, capture, node_values
 from tests.models.zoo import CASES
 from tests.passes.attention_semantics import compute

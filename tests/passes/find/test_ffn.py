@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config
 from sptc.passes.find.ffn import find_ffn
-from sptc.passes.normalize.lower import graphs, lower
+from sptc.passes.graph.frame import graphs
+from sptc.passes.normalize.lower import lower
 from sptc.passes.unit import Unit
 
 D, H = 8, 16

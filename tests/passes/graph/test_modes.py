@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sptc
+from sptc.passes.graph.frame import graphs
 from sptc.passes.graph.modes import autocast_dtype
 from sptc.passes.graph.pattern import op
-from sptc.passes.normalize.lower import graphs
 from tests.capture import capture
 from tests.models.compiled import FULL, gradients, without_inductor
 

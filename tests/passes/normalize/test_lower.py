@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config
+from sptc.passes.graph.frame import graphs
 from sptc.passes.graph.pattern import op
-from sptc.passes.normalize.lower import graphs, lower, normalize
+from sptc.passes.normalize.lower import lower, normalize
 from sptc.passes.unit import Unit
 from tests.capture import capture
 

@@ -14,8 +14,8 @@ from sptc.codegen.cpu.attention import default_blocks
 from sptc.config import Config
 from sptc.device.costs import calibrate
 from sptc.passes import PIPELINE
+from sptc.passes.graph.frame import graphs
 from sptc.passes.graph.pattern import same_size, shape
-from sptc.passes.normalize.lower import graphs
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
