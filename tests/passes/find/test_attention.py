@@ -513,7 +513,7 @@ def test_twins_are_refused(twin):
     assert not found.regions
     (refusal,) = found.refusals
     assert refusal.rule == TWINS[twin] and refusal.kind == "attention"
-    assert refusal.reason and refusal.site.source.startswith("test_find_attention.py:")
+    assert refusal.reason and refusal.site.source.startswith("test_attention.py:")
 
 
 def test_heads_repeated_in_another_order_are_no_groups():

@@ -72,7 +72,7 @@ def test_any_elementwise_activation(name):
     assert not refusals
     assert (region.activation, len(region.ups), region.hidden) == (text, ups, H)
     assert region.down.bias is not None and all(up.bias is not None for up in region.ups)
-    assert region.site.source.startswith("test_find_ffn.py:")
+    assert region.site.source.startswith("test_ffn.py:")
 
 
 class Conv1d(nn.Module):
@@ -284,7 +284,7 @@ def test_twins_are_refused(name):
     regions, (refusal,) = found(model)
     assert not regions
     assert refusal.kind == "ffn" and refusal.rule == rule and reason in refusal.reason
-    assert refusal.site.source.startswith("test_find_ffn.py:")
+    assert refusal.site.source.startswith("test_ffn.py:")
 
 
 class TwoAdapters(nn.Module):

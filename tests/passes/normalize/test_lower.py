@@ -272,7 +272,7 @@ def test_own_backward_is_a_refusal():
     (refusal,) = unit.refusals
     assert (refusal.kind, refusal.rule) == ("graph", "higher-order")
     assert "autograd_function_apply" in refusal.reason
-    assert refusal.site.source.startswith("test_normalize.py:")
+    assert refusal.site.source.startswith("test_lower.py:")
 
 
 def test_flex_attention_is_a_refusal_and_runs():

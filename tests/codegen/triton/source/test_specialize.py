@@ -117,8 +117,8 @@ def test_a_hook_called_with_a_wrong_number_of_arguments(template):
 
 
 READS_WELL = '''
-from sptc.codegen.templates.philox import philox_keep
-from sptc.codegen.templates.integers import floor_divide as divide
+from sptc.codegen.triton.templates.attention.philox import philox_keep
+from sptc.codegen.triton.templates.selection.integers import floor_divide as divide
 
 LEAST: tl.constexpr = tl.constexpr(1 << 4)
 
@@ -187,7 +187,7 @@ def test_emitted_source_reads_like_its_template(template):
 
 def test_printing_keeps_the_meaning():
     """Every file of templates, printed, is the same tree."""
-    for path in sorted(set(TEMPLATES.glob("*.py")) - {TEMPLATES / "language.py"}):
+    for path in sorted(set(TEMPLATES.rglob("*.py")) - {TEMPLATES / "language.py"}):
         tree = parse(path.read_text())
         printed = ast.parse("\n".join(print_statements(tree.body)))
         assert _without_docstrings(printed) == _without_docstrings(ast.parse(path.read_text())), path

@@ -129,7 +129,7 @@ def test_forcing_and_asking():
 
 
 WRITER = """
-from sptc.codegen import measured
+from sptc.codegen.triton.tuning import measured
 for i in range(50):
     measured.remember("device", "sample", (("size", 1),), {"BLOCK": BLOCK}, {"x" * 2000: 1.0})
 """
