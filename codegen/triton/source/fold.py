@@ -6,10 +6,8 @@ import ast
 import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
-from sptc.codegen.triton.source.layout import Margin, margin, set_margin
 from sptc.codegen.triton.spec import Constant
 
 
@@ -153,8 +151,7 @@ class _Fold(ast.NodeTransformer):
         node.test = self.visit(node.test)
         test = value_of(node.test)
         if test is not Unknown:
-            kept = self.block(node.body if test else node.orelse)
-            return _with_margin(kept, margin(node) if test else replace(margin(node), above=()))
+            return self.block(node.body if test else node.orelse)
         bound = dict(self.bound)
         node.body = self.block(node.body)
         self.bound = dict(bound)  # what one branch names constexpr means nothing after it
@@ -277,14 +274,6 @@ def _simplified(node: ast.BinOp, left: Any, right: Any) -> ast.expr:
         case ast.Add() if type(left) is int and left == 0:
             return node.right
     return node
-
-
-def _with_margin(statements: list[ast.stmt], around: Margin) -> list[ast.stmt]:
-    """The statements that took another's place keep what stood above it."""
-    if statements:
-        own = margin(statements[0])
-        set_margin(statements[0], replace(own, above=(*around.above, *own.above), blank=own.blank or around.blank))
-    return statements
 
 
 def _shown(value: Any) -> str:

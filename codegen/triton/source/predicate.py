@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sptc.codegen.triton.source.layout import docstring, wrapped
 from sptc.ir.predicate import Binary, Element, Expression, Index, Literal, Not, Predicate, PredicateError, Size, parse
 
 PREDICATE_HOOKS = ("allowed", "allowed_by_tensors", "allowed_by_positions", "holds_throughout", "holds_nowhere")
@@ -50,16 +49,8 @@ def predicate_source(text: str, name: str) -> str:
         result = f"tl.cast({certain if name == 'holds_throughout' else nowhere}, tl.int1)"
         sure = "holds for all" if name == "holds_throughout" else "fails for all"
         lines, meaning = bounds.lines, f"Whether it is certain that {_conjunction(chosen)} {sure} q and k of these ranges."
-    return "\n".join(
-        [
-            "@triton.jit",
-            *wrapped(f"def {name}({', '.join(parameters)}):", 0),
-            *docstring(meaning),
-            *(line for statement in lines for line in wrapped(statement, 4)),
-            *wrapped(f"return {result}", 4),
-            "",
-        ]
-    )
+    statements = "".join(f"    {statement}\n" for statement in (f'"""{meaning}"""', *lines, f"return {result}"))
+    return f"@triton.jit\ndef {name}({', '.join(parameters)}):\n{statements}"
 
 
 def _conjunction(parts: Sequence[Predicate]) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from sptc.codegen.triton.source import predicate as triton_predicate
 from sptc.codegen.triton.source.fold import SpecializeError, Unknown, fold, value_of
-from sptc.codegen.triton.source.layout import margin, parse, print_statements, rename_in_comments, set_margin
 from sptc.codegen.triton.source.prune import has_effects, prune
 from sptc.codegen.triton.spec import Constant, KernelSpec
 
@@ -51,65 +50,78 @@ def specialize(spec: KernelSpec) -> str:
         raise SpecializeError(f"{where} has no @triton.jit function of that name")
     kernel = copy.deepcopy(module.functions[spec.template])
     constants = dict(spec.constants)
+    if unknown := constants.keys() - (known := _constants_of(kernel)):
+        raise SpecializeError(f"{where} has no constant {', '.join(map(repr, sorted(unknown)))}; it has {_listed(known)}")
     _bind_parameters(kernel, constants, where)
     fold(kernel, {**module.constants, **constants}, where)
     helpers = _Helpers(spec, where)
     helpers.add_calls(kernel, spec.template)
-    _prune(kernel, helpers)
-    rename_in_comments(kernel, {name: value for name, value in constants.items() if type(value) is int})
+    prune(kernel, helpers.effects)
+    _drop_unread_parameters(kernel)
     helpers = _Helpers(spec, where)  # only what pruning left
     helpers.add_calls(kernel, spec.template)
-    return _print([*helpers.sources.values(), "\n".join(print_statements([kernel]))])
+    functions = [*helpers.functions.values(), kernel]
+    imports = ["import triton", "import triton.language as tl"]
+    body = "\n\n\n".join(ast.unparse(ast.fix_missing_locations(function)) for function in functions)
+    if "libdevice." in body:
+        imports.append("from triton.language.extra import libdevice")
+    return "\n".join(imports) + "\n\n\n" + body + "\n"
 
 
-def _bind_parameters(kernel: ast.FunctionDef, constants: Mapping[str, Constant], where: str) -> None:
-    """Take the constants out of the signature and write out the parameters that stand for many."""
-    arguments, known = [], set()
-    if kernel.args.posonlyargs or kernel.args.kwonlyargs or kernel.args.vararg or kernel.args.kwarg or kernel.args.defaults:
-        raise SpecializeError(f"{where}: parameters are plain names without defaults")
-    for arg in kernel.args.args:
+def _constants_of(function: ast.FunctionDef) -> set[str]:
+    """The constants that the parameters name: those that are one, and the counts of those that stand for many."""
+    names: set[str] = set()
+    for arg in function.args.args:
         match arg.annotation:
             case ast.Attribute(value=ast.Name(id="tl"), attr="constexpr"):
+                names.add(arg.arg)
+            case ast.Call(func=ast.Name(id="many"), args=[ast.Constant(value=str() as count)]):
+                names.add(count)
+    return names
+
+
+def _bind_parameters(function: ast.FunctionDef, constants: Mapping[str, Constant], where: str, own: bool = True) -> None:
+    """Take the constants out of the signature (if they are `own`: a kernel's) and write out the parameters that stand for many."""
+    arguments = []
+    if function.args.posonlyargs or function.args.kwonlyargs or function.args.vararg or function.args.kwarg or function.args.defaults:
+        raise SpecializeError(f"{where}: parameters are plain names without defaults")
+    for arg in function.args.args:
+        match arg.annotation:
+            case ast.Attribute(value=ast.Name(id="tl"), attr="constexpr") if own:
                 if arg.arg not in constants:
                     raise SpecializeError(f"{where} needs a value for its constant {arg.arg!r}; given: {_listed(constants)}")
-                known.add(arg.arg)
             case ast.Call(func=ast.Name(id="many"), args=[ast.Constant(value=str() as count)]):
                 number = constants.get(count)
                 if type(number) is not int or number < 0:
                     raise SpecializeError(
                         f"{where}: constant {count!r}, the number of {arg.arg!r}, must be an integer from 0 up, got {number!r}"
                     )
-                known.add(count)
-                for i in range(number):
-                    one = ast.copy_location(ast.arg(f"{arg.arg}_{i}"), arg)
-                    if i == 0:
-                        set_margin(one, margin(arg))
-                    arguments.append(one)
+                arguments += [ast.arg(f"{arg.arg}_{i}") for i in range(number)]
             case _:
                 arguments.append(arg)
-    if unknown := constants.keys() - known:
-        raise SpecializeError(f"{where} has no constant {', '.join(map(repr, sorted(unknown)))}; it has {_listed(known)}")
-    kernel.args.args = arguments
+    function.args.args = arguments
 
 
-def _prune(kernel: ast.FunctionDef, helpers: _Helpers) -> None:
-    """Drop what has no effect: code, then the parameters that only it read."""
-    prune(kernel, helpers.effects)
-    read = {node.id for node in ast.walk(kernel) if isinstance(node, ast.Name)}
-    kernel.args.args = [arg for arg in kernel.args.args if arg.arg in read]
+def _drop_unread_parameters(function: ast.FunctionDef) -> list[int]:
+    """Take parameters that nothing reads out of the signature; returns the positions of the others."""
+    read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    kept = [i for i, arg in enumerate(function.args.args) if arg.arg in read]
+    function.args.args = [function.args.args[i] for i in kept]
+    return kept
 
 
 class _Helpers:
     """The functions that a kernel calls, directly or not: hooks and copied helpers, each before its first caller."""
 
     def __init__(self, spec: KernelSpec, where: str) -> None:
-        self.sources: dict[str, str] = {}
+        self.functions: dict[str, ast.FunctionDef] = {}
         self.effects: set[str] = set()  # names of those that store something
         self._spec, self._where = spec, where
         self._homes: dict[str, str] = {}  # the template in which a helper stands
+        self._kept: dict[str, tuple[list[str], list[int]]] = {}  # of a helper: its parameters, and which of them it reads
 
     def add_calls(self, function: ast.FunctionDef, template: str) -> None:
-        """Add what `function`, which stands in the file `template`, calls.
+        """Add what `function`, which stands in the file `template`, calls, and pass helpers only what they read.
 
         Raises:
             SpecializeError: it calls a name that is no hook, helper or builtin, or a hook with a wrong number of arguments.
@@ -130,31 +142,42 @@ class _Helpers:
         home, original = found
         if self._homes.setdefault(name, home) != home:
             raise SpecializeError(f"{self._where} needs two functions {name!r}, of {home}.py and of {self._homes[name]}.py: rename one")
-        if name in self.sources:
-            return
-        function = copy.deepcopy(original)
-        fold(function, _module(home).constants, f"helper {name!r} of template {home!r}")
+        if name not in self._kept:
+            self._add_helper(name, home, copy.deepcopy(original))
+        parameters, kept = self._kept[name]
+        if len(call.args) + len(call.keywords) == len(parameters):  # else its arguments were taken out before
+            call.args = [argument for i, argument in enumerate(call.args) if i in kept]
+            call.keywords = [keyword for keyword in call.keywords if parameters.index(str(keyword.arg)) in kept]
+
+    def _add_helper(self, name: str, home: str, function: ast.FunctionDef) -> None:
+        where = f"helper {name!r} of template {home!r}"
+        constants = dict(self._spec.constants)
+        _bind_parameters(function, constants, where, own=False)
+        parameters = [arg.arg for arg in function.args.args]
+        known = {**_module(home).constants, **constants}
+        fold(function, {key: value for key, value in known.items() if key not in parameters}, where)
         self.add_calls(function, home)
+        prune(function, self.effects)
         if has_effects(function, self.effects):
             self.effects.add(name)
-        self.sources[name] = "\n".join(print_statements([function]))
+        self._kept[name] = parameters, _drop_unread_parameters(function)
+        self.functions[name] = function
 
     def _add_hook(self, name: str, call: ast.Call) -> None:
         key, write, home = _HOOKS[name]
         text = dict(self._spec.hooks).get(key)
         if text is None:
             raise SpecializeError(f"{self._where} calls {name}(), which needs the hook {key!r}; given: {_listed(dict(self._spec.hooks))}")
-        source = write(text, name)
-        [function] = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+        [function] = (node for node in ast.parse(write(text, name)).body if isinstance(node, ast.FunctionDef))
         parameters = [arg.arg for arg in function.args.args]
         if len(parameters) != len(call.args):
             raise SpecializeError(
                 f"{self._where}, line {call.lineno}: {name}() of {text!r} takes {len(parameters)} arguments "
                 f"({', '.join(parameters)}), but gets {len(call.args)}"
             )
-        if name not in self.sources:
+        if name not in self.functions:
             self.add_calls(function, home)
-            self.sources[name] = source.rstrip("\n")
+            self.functions[name] = function
 
 
 def _find(name: str, template: str) -> tuple[str, ast.FunctionDef] | None:
@@ -177,7 +200,7 @@ def _module(template: str) -> _Module:
 
 @functools.lru_cache(maxsize=256)
 def _read(source: str) -> _Module:
-    tree = parse(source)
+    tree = ast.parse(source)
     functions: dict[str, ast.FunctionDef] = {}
     constants: dict[str, Constant] = {}
     imports: dict[str, tuple[str, str]] = {}
@@ -201,14 +224,6 @@ def _constant(value: ast.expr, known: Mapping[str, Constant]) -> object:
     fold(holder, known, "a module")
     [statement] = holder.body
     return value_of(statement.value) if isinstance(statement, ast.Return) and statement.value is not None else Unknown
-
-
-def _print(functions: list[str]) -> str:
-    body = "\n\n\n".join(functions)
-    imports = ["import triton", "import triton.language as tl"]
-    if "libdevice." in body:
-        imports.append("from triton.language.extra import libdevice")
-    return "\n".join(imports) + "\n\n\n" + body + "\n"
 
 
 def _names() -> Iterator[str]:

@@ -10,8 +10,9 @@ which everything that a spec decides is decided:
 - The hooks below stand for functions that are written from the spec's predicate, the model's mask. A template imports them from here;
   only those that are called are written.
 - Helpers are `@triton.jit` functions of the same file or imported from another file of this folder; those that are called are copied.
-  A helper sees constants of its module, and none of the spec's.
-- Docstrings, blank lines and comments stay with the statement that they precede.
+  A helper sees the constants of its module and of the spec, and may have parameters that stand for many; a parameter of its own goes
+  before a constant of its name. What it does not read is not passed to it.
+- The source is written by `ast.unparse`: comments stay in the template, which the head of an emitted file names.
 """
 
 from __future__ import annotations

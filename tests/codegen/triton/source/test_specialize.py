@@ -6,9 +6,8 @@ import ast
 
 import pytest
 
-from sptc.codegen.triton.source.layout import WIDTH, parse, print_statements
 from sptc.codegen.triton.source.prune import prune
-from sptc.codegen.triton.source.specialize import TEMPLATES, SpecializeError, specialize
+from sptc.codegen.triton.source.specialize import SpecializeError, specialize
 from sptc.codegen.triton.spec import KernelSpec
 
 
@@ -116,7 +115,7 @@ def test_a_hook_called_with_a_wrong_number_of_arguments(template):
         specialize(KernelSpec.of("missing", {}))
 
 
-READS_WELL = '''
+SHARED = """
 from sptc.codegen.triton.templates.attention.philox import philox_keep
 from sptc.codegen.triton.templates.selection.integers import floor_divide as divide
 
@@ -129,72 +128,41 @@ def other(x):
 
 
 @triton.jit
-def twice(x, CAREFUL: tl.constexpr):
+def twice(x, unread, BLOCK, S: many("SIZES"), CAREFUL: tl.constexpr):
     # A sum, not a product.
-    return x + x if CAREFUL else other(x)
+    if DROPPED:
+        return unread
+    return x + x * other(BLOCK) * LEAST + sum_of(*S[:SIZES]) if CAREFUL else other(x)
 
 
 @triton.jit
-def probe(
-    out,  # [n]
-    seed_ptr, n, threshold, first_long_name, second_long_name, third_long_name, fourth_long_name, fifth_long_name, a_longer_name,
-    # What only one branch reads.
-    extra, BLOCK: tl.constexpr, DROPPED: tl.constexpr, EXTRA: tl.constexpr,
-):
-    """One line.
+def sum_of(S: many("SIZES")):
+    return S_0 + S_1 if SIZES == 2 else 0
 
-        Indented.
-    """
-    # Rows of this program.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
 
-    # Dropped elements are zero.
+@triton.jit
+def probe(out, seed_ptr, n, threshold, extra, S: many("SIZES"), BLOCK: tl.constexpr, DROPPED: tl.constexpr, SIZES: tl.constexpr):
+    \"\"\"One line.\"\"\"
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if DROPPED:
-        # By the seed.
-        value = tl.where(philox_keep(seed_ptr, at, threshold), first_long_name, 0.0)  # noqa: X
+        value = tl.where(philox_keep(seed_ptr, at, threshold), n, 0.0)
     else:
-        # All of them.
-        value = twice(at, CAREFUL=True) + LEAST
-    # Only with extra.
-    if EXTRA:
-        value += tl.load(extra + at)
-    value += third_long_name * fourth_long_name
-    tl.store(out + at, value + first_long_name + second_long_name * fifth_long_name, mask=(at < n) & (a_longer_name > 0))
-'''  # fmt: skip
+        value = twice(at, extra, n, *S[:SIZES], CAREFUL=True) + LEAST
+    tl.store(out + at, value, mask=at < n)
+"""
 
 
-def test_emitted_source_reads_like_its_template(template):
-    template("probe", READS_WELL)
-    constants = {"BLOCK": 32, "DROPPED": False, "EXTRA": False}
-    source = specialize(KernelSpec.of("probe", constants))
-    assert source.startswith("import triton\nimport triton.language as tl\n\n\n@triton.jit\n")
-    assert max(map(len, source.splitlines())) <= WIDTH
-    kernel = source[source.index("def probe") :]
-    assert kernel.startswith("def probe(\n    out,  # [n]\n    n, first_long_name,")
-    assert (
-        '    """One line.\n\n    Indented.\n    """\n    # Rows of this program.\n'
-        "    at = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)  # [32]\n\n"
-        "    # All of them.\n    value = twice(at, CAREFUL=True) + 16\n"
-    ) in kernel
-    assert "extra" not in kernel and "# By the seed" not in kernel and "Dropped elements" not in kernel
-    assert "# A sum, not a product." in source and "philox_keep" not in source
-    assert source.index("def other") < source.index("def twice") < source.index("def probe")
-    dropped = specialize(KernelSpec.of("probe", {**constants, "DROPPED": True, "EXTRA": True}))
-    assert "    # Dropped elements are zero.\n    # By the seed.\n    value = " in dropped and "noqa" not in dropped
-    assert "def philox_keep" in dropped and "def twice" not in dropped and "    # What only one branch reads.\n    extra," in dropped
-    ast.parse(dropped)
-
-
-def test_printing_keeps_the_meaning():
-    """Every file of templates, printed, is the same tree."""
-    for path in sorted(set(TEMPLATES.rglob("*.py")) - {TEMPLATES / "language.py"}):
-        tree = parse(path.read_text())
-        printed = ast.parse("\n".join(print_statements(tree.body)))
-        assert _without_docstrings(printed) == _without_docstrings(ast.parse(path.read_text())), path
-
-
-def _without_docstrings(tree: ast.Module) -> str:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+def test_helpers_see_the_constants_and_are_passed_what_they_read(template):
+    """A helper's own parameter (BLOCK) goes before a constant of its name; what it does not read (extra) reaches nobody."""
+    template("probe", SHARED)
+    source = specialize(KernelSpec.of("probe", {"BLOCK": 32, "DROPPED": False, "SIZES": 2}))
+    assert source.startswith("import triton\nimport triton.language as tl\n\n\n@triton.jit\n") and '"""One line."""' in source
+    assert parameters(source) == ["out", "n", "S_0", "S_1"] and parameters(source, "twice") == ["x", "BLOCK", "S_0", "S_1", "CAREFUL"]
+    assert "twice(at, n, S_0, S_1, CAREFUL=True) + 16" in source and "x + x * other(BLOCK) * 16 + sum_of(S_0, S_1)" in source
+    assert source.index("def other") < source.index("def sum_of") < source.index("def twice") < source.index("def probe")
+    assert "extra" not in source and "philox_keep" not in source
+    without = specialize(KernelSpec.of("probe", {"BLOCK": 32, "DROPPED": False, "SIZES": 0}))
+    assert parameters(without) == ["out", "n"] and parameters(without, "sum_of") == []
+    dropped = specialize(KernelSpec.of("probe", {"BLOCK": 32, "DROPPED": True, "SIZES": 2}))
+    assert "def philox_keep" in dropped and "def twice" not in dropped
+    assert parameters(dropped) == ["out", "seed_ptr", "n", "threshold"]
