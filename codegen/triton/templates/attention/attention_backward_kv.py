@@ -4,83 +4,25 @@ import triton
 import triton.language as tl
 
 from sptc.codegen.triton.templates.attention.philox import philox_keep, philox_keep_runs
-from sptc.codegen.triton.templates.language import allowed, allowed_by_positions, allowed_by_tensors, holds_throughout, many
+from sptc.codegen.triton.templates.attention.rows import load_rows, masked, places, rectangle
+from sptc.codegen.triton.templates.language import many
 
 
 @triton.jit
 def attention_backward_kv(
-    q_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_ptr,
-    k_stride_b,
-    k_stride_h,
-    k_stride_m,
-    v_ptr,
-    v_stride_b,
-    v_stride_h,
-    v_stride_m,
-    grad_out_ptr,
-    grad_out_stride_b,
-    grad_out_stride_h,
-    grad_out_stride_n,
-    lse_ptr,
-    delta_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    tiles_ptr,
-    offsets_ptr,
-    T: many("TENSORS"),
-    T_STRIDE: many("STRIDES"),
-    S: many("SIZES"),
-    mask_ptr,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_q,
-    mask_stride_k,
-    bias_ptr,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_q,
-    bias_stride_k,
-    seed_ptr,
-    threshold,
-    keep_scale,
-    scale,
-    scale_log2,
-    h_kv,
-    n,
-    m,
-    blocks,
-    capacity,
-    NEED_K: tl.constexpr,
-    NEED_V: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN_QUERIES: tl.constexpr,
-    TENSORS: tl.constexpr,
-    STRIDES: tl.constexpr,
-    SIZES: tl.constexpr,
-    PREDICATE: tl.constexpr,
-    READS_TENSORS: tl.constexpr,
-    SKIP_TEST: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    BIAS_LEAST: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DROPOUT_IN_RUNS: tl.constexpr,
+    q_ptr, q_stride_b, q_stride_h, q_stride_n, k_ptr, k_stride_b, k_stride_h, k_stride_m, v_ptr, v_stride_b, v_stride_h, v_stride_m,
+    grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_n, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
+    tiles_ptr, offsets_ptr, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"),
+    mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
+    seed_ptr, threshold, keep_scale, scale, scale_log2, h_kv, n, m, blocks, capacity,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, GROUP: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_QUERIES: tl.constexpr, TENSORS: tl.constexpr, STRIDES: tl.constexpr, SIZES: tl.constexpr,
+    PREDICATE: tl.constexpr, READS_TENSORS: tl.constexpr, SKIP_TEST: tl.constexpr, MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_LEAST: tl.constexpr, DROPOUT: tl.constexpr, DROPOUT_IN_RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """grad_k [b, h_kv, m, HEAD_DIM] and grad_v [b, h_kv, m, VALUE_DIM], each where it is needed.
 
     A program computes BLOCK_N keys of one block, over all query heads of the group. The tiles that keep block j of key head (b, i) are
@@ -89,7 +31,6 @@ def attention_backward_kv(
     """
     ROWS: tl.constexpr = GROUP * QUERY_BLOCK
     CHUNKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
-    ONE_HEAD: tl.constexpr = GROUP == 1 or QUERY_BLOCK % BLOCK_M == 0
     WHOLE: tl.constexpr = ROWS >= BLOCK_M
     PARTS: tl.constexpr = (KEY_BLOCK + BLOCK_N - 1) // BLOCK_N
 
@@ -102,19 +43,16 @@ def attention_backward_kv(
     columns = tl.arange(0, BLOCK_N)
     k_first = block * KEY_BLOCK + within
     key_live = columns < tl.minimum(KEY_BLOCK - within, m - k_first)
-    # Keys and rows that do not exist read what the last that exists reads, so that loads need no mask.
     key = tl.minimum(k_first + columns, m - 1)
-    exists = tl.full([1, 1], 1, tl.int1)
-    k_last = tl.minimum(k_first + min(BLOCK_N, KEY_BLOCK), m) - 1
 
     features = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     batch = b.to(tl.int64)
     k_row = k_ptr + batch * k_stride_b + key_head.to(tl.int64) * k_stride_h + key.to(tl.int64) * k_stride_m
-    k = tl.load(k_row[:, None] + features[None, :], mask=(features < HEAD_DIM)[None, :], other=0.0)
+    k = load_rows(k_row[:, None], 0, HEAD_DIM, BLOCK_D)
     if NEED_K:
         v_row = v_ptr + batch * v_stride_b + key_head.to(tl.int64) * v_stride_h + key.to(tl.int64) * v_stride_m
-        v = tl.load(v_row[:, None] + values[None, :], mask=(values < VALUE_DIM)[None, :], other=0.0)
+        v = load_rows(v_row[:, None], 0, VALUE_DIM, BLOCK_V)
 
     offset = offsets_ptr + pair.to(tl.int64) * (blocks + 1) + block
     start = tl.load(offset)
@@ -130,9 +68,7 @@ def attention_backward_kv(
             row = first_row + tl.arange(0, BLOCK_M)
             listed = row < ROWS
             row = tl.minimum(row, ROWS - 1)
-            first_head = key_head * GROUP + first_row // QUERY_BLOCK
-            q_first = tile * QUERY_BLOCK + (first_row % QUERY_BLOCK if ONE_HEAD else 0)
-            q_last = tl.minimum(q_first + (min(BLOCK_M, QUERY_BLOCK) if ONE_HEAD else QUERY_BLOCK), n) - 1
+            first_head, q_first, q_last = rectangle(key_head, tile, first_row, n)
         else:
             # Several tiles at once: row r of the list lies in its tile r // ROWS.
             row = step * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,52 +76,15 @@ def attention_backward_kv(
             tile = tl.load(list_start + row // ROWS, mask=listed, other=0)
             row = row % ROWS
             first_head = key_head * GROUP
-        head = key_head * GROUP + row // QUERY_BLOCK
-        position = tile * QUERY_BLOCK + row % QUERY_BLOCK
-        row_live = listed & (position < n)
-        position = tl.minimum(position, n - 1)
-        row_index = (b * h_kv * GROUP + head).to(tl.int64) * n + position
-        h = first_head if ONE_HEAD else head[None, :]
+        head, position, row_live, row_index = places(b, key_head, tile, row, listed, h_kv, n)
         q_row = q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h + position.to(tl.int64) * q_stride_n
-        if HEAD_DIM == BLOCK_D:
-            q = tl.load(q_row[:, None] + features[None, :])
-        else:
-            q = tl.load(q_row[:, None] + features[None, :], mask=(features < HEAD_DIM)[None, :], other=0.0)
+        q = load_rows(q_row[:, None], 0, HEAD_DIM, BLOCK_D)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-
-        if BIAS:
-            if BIAS_BY_ROW:
-                bias_row = (batch * bias_stride_b + head.to(tl.int64) * bias_stride_h + position.to(tl.int64) * bias_stride_q)[None, :]
-            else:
-                bias_row = batch * bias_stride_b + first_head.to(tl.int64) * bias_stride_h
-            bias = tl.load(bias_ptr + bias_row + key.to(tl.int64)[:, None] * bias_stride_k).to(tl.float32)
-            scores = tl.where(bias > BIAS_LEAST, scores + bias * 1.4426950408889634, float("-inf"))
-        if MASK:
-            if MASK_BY_ROW:
-                mask_row = (batch * mask_stride_b + head.to(tl.int64) * mask_stride_h + position.to(tl.int64) * mask_stride_q)[None, :]
-            else:
-                mask_row = batch * mask_stride_b + first_head.to(tl.int64) * mask_stride_h
-            keep = tl.load(mask_ptr + mask_row + key.to(tl.int64)[:, None] * mask_stride_k)
-            scores = tl.where(keep, scores, float("-inf"))
-        if SKIP_TEST:
-            # Conjuncts that read no tensor are known for a whole block at once, as a rule. The others are tested before the branch:
-            # where each of its sides loads, Triton 3.6 can't compile the pipelined loop for sm_90.
-            if READS_TENSORS:
-                scores = tl.where(
-                    allowed_by_tensors(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
-                    scores,
-                    float("-inf"),
-                )
-            if not holds_throughout(b, first_head, q_first, q_last, k_first, k_last, *S[:SIZES]):
-                scores = tl.where(
-                    allowed_by_positions(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]),
-                    scores,
-                    float("-inf"),
-                )
-        elif PREDICATE:
-            scores = tl.where(
-                allowed(b, h, position[None, :], key[:, None], exists, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES]), scores, float("-inf")
-            )
+        scores = masked(
+            scores, b, first_head, head[None, :], position[None, :], key[:, None], q_first, q_last, k_first, m,
+            mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+            bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, *T[:TENSORS], *T_STRIDE[:STRIDES], *S[:SIZES],
+        )  # fmt: skip
 
         # A row without keys has lse -inf; +inf in its place makes all its weights 0.
         lse = tl.load(lse_ptr + row_index)
@@ -196,10 +95,7 @@ def attention_backward_kv(
         grad_row = (
             grad_out_ptr + batch * grad_out_stride_b + head.to(tl.int64) * grad_out_stride_h + position.to(tl.int64) * grad_out_stride_n
         )
-        if VALUE_DIM == BLOCK_V:
-            grad_out = tl.load(grad_row[:, None] + values[None, :])
-        else:
-            grad_out = tl.load(grad_row[:, None] + values[None, :], mask=(values < VALUE_DIM)[None, :], other=0.0)
+        grad_out = load_rows(grad_row[:, None], 0, VALUE_DIM, BLOCK_V)
         if DROPOUT:
             if DROPOUT_IN_RUNS:
                 survives = tl.trans(philox_keep_runs(seed_ptr, row_index * m + k_first, threshold, BLOCK_N))
