@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import sympy
 from sympy.core.function import ArgumentIndexError
+from sympy.printing.str import StrPrinter
 
 Number = int | float
 MAX_EXPONENT = 64  # sympy multiplies integers out; no function of a logit is near this
@@ -36,59 +37,22 @@ class Smooth(sympy.Function):
 
     nargs = 1
 
-    def slope(self) -> sympy.Expr:
-        """The derivative."""
-        raise NotImplementedError
-
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         if argindex != 1:
             raise ArgumentIndexError(self, argindex)
-        return self.slope()
+        return _SLOPES[type(self).__name__](self)
 
 
-class sigmoid(Smooth):
-    """1 / (1 + exp(-x))."""
-
-    def slope(self) -> sympy.Expr:
-        return self * (1 - self)
-
-
-class tanh(Smooth):
-    """Hyperbolic tangent."""
-
-    def slope(self) -> sympy.Expr:
-        return 1 - self**2
-
-
-class exp(Smooth):
-    """Exponential."""
-
-    def slope(self) -> sympy.Expr:
-        return self
-
-
-class erf(Smooth):
-    """Error function."""
-
-    def slope(self) -> sympy.Expr:
-        return number(2 / math.sqrt(math.pi)) * exp(-(self.args[0] ** 2))
-
-
-class sqrt(Smooth):
-    """Square root."""
-
-    def slope(self) -> sympy.Expr:
-        return number(0.5) / self
-
-
-class rsqrt(Smooth):
-    """1 / sqrt(x)."""
-
-    def slope(self) -> sympy.Expr:
-        return number(-0.5) * self**3
-
-
-FUNCTIONS: Mapping[str, type[Smooth]] = {cls.__name__: cls for cls in Smooth.__subclasses__()}
+# The derivative of each function, of the function's own value f at f.args[0].
+_SLOPES: Mapping[str, Callable[[sympy.Expr], sympy.Expr]] = {
+    "sigmoid": lambda f: f * (1 - f),
+    "tanh": lambda f: 1 - f**2,
+    "exp": lambda f: f,
+    "erf": lambda f: number(2 / math.sqrt(math.pi)) * FUNCTIONS["exp"](-(f.args[0] ** 2)),
+    "sqrt": lambda f: number(0.5) / f,
+    "rsqrt": lambda f: number(-0.5) * f**3,
+}
+FUNCTIONS: Mapping[str, type[Smooth]] = {name: type(name, (Smooth,), {}) for name in _SLOPES}
 
 
 def number(value: Number) -> sympy.Expr:
@@ -121,7 +85,7 @@ def canonical(expr: sympy.Expr) -> str:
     Raises:
         ExpressionError: it holds something outside the grammar.
     """
-    return _print(normal(expr))
+    return _Text().doprint(normal(expr))
 
 
 @lru_cache(maxsize=1024)
@@ -217,27 +181,9 @@ def _rebuild(expr: sympy.Expr) -> sympy.Expr:
     return expr.func(*args)
 
 
-_SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly a text binds
-
-
-def _print(expr: sympy.Expr, level: int = _SUM) -> str:
-    text, own = _text(expr)
-    return f"({text})" if own < level else text
-
-
-def _text(expr: sympy.Expr) -> tuple[str, int]:
-    if expr.is_Number:
-        return (str(int(expr)) if expr.is_Integer else repr(float(expr))), (_SUM if expr < 0 else _ATOM)
-    if expr.is_Symbol:
-        return expr.name, _ATOM
-    if expr.is_Add:
-        return " + ".join(map(_print, expr.args)).replace("+ -", "- "), _SUM
-    if expr.is_Mul:
-        text = "*".join(_print(arg, _SUM if i == 0 and arg.is_Number else _PRODUCT) for i, arg in enumerate(expr.args))
-        return text, (_SUM if text.startswith("-") else _PRODUCT)
-    if expr.is_Pow:
-        return f"{_print(expr.base, _ATOM)}**{_print(expr.exp, _ATOM)}", _POWER
-    return f"{expr.func.__name__}({', '.join(map(_print, expr.args))})", _ATOM
+class _Text(StrPrinter):
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
 
 
 # Lifting: from ATen calls to expressions
@@ -288,7 +234,7 @@ def _operand(value: object) -> object:
 
 
 def _unary(function: type[Smooth]) -> Callable[..., sympy.Expr | None]:
-    return lambda x: function(x)
+    return lambda x: function(x)  # a signature of one argument, which a sympy class lacks
 
 
 _ONE = number(1)  # ATen's default
