@@ -26,6 +26,7 @@ MAY = {
     "sptc.paper.trial": {"sptc.passes"},
     "sptc.plans": {"sptc.backend", "sptc.config", "sptc.ir", "sptc.model", "sptc.passes"},
     "sptc.reports": {"sptc.config", "sptc.ir", "sptc.passes"},
+    "sptc.reports.dump": {"sptc.device.cache"},
     "sptc.reports.explain": {"sptc.backend", "sptc.model", "sptc.plans.rise"},
     "sptc.reports.emit": {"sptc.codegen"},
     "sptc.benchmark": {"sptc.config", "sptc.device", "sptc.ir", "sptc.model"},

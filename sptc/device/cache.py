@@ -89,7 +89,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path`, so that readers see the old file or the new one, and several processes may do so at once."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix + ".tmp")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
     except BaseException:

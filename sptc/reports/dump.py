@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import networkx as nx
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
+from sptc.device.cache import write_whole
 from sptc.passes.graph.frame import graphs
 from sptc.passes.unit import Unit
 from sptc.reports.emit import EmittedKernel
@@ -22,9 +21,7 @@ from sptc.reports.repro import repro
 
 # Which passes leave a graph worth a file, and its name.
 _STAGES = {"captured": "00.captured.py", "lower": "01.normalized.py", "rewrite": "02.rewritten.py"}
-_COLORS = {"rewritten": "#9fd8a4", "declined": "#f3e29a", "refused": "#eeb0a8", "": "#e4e4e4"}
-_BOX = (260, 44)
-_GAP = (40, 26)
+_COLORS = {"rewritten": "#9fd8a4", "declined": "#f3e29a", "refused": "#eeb0a8"}
 
 
 class Dump:
@@ -57,7 +54,7 @@ class Dump:
         if name == "captured":
             self._write("repro.py", repro(unit.gm, unit.example_inputs, unit.config.to_options()))
         if name == "decide":  # the graph still holds the regions' nodes
-            self._write("graph.svg", draw(unit))
+            self._write("regions.md", draw(unit))
 
     def report(self, report: Report) -> None:
         self._write("report.txt", str(report) + "\n")
@@ -74,11 +71,8 @@ class Dump:
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_whole(path, text)
+        path.chmod(0o644)  # for whoever reads the folder; the cache's own files are private
 
 
 def _new_folder(base: Path) -> Path:
@@ -94,29 +88,12 @@ def _new_folder(base: Path) -> Path:
 
 
 def draw(unit: Unit) -> str:
-    """An SVG of the regions in the order of the model: a box each, an arrow where one reaches the next."""
+    """The regions in the order of the model as a Mermaid chart: a box each, an arrow where one reaches the next."""
     boxes = list(_boxes(unit))
-    graph = _reach([nodes for _, _, nodes in boxes], unit)
-    for layer, generation in enumerate(nx.topological_generations(graph)):
-        for i in generation:
-            graph.nodes[i]["layer"] = layer
-    # `multipartite_layout` spreads the boxes of a layer; the positions are read as a grid.
-    columns = {i: x for i, (_, x) in nx.multipartite_layout(graph, subset_key="layer").items()} if graph else {}
-    rows: dict[int, list[int]] = {}
-    for i in sorted(graph, key=lambda i: (columns[i], i)):
-        rows.setdefault(graph.nodes[i]["layer"], []).append(i)
-    place = {
-        i: (column * (_BOX[0] + _GAP[0]) + 20, row * (_BOX[1] + _GAP[1]) + 20) for row, ids in rows.items() for column, i in enumerate(ids)
-    }
-    width = 40 + max((x for x, _ in place.values()), default=0) + _BOX[0]
-    height = 40 + max((y for _, y in place.values()), default=0) + _BOX[1]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">']
-    parts.append(
-        '<defs><marker id="a" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
-    )
-    parts += [_arrow(place[a], place[b]) for a, b in graph.edges]
-    parts += [_box(place[i], *boxes[i][:2]) for i in graph]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    edges = _reach([nodes for _, _, nodes in boxes], unit).edges
+    chart = ["flowchart TD", *(f"    classDef {status} fill:{color},stroke:#555" for status, color in _COLORS.items())]
+    chart += [f'    r{i}["{html.escape(place)}<br>{html.escape(what)}"]:::{status}' for i, (status, (place, what), _) in enumerate(boxes)]
+    return "\n".join(["```mermaid", *chart, *(f"    r{a} --> r{b}" for a, b in edges), "```"]) + "\n"
 
 
 def _boxes(unit: Unit) -> Iterator[tuple[str, tuple[str, str], frozenset[Node]]]:
@@ -153,14 +130,3 @@ def _reach(groups: list[frozenset[Node]], unit: Unit) -> nx.DiGraph:
         if inside:
             last = {i for i in inside if not edges.out_degree(i)}
     return nx.transitive_reduction(edges)
-
-
-def _box(at: tuple[int, int], status: str, lines: tuple[str, str]) -> str:
-    x, y = at
-    text = "".join(f'<text x="{x + 8}" y="{y + 18 + 16 * i}">{html.escape(line)}</text>' for i, line in enumerate(lines))
-    return f'<rect x="{x}" y="{y}" width="{_BOX[0]}" height="{_BOX[1]}" rx="4" fill="{_COLORS[status]}" stroke="#555"/>{text}'
-
-
-def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
-    x = start[0] + _BOX[0] // 2
-    return f'<line x1="{x}" y1="{start[1] + _BOX[1]}" x2="{end[0] + _BOX[0] // 2}" y2="{end[1] - 1}" stroke="#555" marker-end="url(#a)"/>'
