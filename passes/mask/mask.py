@@ -6,19 +6,20 @@ at most `MASKED`. Rows in which everything is masked differ: they give zeros her
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch.fx import Node
 
-from sptc.ir import predicate
+from sptc.ir.predicate import MIRROR, Binary, Element, Expression, Index, Literal, Not, Predicate, Size
 from sptc.ir.region import Mask
 from sptc.passes.graph.pattern import requires_grad, same_size, shape
 from sptc.passes.mask import terms
 from sptc.passes.mask.reader import Reader
 from sptc.passes.mask.rules import At
-from sptc.passes.mask.terms import ZERO, All, AnyOf, Choice, Comparison, Element, Index, Linear, Not, Number, Truth, Unreadable
+from sptc.passes.mask.terms import ZERO, Choice, Linear, Number, Truth, Unreadable
 
 MASKED = -1e4
 MAX_ATOMS = 48  # a longer predicate costs more than the tensor it replaces
@@ -60,7 +61,7 @@ class Frame:
 class MaskInput:
     """One tensor applied to the scores, in their layout."""
 
-    how: Literal["add", "keep", "drop"]  # added to the scores; True keeps a score; True drops it
+    how: typing.Literal[add, keep, drop]  # added to the scores; True keeps a score; True drops it
     node: Node
     factor: float = 1.0  # what an added tensor is multiplied by on its way into the softmax
 
@@ -94,17 +95,18 @@ def read_mask(
     kept = []
     for conjunct in terms.conjuncts(allowed):
         if not booleans and isinstance(conjunct, Element) and _broadcasts(conjunct, frame) and _joint(conjunct):
-            booleans.append(conjunct.node)
+            booleans.append(conjunct.position)
         else:
             kept.append(conjunct)
     if len(booleans) > 1:
         raise Refused("mask", booleans[1], "two boolean masks that do not read as predicates")
-    writer = _Writer()
-    text = str(predicate.Predicate(writer.truth(terms.conjunction(*kept))))
+    tensors: list[Node] = []
+    sizes: list[Node] = []
+    tree = terms.conjunction(*kept)
     return Mask(
-        predicate=text,
-        tensors=tuple(writer.tensors),
-        sizes=tuple(writer.sizes),
+        predicate=str(Predicate(Literal(tree) if isinstance(tree, bool) else _numbered(tree, tensors, sizes))),
+        tensors=tuple(tensors),
+        sizes=tuple(sizes),
         boolean=booleans[0] if booleans else None,
         bias=biases[0] if biases else None,
         merged=merged,
@@ -161,7 +163,7 @@ def _added(number: Number, given: MaskInput, layout: Frame) -> _Part:
         if layout.merged:
             raise Unreadable("a bias of another layout")
         return _whole(given, layout)
-    return _Part(allowed, bias=bias.node)
+    return _Part(allowed, bias=bias.position)
 
 
 def _masking(number: Number) -> tuple[Truth, Element | None]:
@@ -188,7 +190,7 @@ def _masking(number: Number) -> tuple[Truth, Element | None]:
         raise Unreadable("a bias computed from positions")
     element, factor = number.terms[0]
     assert isinstance(element, Element)
-    if element.floating:
+    if terms.floating(element):
         if factor == 1 and number.constant <= MASKED:
             return False, None
         if factor != 1 or number.constant != 0:
@@ -214,17 +216,13 @@ def _unequal(a: Number, b: Number) -> Truth | None:
 def _broadcasts(element: Element, frame: Frame) -> bool:
     """Whether the element's tensor, as it is, broadcasts to [b, h, n, m] with the element at (b, h, q, k)."""
     sizes = (frame.b, frame.h, frame.n, frame.m)
-    own = shape(element.node)
+    own = shape(element.position)
     if len(own) > 4:
         return False
-    pairs = zip(element.at, own, "bhqk"[4 - len(own) :], sizes[4 - len(own) :], strict=True)
+    pairs = zip(element.indices, own, "bhqk"[4 - len(own) :], sizes[4 - len(own) :], strict=True)
     return all(
-        index == ZERO if same_size(size, 1) else _named(index) == name and same_size(size, full) for index, size, name, full in pairs
+        index == Literal(0) if same_size(size, 1) else index == Index(name) and same_size(size, full) for index, size, name, full in pairs
     )
-
-
-def _named(index: Linear) -> str:
-    return index.atom.name if isinstance(index.atom, Index) else ""
 
 
 def _joint(element: Element) -> bool:
@@ -234,15 +232,13 @@ def _joint(element: Element) -> bool:
 
 def _is_causal(conjunct: Truth, frame: Frame) -> bool:
     """Whether the conjunct is k <= q + (m - n)."""
-    if not isinstance(conjunct, Comparison):
+    if not isinstance(conjunct, Binary) or conjunct.operator not in MIRROR:
         return False
-    value, operator = conjunct.value, conjunct.operator
+    value, operator = terms.subtract(terms.linear_of(conjunct.left), terms.linear_of(conjunct.right)), conjunct.operator
     if operator in (">", ">="):
-        value, operator = _negated(value), {">": "<", ">=": "<="}[operator]
-    if operator not in ("<", "<="):
-        return False
-    signs = {atom.name: c for atom, c in value.terms if isinstance(atom, Index)}
-    if signs != {"k": 1, "q": -1} or len(value.terms) != 2:
+        value, operator = terms.negate(value), MIRROR[operator]
+    assert isinstance(value, Linear)
+    if dict(value.terms) != {Index("k"): 1, Index("q"): -1}:
         return False
     offset = -value.constant - (operator == "<")
     if isinstance(frame.n, int) and isinstance(frame.m, int):
@@ -250,76 +246,18 @@ def _is_causal(conjunct: Truth, frame: Frame) -> bool:
     return offset == 0 and same_size(frame.n, frame.m)
 
 
-def _negated(value: Linear) -> Linear:
-    return Linear(-value.constant, tuple((atom, -c) for atom, c in value.terms))
-
-
-class _Writer:
-    """Writes truths in the grammar of sptc.ir.predicate, numbering tensors and sizes as they occur."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Node] = []
-        self.sizes: list[Node] = []
-
-    def truth(self, truth: Truth) -> predicate.Expression:
-        match truth:
-            case bool():
-                return predicate.Literal(truth)
-            case Comparison(operator, value):
-                return self._comparison(operator, value)
-            case Element():
-                return self._atom(truth)
-            case Not(operand):
-                return predicate.Not(self.truth(operand))
-            case All(operands):
-                return self._joined("&", operands)
-            case AnyOf(operands):
-                return self._joined("|", operands)
-        raise AssertionError(f"{truth} is no truth")
-
-    def _joined(self, operator: str, operands: Sequence[Truth]) -> predicate.Expression:
-        first, *others = (self.truth(operand) for operand in operands)
-        for other in others:
-            first = predicate.Binary(operator, first, other)
-        return first
-
-    def _comparison(self, operator: str, value: Linear) -> predicate.Expression:
-        """Terms with a plus to the left, those with a minus and the constant to the right."""
-        left = Linear(0, tuple((atom, c) for atom, c in value.terms if c > 0))
-        right = _negated(Linear(value.constant, tuple((atom, c) for atom, c in value.terms if c < 0)))
-        if not left.terms:
-            left, right = right, left
-            operator = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(operator, operator)
-            left, right = Linear(0, left.terms), Linear(-left.constant)
-        return predicate.Binary(operator, self._number(left), self._number(right))
-
-    def _number(self, number: Linear) -> predicate.Expression:
-        result: predicate.Expression | None = None
-        for atom, c in number.terms:
-            size = abs(int(c))
-            term = self._atom(atom) if size == 1 else predicate.Binary("*", predicate.Literal(size), self._atom(atom))
-            if result is None:
-                result = term if c > 0 else predicate.Binary("-", predicate.Literal(0), term)
-            else:
-                result = predicate.Binary("+" if c > 0 else "-", result, term)
-        constant = int(number.constant)
-        if result is None:
-            return predicate.Literal(constant)
-        return result if constant == 0 else predicate.Binary("+" if constant > 0 else "-", result, predicate.Literal(abs(constant)))
-
-    def _atom(self, atom: terms.Atom) -> predicate.Expression:
-        match atom:
-            case Index(name):
-                return predicate.Index(name)
-            case terms.Size(_, node):
-                return predicate.Size(_position(self.sizes, node))
-            case Element(node, at):
-                return predicate.Element(_position(self.tensors, node), tuple(self._number(index) for index in at))
-            case terms.Quotient(value, divisor):
-                return predicate.Binary("//", self._number(value), predicate.Literal(divisor))
-            case terms.Remainder(value, divisor):
-                return predicate.Binary("%", self._number(value), predicate.Literal(divisor))
-        raise AssertionError(f"{atom} is no atom")
+def _numbered(tree: Expression, tensors: list[Node], sizes: list[Node]) -> Expression:
+    """`tree` with numbers for tensors and sizes, as they occur; the lists get what the numbers stand for."""
+    match tree:
+        case Size(size):
+            return Size(_position(sizes, size.node))
+        case Element(node, indices):
+            return Element(_position(tensors, node), tuple(_numbered(index, tensors, sizes) for index in indices))
+        case Not(operand):
+            return Not(_numbered(operand, tensors, sizes))
+        case Binary(operator, left, right):
+            return Binary(operator, _numbered(left, tensors, sizes), _numbered(right, tensors, sizes))
+    return tree
 
 
 def _position(nodes: list[Node], node: Node) -> int:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from sptc.ir.predicate import Element
 from sptc.passes.graph.pattern import VIEWS, argument, dtype, same_size, shape
 from sptc.passes.mask import terms
 from sptc.passes.mask.rules import At, axis_of, either, moved, reads, source_of
-from sptc.passes.mask.terms import ONE, ZERO, Element, Linear, Number, Term, Unreadable
+from sptc.passes.mask.terms import ONE, ZERO, Linear, Number, Term, Unreadable
 
 if TYPE_CHECKING:
     from sptc.passes.mask.reader import Reader

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from sptc.ir.predicate import Size
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.pattern import op, plain_number, same_size, shape, value
 from sptc.passes.mask import positions as mask_positions  # noqa: F401  they fill RULES
 from sptc.passes.mask import terms
 from sptc.passes.mask import values as mask_values  # noqa: F401  they fill RULES
 from sptc.passes.mask.rules import RULES, At
-from sptc.passes.mask.terms import ZERO, Element, Linear, Number, Size, Term, Unreadable
+from sptc.passes.mask.terms import ZERO, Linear, Number, Term, Unreadable
 
 _SIZE_ARITHMETIC: dict[Any, Callable[..., Number]] = {
     operator.add: terms.add,
@@ -125,7 +126,7 @@ class Reader:
             raise Unreadable(f"no node computes the size {size}")
         while node in self._outer:
             node = self._outer[node]
-        return terms.linear(Size(size.node.expr, node))
+        return terms.linear(Size(terms.SizeOf(size.node.expr, node)))
 
     def dimension(self, node: Node, dim: int) -> Linear:
         """node.shape[dim]."""
@@ -146,8 +147,8 @@ def _leaf(node: Node, at: At) -> Term:
         least, _ = terms.bounds(index)
         if least is None or least < 0:
             raise Unreadable(f"an index of {node.name} may be negative")
-    element = Element(node, tuple(ZERO if same_size(s, 1) else i for i, s in zip(at, shape(node), strict=True)))
-    return element if element.boolean else terms.linear(element)
+    element = terms.element_of(node, tuple(ZERO if same_size(s, 1) else i for i, s in zip(at, shape(node), strict=True)))
+    return element if terms.boolean(element) else terms.linear(element)
 
 
 def _writers(graph: Graph) -> Mapping[Node, Sequence[Node]]:

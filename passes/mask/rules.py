@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from sptc.ir.predicate import Element
 from sptc.passes.mask import terms
-from sptc.passes.mask.terms import Element, Linear, Number, Term, Unreadable
+from sptc.passes.mask.terms import Linear, Number, Term, Unreadable
 
 if TYPE_CHECKING:
     from sptc.passes.mask.reader import Reader
@@ -60,7 +61,7 @@ def _integral(number: Number) -> bool:
     if isinstance(number, terms.Choice):
         return _integral(number.then) and _integral(number.other)
     coefficients = (number.constant, *(c for _, c in number.terms))
-    floating = any(isinstance(atom, Element) and atom.floating for atom, _ in number.terms)
+    floating = any(isinstance(atom, Element) and terms.floating(atom) for atom, _ in number.terms)
     return not floating and all(math.isfinite(c) and c == int(c) for c in coefficients)
 
 

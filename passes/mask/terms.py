@@ -1,13 +1,16 @@
-"""Terms of the mask reader: what one element of a mask is, as a function of its indices.
+"""What the mask reader computes with: numbers and truths over positions, simplified as they are built.
 
-A number is a `Linear` combination of indices, sizes and tensor elements, or a `Choice` between two numbers; a truth is a comparison of a
-Linear with zero, an element of a bool tensor, or a combination of those. The functions below build terms and simplify as they build:
-linear parts cancel, comparisons that hold for every position become True, choices between equal values disappear.
+The language is that of `sptc/ir/predicate.py`. A truth is one of its conditions, or a bool. A number is a `Linear` combination of indices,
+sizes, tensor elements, quotients and remainders, or a `Choice` between two numbers. While a mask is read, what an element is taken of is
+the graph's node and a size is a `SizeOf`; `mask.py` numbers both in the end. Linear parts cancel, comparisons that hold for every position
+become True, choices between equal values disappear.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +18,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from sptc.ir.predicate import MIRROR, Binary, Element, Expression, Index, Literal, Size, negated, operands, walk
 from sptc.passes.graph.pattern import dtype
 
-_NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
 }
 _MAX_CHOICES = 32
 
@@ -34,63 +37,22 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class Index:
-    """b, h, q or k, in [0, limit)."""
-
-    name: str
-    limit: int | None  # None: symbolic
-
-
-@dataclass(frozen=True)
-class Size:
+class SizeOf:
     """A symbolic size, equal to others by its expression; `node` computes it."""
 
     expression: Any
     node: Node = field(compare=False)
 
 
-@dataclass(frozen=True)
-class Element:
-    """One element of a tensor that a graph node holds."""
-
-    node: Node
-    at: tuple[Linear, ...]
-
-    @property
-    def boolean(self) -> bool:
-        return dtype(self.node) == torch.bool
-
-    @property
-    def floating(self) -> bool:
-        kind = dtype(self.node)
-        return kind is not None and kind.is_floating_point
-
-
-@dataclass(frozen=True)
-class Quotient:
-    """value // divisor, rounded down."""
-
-    value: Linear
-    divisor: int
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """value % divisor, in [0, divisor)."""
-
-    value: Linear
-    divisor: int
-
-
-Atom = Index | Size | Element | Quotient | Remainder
-
-
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """constant + sum of coefficient * atom; no coefficient is zero and no atom occurs twice."""
+    """constant + sum of coefficient * atom; no coefficient is zero and no atom occurs twice.
+
+    An atom is an Index, a Size, an Element, or a Binary of "//" or "%" whose right side is a positive Literal.
+    """
 
     constant: int | float = 0
-    terms: tuple[tuple[Atom, int | float], ...] = ()
+    terms: tuple[tuple[Expression, int | float], ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Linear) and self.constant == other.constant and frozenset(self.terms) == frozenset(other.terms)
@@ -103,9 +65,23 @@ class Linear:
         return not self.terms
 
     @property
-    def atom(self) -> Atom | None:
+    def atom(self) -> Expression | None:
         """The atom, if this is nothing but one."""
         return self.terms[0][0] if len(self.terms) == 1 and self.terms[0][1] == 1 and self.constant == 0 else None
+
+    def tree(self) -> Expression:
+        """The same as an expression of the language; all coefficients are integers."""
+        result: Expression | None = None
+        for atom, c in self.terms:
+            term = atom if abs(c) == 1 else Binary("*", Literal(abs(int(c))), atom)
+            if result is None:
+                result = term if c > 0 else Binary("-", Literal(0), term)
+            else:
+                result = Binary("+" if c > 0 else "-", result, term)
+        constant = int(self.constant)
+        if result is None or constant == 0:
+            return result or Literal(constant)
+        return Binary("+" if constant > 0 else "-", result, Literal(abs(constant)))
 
 
 @dataclass(frozen=True)
@@ -117,43 +93,43 @@ class Choice:
     other: Number
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """value OP 0, over integers."""
-
-    operator: str
-    value: Linear
-
-
-@dataclass(frozen=True)
-class Not:
-    operand: Truth
-
-
-@dataclass(frozen=True)
-class All:
-    """The conjunction of two or more."""
-
-    operands: tuple[Truth, ...]
-
-
-@dataclass(frozen=True)
-class AnyOf:
-    """The disjunction of two or more."""
-
-    operands: tuple[Truth, ...]
-
-
 Number = Linear | Choice
-Truth = bool | Comparison | Element | Not | All | AnyOf
+Truth = bool | Expression
 Term = Number | Truth
 
 ZERO = Linear(0)
 ONE = Linear(1)
 
 
-def linear(atom: Atom) -> Linear:
+def linear(atom: Expression) -> Linear:
     return Linear(0, ((atom, 1),))
+
+
+def element_of(node: Node, at: tuple[Linear, ...]) -> Element:
+    return Element(node, tuple(index.tree() for index in at))
+
+
+def boolean(element: Element) -> bool:
+    return dtype(element.position) == torch.bool
+
+
+def floating(element: Element) -> bool:
+    kind = dtype(element.position)
+    return kind is not None and kind.is_floating_point
+
+
+def linear_of(tree: Expression) -> Linear:
+    """A number of the language as a sum."""
+    match tree:
+        case Literal(value):
+            return Linear(int(value))
+        case Binary("+", left, right):
+            return _sum(linear_of(left), linear_of(right))
+        case Binary("-", left, right):
+            return _sum(linear_of(left), _product(Linear(-1), linear_of(right)))
+        case Binary("*", Literal(c), atom):
+            return Linear(0, ((atom, int(c)),))
+    return linear(tree)
 
 
 # numbers
@@ -227,7 +203,7 @@ def floor_divide(a: Number, divisor: int) -> Number:
         least, most = bounds(low)
         if least is not None and most is not None and least >= 0 and most < divisor:
             return high
-        return _sum(high, linear(Quotient(low, divisor)))
+        return _sum(high, linear(Binary("//", low.tree(), Literal(divisor))))
 
     return _combine(divide, a, ZERO)
 
@@ -238,7 +214,7 @@ def remainder(a: Number, divisor: int) -> Number:
         least, most = bounds(low)
         if least is not None and most is not None and least >= 0 and most < divisor:
             return low
-        return linear(Remainder(low, divisor))
+        return linear(Binary("%", low.tree(), Literal(divisor)))
 
     return _combine(rest, a, ZERO)
 
@@ -260,8 +236,9 @@ def choose(condition: Truth, then: Number, other: Number) -> Number:
 
 def _only_first(condition: Truth) -> Index | None:
     """i, if the condition is i <= 0: then i is 0 where it holds."""
-    if isinstance(condition, Comparison) and condition.operator == "<=" and isinstance(condition.value.atom, Index):
-        return condition.value.atom
+    match condition:
+        case Binary("<=", Index() as index, Literal(0)):
+            return index
     return None
 
 
@@ -284,16 +261,16 @@ def bounds(a: Linear) -> tuple[int | float | None, int | float | None]:
     return least, most
 
 
-def _atom_bounds(atom: Atom) -> tuple[int | float | None, int | float | None]:
+def _atom_bounds(atom: Expression) -> tuple[int | float | None, int | float | None]:
     match atom:
         case Index(_, limit):
             return 0, None if limit is None else limit - 1
         case Size():
             return 0, None
-        case Remainder(_, divisor):
+        case Binary("%", _, Literal(divisor)):
             return 0, divisor - 1
-        case Quotient(value, divisor):
-            least, most = bounds(value)
+        case Binary("//", value, Literal(divisor)):
+            least, most = bounds(linear_of(value))
             return None if least is None else least // divisor, None if most is None else most // divisor
     return None, None
 
@@ -324,80 +301,71 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
     difference = subtract(a, b)
     assert isinstance(difference, Linear)
     if not all(_finite_integer(c) for c in (difference.constant, *(c for _, c in difference.terms))) or any(
-        isinstance(atom, Element) and (atom.floating or atom.boolean) for atom, _ in difference.terms
+        isinstance(atom, Element) and (floating(atom) or boolean(atom)) for atom, _ in difference.terms
     ):
         raise Unreadable("a comparison of what is not an integer")
-    return _settled(_comparison(operator, difference))
+    return _comparison(operator, difference) if (known := _settled(operator, difference)) is None else known
 
 
-def _comparison(operator: str, value: Linear) -> Comparison:
-    """value OPERATOR 0; x < 1 is written as x <= 0 and so on, where that saves the constant."""
-    loose = {"<": ("<=", -1), ">": (">=", 1)}.get(operator)
-    if loose is not None and value.constant == loose[1]:
-        return Comparison(loose[0], Linear(0, value.terms))
-    strict = {"<=": ("<", 1), ">=": (">", -1)}.get(operator)
-    if strict is not None and value.constant == strict[1]:
-        return Comparison(strict[0], Linear(0, value.terms))
-    return Comparison(operator, value)
+def _comparison(operator: str, value: Linear) -> Binary:
+    """value OPERATOR 0: terms with a plus to the left, those with a minus and the constant to the right.
+
+    x < 1 is written as x <= 0 and so on, where that saves the constant.
+    """
+    shorter = {("<", -1): "<=", (">", 1): ">=", ("<=", 1): "<", (">=", -1): ">"}.get((operator, int(value.constant)))
+    if shorter is not None:
+        operator, value = shorter, Linear(0, value.terms)
+    left = Linear(0, tuple((atom, c) for atom, c in value.terms if c > 0))
+    right = Linear(-value.constant, tuple((atom, -c) for atom, c in value.terms if c < 0))
+    if left.terms:
+        return Binary(operator, left.tree(), right.tree())
+    return Binary(MIRROR.get(operator, operator), Linear(0, right.terms).tree(), Literal(-int(right.constant)))
 
 
-def _settled(comparison: Comparison) -> Truth:
-    """True or False if the bounds of its value decide, else the comparison."""
-    operator, (least, most) = comparison.operator, bounds(comparison.value)
-    if comparison.value.is_constant:
-        return _COMPARE[operator](comparison.value.constant, 0)
-    if operator in (">", ">=") and least is not None and _COMPARE[operator](least, 0):
+def _settled(operator: str, value: Linear) -> bool | None:
+    """Whether value OPERATOR 0, if the bounds of the value decide."""
+    least, most = bounds(value)
+    if value.is_constant:
+        return _COMPARE[operator](value.constant, 0)
+    if operator in ("==", "!="):
+        differs = (least is not None and least > 0) or (most is not None and most < 0)
+        return operator == "!=" if differs else None
+    near, far = (least, most) if operator in (">", ">=") else (most, least)
+    if near is not None and _COMPARE[operator](near, 0):
         return True
-    if operator in ("<", "<=") and most is not None and _COMPARE[operator](most, 0):
-        return True
-    if operator in (">", ">=") and most is not None and not _COMPARE[operator](most, 0):
-        return False
-    if operator in ("<", "<=") and least is not None and not _COMPARE[operator](least, 0):
-        return False
-    if operator in ("==", "!=") and ((least is not None and least > 0) or (most is not None and most < 0)):
-        return operator == "!="
-    return comparison
+    return False if far is not None and not _COMPARE[operator](far, 0) else None
 
 
 def _absolute_operand(a: Number) -> Number | None:
     """x, if `a` is |x|."""
-    if isinstance(a, Choice) and isinstance(a.then, Linear) and a.other == negate(a.then) and a.condition == Comparison(">=", a.then):
+    if isinstance(a, Choice) and isinstance(a.then, Linear) and a.other == negate(a.then) and a.condition == _comparison(">=", a.then):
         return a.then
     return None
 
 
 def negation(a: Truth) -> Truth:
-    match a:
-        case bool():
-            return not a
-        case Comparison(operator, value):
-            return _comparison(_NEGATED[operator], value)
-        case Not(operand):
-            return operand
-        case All(operands):
-            return disjunction(*map(negation, operands))
-        case AnyOf(operands):
-            return conjunction(*map(negation, operands))
-    return Not(a)
+    return not a if isinstance(a, bool) else negated(a)
 
 
 def conjunction(*truths: Truth) -> Truth:
-    kept = _flat(truths, All, skip=True)
-    if False in kept or any(negation(t) in kept for t in kept if isinstance(t, Comparison | Element | Not)):
-        return False
-    return All(kept) if len(kept) > 1 else kept[0] if kept else True
+    return _joined("&", truths, neutral=True)
 
 
 def disjunction(*truths: Truth) -> Truth:
-    kept = _flat(truths, AnyOf, skip=False)
-    if True in kept or any(negation(t) in kept for t in kept if isinstance(t, Comparison | Element | Not)):
-        return True
-    return AnyOf(kept) if len(kept) > 1 else kept[0] if kept else False
+    return _joined("|", truths, neutral=False)
 
 
-def _flat(truths: tuple[Truth, ...], kind: type[All] | type[AnyOf], skip: bool) -> tuple[Truth, ...]:
-    flat = [inner for t in truths for inner in (t.operands if isinstance(t, kind) else (t,))]
-    return tuple(dict.fromkeys(t for t in flat if t is not skip))
+def _joined(operator: str, truths: tuple[Truth, ...], neutral: bool) -> Truth:
+    kept: dict[Expression, None] = {}
+    for truth in truths:
+        if isinstance(truth, bool):
+            if truth is not neutral:
+                return truth
+        else:
+            kept.update(dict.fromkeys(operands(truth, operator)))
+    if any(negated(t) in kept for t in kept if not isinstance(t, Binary) or not t.logical):
+        return not neutral
+    return functools.reduce(lambda left, right: Binary(operator, left, right), kept) if kept else neutral
 
 
 def select(condition: Truth, then: Truth, other: Truth) -> Truth:
@@ -427,34 +395,22 @@ def as_truth(term: Term) -> Truth:
 
 def conjuncts(truth: Truth) -> tuple[Truth, ...]:
     """The truths of which `truth` is the conjunction; () for True."""
-    return truth.operands if isinstance(truth, All) else () if truth is True else (truth,)
+    return (() if truth else (truth,)) if isinstance(truth, bool) else tuple(operands(truth, "&"))
 
 
-def atoms(term: Term) -> Iterator[Atom]:
+def atoms(term: Term) -> Iterator[Expression]:
     """Every atom in `term`, those inside indices included."""
     match term:
+        case bool():
+            return
         case Linear(_, terms):
-            for atom, _ in terms:
-                yield from _atoms_of(atom)
+            trees = [atom for atom, _ in terms]
         case Choice(condition, then, other):
             for part in (condition, then, other):
                 yield from atoms(part)
-        case Comparison(_, value):
-            yield from atoms(value)
-        case Element():
-            yield from _atoms_of(term)
-        case Not(operand):
-            yield from atoms(operand)
-        case All(operands) | AnyOf(operands):
-            for operand in operands:
-                yield from atoms(operand)
-
-
-def _atoms_of(atom: Atom) -> Iterator[Atom]:
-    yield atom
-    match atom:
-        case Element(_, at):
-            for index in at:
-                yield from atoms(index)
-        case Quotient(value) | Remainder(value):
-            yield from atoms(value)
+            return
+        case _:
+            trees = [term]
+    for node in (node for tree in trees for node in walk(tree)):
+        if isinstance(node, Index | Size | Element) or (isinstance(node, Binary) and node.operator in ("//", "%")):
+            yield node

@@ -23,7 +23,8 @@ import ast
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ _APPLY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "&": torch.logical_and,
     "|": torch.logical_or,
 }
-_MIRROR = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+MIRROR = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}  # with the sides exchanged
+OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}  # what holds where it does not
 
 
 class PredicateError(ValueError):
@@ -62,16 +64,17 @@ class Literal:
 @dataclass(frozen=True)
 class Index:
     name: str  # b, h, q or k
+    limit: int | None = field(default=None, compare=False)  # it is below this, where that is known
 
 
 @dataclass(frozen=True)
 class Size:
-    position: int
+    position: Any  # an integer; while a mask is read, what the size is
 
 
 @dataclass(frozen=True)
 class Element:
-    position: int
+    position: Any  # an integer; while a mask is read, the graph's node
     indices: tuple[Expression, ...]
 
 
@@ -124,27 +127,27 @@ class Predicate:
     @functools.cached_property
     def names(self) -> frozenset[str]:
         """Index names in use: a subset of {"b", "h", "q", "k"}."""
-        return frozenset(node.name for node in _walk(self.tree) if isinstance(node, Index))
+        return frozenset(node.name for node in walk(self.tree) if isinstance(node, Index))
 
     @functools.cached_property
     def conjuncts(self) -> tuple[Predicate, ...]:
         """The predicates of which this one is the conjunction; empty for "True"."""
-        return tuple(Predicate(tree) for tree in _conjuncts(self.tree))
+        return tuple(Predicate(tree) for tree in operands(self.tree, "&") if tree != Literal(True))
 
     @functools.cached_property
     def elements(self) -> tuple[Element, ...]:
         """Every reading of an element, those inside indices of others included."""
-        return tuple(node for node in _walk(self.tree) if isinstance(node, Element))
+        return tuple(node for node in walk(self.tree) if isinstance(node, Element))
 
     @functools.cached_property
     def tensor_count(self) -> int:
         """How many tensors must be given: one more than the highest t."""
-        return max((node.position + 1 for node in _walk(self.tree) if isinstance(node, Element)), default=0)
+        return max((node.position + 1 for node in walk(self.tree) if isinstance(node, Element)), default=0)
 
     @functools.cached_property
     def size_count(self) -> int:
         """How many sizes must be given: one more than the highest s."""
-        return max((node.position + 1 for node in _walk(self.tree) if isinstance(node, Size)), default=0)
+        return max((node.position + 1 for node in walk(self.tree) if isinstance(node, Size)), default=0)
 
     def uses(self, name: str) -> bool:
         """Whether the index `name` ("b", "h", "q" or "k") occurs."""
@@ -152,7 +155,7 @@ class Predicate:
 
     def check(self, tensors: Sequence[Tensor], sizes: Sequence[int | torch.SymInt]) -> None:
         """Raise PredicateError unless `tensors` and `sizes` cover what the predicate names, with the right number of indices."""
-        for node in _walk(self.tree):
+        for node in walk(self.tree):
             if isinstance(node, Size) and node.position >= len(sizes):
                 raise PredicateError(f"predicate {self!s} names s{node.position}, but {len(sizes)} sizes were given")
             if isinstance(node, Element):
@@ -294,18 +297,44 @@ def _children(tree: Expression) -> tuple[Expression, ...]:
     return ()
 
 
-def _walk(tree: Expression) -> Iterator[Expression]:
+def walk(tree: Expression) -> Iterator[Expression]:
+    """`tree` and all that it is made of."""
     yield tree
     for child in _children(tree):
-        yield from _walk(child)
+        yield from walk(child)
 
 
-def _conjuncts(tree: Expression) -> Iterator[Expression]:
-    if isinstance(tree, Binary) and tree.operator == "&":
-        yield from _conjuncts(tree.left)
-        yield from _conjuncts(tree.right)
-    elif tree != Literal(True):
+def operands(tree: Expression, operator: str) -> Iterator[Expression]:
+    """What `operator` ("&" or "|") joins, from left to right; `tree` itself if it is none of it."""
+    if isinstance(tree, Binary) and tree.operator == operator:
+        yield from operands(tree.left, operator)
+        yield from operands(tree.right, operator)
+    else:
         yield tree
+
+
+def negated(tree: Expression) -> Expression:
+    """The condition that holds where `tree` does not, with `~` before elements only."""
+    match tree:
+        case Literal(value):
+            return Literal(not value)
+        case Not(operand):
+            return positive(operand)
+        case Binary("&" | "|" as operator, left, right):
+            return Binary("|" if operator == "&" else "&", negated(left), negated(right))
+        case Binary(operator, left, right):
+            return Binary(OPPOSITE[operator], left, right)
+    return Not(tree)
+
+
+def positive(tree: Expression) -> Expression:
+    """`tree` with `~` before elements only."""
+    match tree:
+        case Not(operand) if not isinstance(operand, Element):
+            return negated(operand)
+        case Binary("&" | "|" as operator, left, right):
+            return Binary(operator, positive(left), positive(right))
+    return tree
 
 
 def _text(tree: Expression) -> str:
@@ -366,15 +395,15 @@ def _tight(tree: Expression) -> bool:
             return isinstance(operand, Element) and _tight(operand)
         case Binary("|", left, right):
             return _tight(left) and _tight(right)
-        case Binary(operator, left, right) if operator in _MIRROR:
+        case Binary(operator, left, right) if operator in MIRROR:
             return _single_use(tree) and _monotone(left) and _monotone(right)
         case Binary("==", left, right):
-            return _single_use(tree) and _monotone(left) and _monotone(right) and not any(isinstance(n, Element) for n in _walk(tree))
+            return _single_use(tree) and _monotone(left) and _monotone(right) and not any(isinstance(n, Element) for n in walk(tree))
     return False
 
 
 def _single_use(tree: Expression) -> bool:
-    used = [node.name for node in _walk(tree) if isinstance(node, Index) and node.name in "qk"]
+    used = [node.name for node in walk(tree) if isinstance(node, Index) and node.name in "qk"]
     return len(used) == len(set(used))
 
 
@@ -410,7 +439,7 @@ def _compare_bounds(operator: str, a: _Interval | None, b: _Interval | None, r: 
     if a is None or b is None:
         return torch.tensor(True, device=r.q.device), torch.tensor(False, device=r.q.device)
     if operator in (">", ">="):
-        return _compare_bounds(_MIRROR[operator], b, a, r)
+        return _compare_bounds(MIRROR[operator], b, a, r)
     if operator in ("<", "<="):
         return _APPLY[operator](a[0], b[1]), _APPLY[operator](a[1], b[0])
     possible = (a[0] <= b[1]) & (b[0] <= a[1])

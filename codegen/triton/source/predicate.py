@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sptc.ir.predicate import Binary, Element, Expression, Index, Literal, Not, Predicate, PredicateError, Size, parse
+from sptc.ir.predicate import OPPOSITE, Binary, Element, Expression, Index, Literal, Not, Predicate, PredicateError, Size, parse, positive
 
 PREDICATE_HOOKS = ("allowed", "allowed_by_tensors", "allowed_by_positions", "holds_throughout", "holds_nowhere")
 HELPERS = "integers"
 
-_OPPOSITE = {"<": ">=", ">=": "<", ">": "<=", "<=": ">", "==": "!=", "!=": "=="}
 _FUNCTIONS = {"//": "floor_divide", "%": "floor_modulo"}
 
 
@@ -37,14 +36,14 @@ def predicate_source(text: str, name: str) -> str:
         parameters = ["b", "h", "q", "k", "live", *(f"t{i}" for i in range(predicate.tensor_count)), *strides, *sizes]
         chosen = [part for part in predicate.conjuncts if name == "allowed" or bool(part.tensor_count) == (name == "allowed_by_tensors")]
         writer = _Elements()
-        conditions = [writer.condition(_positive(part.tree)) for part in chosen]
+        conditions = [writer.condition(positive(part.tree)) for part in chosen]
         result = " & ".join(["live", *map(_grouped, conditions)])
         lines, meaning = writer.lines, _conjunction(chosen)
     else:
         parameters = ["b", "h", "q_first", "q_last", "k_first", "k_last", *sizes]
         chosen = [part for part in predicate.conjuncts if not part.tensor_count]
         bounds = _Bounds()
-        truths = [bounds.truth(_positive(part.tree)) for part in chosen]
+        truths = [bounds.truth(positive(part.tree)) for part in chosen]
         certain, nowhere = _all([truth.certain for truth in truths]), _any([truth.nowhere for truth in truths])
         result = f"tl.cast({certain if name == 'holds_throughout' else nowhere}, tl.int1)"
         sure = "holds for all" if name == "holds_throughout" else "fails for all"
@@ -65,22 +64,6 @@ def _ranks(predicate: Predicate) -> dict[int, int]:
         if ranks.setdefault(node.position, len(node.indices)) != len(node.indices):
             raise PredicateError(f"predicate {predicate} gives t{node.position} {len(node.indices)} and {ranks[node.position]} indices")
     return ranks
-
-
-def _positive(tree: Expression, negate: bool = False) -> Expression:
-    """`tree` (or its negation) with no `~` left but before elements: Triton's `~` is bitwise, and True may be a Python bool there."""
-    match tree:
-        case Not(operand):
-            return _positive(operand, not negate)
-        case Literal(value) if negate:
-            return Literal(not value)
-        case Element() if negate:
-            return Binary("==", tree, Literal(0))
-        case Binary("&" | "|" as op, left, right):
-            return Binary({"&": "|", "|": "&"}[op] if negate else op, _positive(left, negate), _positive(right, negate))
-        case Binary(op, left, right) if negate:
-            return Binary(_OPPOSITE[op], left, right)
-    return tree
 
 
 def _grouped(text: str) -> str:
@@ -130,6 +113,8 @@ class _Elements:
                 return str(bool(value))
             case Element():
                 return f"{self.number(tree)} != 0"
+            case Not(operand):
+                return f"{self.number(operand)} == 0"
             case Binary("&", left, right):
                 return _all([self.condition(left), self.condition(right)])
             case Binary("|", left, right):
@@ -225,9 +210,9 @@ class _Bounds:
             nowhere = _any([_compare(a.high, "<", b.low), _compare(a.low, ">", b.high)])
             return _Truth(_all([*certain, *given]), _all([nowhere, *given]))
         if operator in (">", ">="):
-            certain_one, nowhere = _compare(a.low, operator, b.high), _compare(a.high, _OPPOSITE[operator], b.low)
+            certain_one, nowhere = _compare(a.low, operator, b.high), _compare(a.high, OPPOSITE[operator], b.low)
         else:
-            certain_one, nowhere = _compare(a.high, operator, b.low), _compare(a.low, _OPPOSITE[operator], b.high)
+            certain_one, nowhere = _compare(a.high, operator, b.low), _compare(a.low, OPPOSITE[operator], b.high)
         return _Truth(_all([certain_one, *given]), _all([nowhere, *given]))
 
     def interval(self, tree: Expression) -> _Interval | None:
