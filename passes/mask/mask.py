@@ -13,7 +13,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from sptc.ir.predicate import MIRROR, Binary, Element, Expression, Index, Literal, Not, Predicate, Size
+from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Literal, Not, Size
+from sptc.ir.predicate import Predicate
 from sptc.ir.region import Mask
 from sptc.passes.graph.pattern import requires_grad, same_size, shape
 from sptc.passes.mask import terms
@@ -61,7 +62,7 @@ class Frame:
 class MaskInput:
     """One tensor applied to the scores, in their layout."""
 
-    how: typing.Literal[add, keep, drop]  # added to the scores; True keeps a score; True drops it
+    how: typing.Literal["add", "keep", "drop"]  # added to the scores; True keeps a score; True drops it
     node: Node
     factor: float = 1.0  # what an added tensor is multiplied by on its way into the softmax
 

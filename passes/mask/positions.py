@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from sptc.ir.predicate import Element
+from sptc.ir.condition import Element
 from sptc.passes.graph.pattern import VIEWS, argument, dtype, same_size, shape
 from sptc.passes.mask import terms
 from sptc.passes.mask.rules import At, axis_of, either, moved, reads, source_of
@@ -114,13 +114,13 @@ def _slice(reader: Reader, node: Node, at: At) -> Term:
     source, dim = source_of(node), axis_of(argument(node, 1, "dim", 0), len(at))
     start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
     first: Number = ZERO if start is None else reader.number(start, ())
-    least, most = terms.bounds(first) if isinstance(first, Linear) else (None, None)
-    if most is not None and most < 0:
+    least, most = terms.bounds(first)
+    if most < 0:
         first = terms.add(first, reader.dimension(source, dim))
-        least, _ = terms.bounds(first) if isinstance(first, Linear) else (None, None)
-        if least is None or least < 0:  # a start before the first element is cut off
+        least, _ = terms.bounds(first)
+        if least < 0:  # a start before the first element is cut off
             raise Unreadable("a slice with an unknown start")
-    elif least is None or least < 0:
+    elif least < 0:
         raise Unreadable("a slice with an unknown start")
     return reader.element(source, moved(at, dim, terms.add(first, terms.multiply(Linear(step), at[dim]))))
 
@@ -128,8 +128,8 @@ def _slice(reader: Reader, node: Node, at: At) -> Term:
 @reads("aten.narrow.default")
 def _narrow(reader: Reader, node: Node, at: At) -> Term:
     source, dim, start = source_of(node), axis_of(node.args[1], len(at)), reader.number(node.args[2], ())
-    least, _ = terms.bounds(start) if isinstance(start, Linear) else (None, None)
-    if least is None or least < 0:
+    least, _ = terms.bounds(start)
+    if least < 0:
         raise Unreadable("a slice with an unknown start")
     return reader.element(source, moved(at, dim, terms.add(start, at[dim])))
 
@@ -193,7 +193,7 @@ def _index(reader: Reader, node: Node, at: At) -> Term:
 
 def _position(reader: Reader, index: Node, at: At) -> Linear:
     position = reader.number(index, at)
-    least, _ = terms.bounds(position) if isinstance(position, Linear) else (None, None)
-    if not isinstance(position, Linear) or least is None or least < 0:
+    least, _ = terms.bounds(position)
+    if not isinstance(position, Linear) or least < 0:
         raise Unreadable("an index that may be negative")
     return position

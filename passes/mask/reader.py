@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from sptc.ir.predicate import Size
+from sptc.ir.condition import Size
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.pattern import op, plain_number, same_size, shape, value
 from sptc.passes.mask import positions as mask_positions  # noqa: F401  they fill RULES
@@ -145,7 +145,7 @@ class Reader:
 def _leaf(node: Node, at: At) -> Term:
     for index in at:
         least, _ = terms.bounds(index)
-        if least is None or least < 0:
+        if least < 0:
             raise Unreadable(f"an index of {node.name} may be negative")
     element = terms.element_of(node, tuple(ZERO if same_size(s, 1) else i for i, s in zip(at, shape(node), strict=True)))
     return element if terms.boolean(element) else terms.linear(element)

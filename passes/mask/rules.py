@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from sptc.ir.predicate import Element
+from sptc.ir.condition import Element
 from sptc.passes.mask import terms
 from sptc.passes.mask.terms import Linear, Number, Term, Unreadable
 

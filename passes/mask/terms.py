@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sptc.ir.predicate import MIRROR, Binary, Element, Expression, Index, Literal, Size, negated, operands, walk
+from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Literal, Size, negated, operands, walk
+from sptc.ir.intervals import Interval, Intervals
 from sptc.passes.graph.pattern import dtype
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -30,6 +31,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
 }
 _MAX_CHOICES = 32
+_MOST = 1 << 63  # no integer of a tensor is larger
 
 
 class Unreadable(Exception):
@@ -201,7 +203,7 @@ def floor_divide(a: Number, divisor: int) -> Number:
     def divide(x: Linear, _: Linear) -> Number:
         high, low = _split(x, divisor)
         least, most = bounds(low)
-        if least is not None and most is not None and least >= 0 and most < divisor:
+        if least >= 0 and most < divisor:
             return high
         return _sum(high, linear(Binary("//", low.tree(), Literal(divisor))))
 
@@ -212,7 +214,7 @@ def remainder(a: Number, divisor: int) -> Number:
     def rest(x: Linear, _: Linear) -> Number:
         _, low = _split(x, divisor)
         least, most = bounds(low)
-        if least is not None and most is not None and least >= 0 and most < divisor:
+        if least >= 0 and most < divisor:
             return low
         return linear(Binary("%", low.tree(), Literal(divisor)))
 
@@ -248,31 +250,40 @@ def _at_zero(value: Linear, index: Index) -> Linear | None:
     return Linear(value.constant, tuple((atom, c) for atom, c in value.terms if atom != index))
 
 
-def bounds(a: Linear) -> tuple[int | float | None, int | float | None]:
-    """The least and greatest value, inclusive; None where unknown."""
-    least: int | float | None = a.constant
-    most: int | float | None = a.constant
-    for atom, c in a.terms:
-        low, high = _atom_bounds(atom)
-        if c < 0:
-            low, high = high, low
-        least = None if least is None or low is None else least + c * low
-        most = None if most is None or high is None else most + c * high
-    return least, most
+class _Everywhere(Intervals[int]):
+    """Bounds over all positions."""
+
+    def constant(self, value: int | bool) -> int:
+        return value
+
+    def leaf(self, tree: Expression) -> Interval[int]:
+        match tree:
+            case Index(_, limit):
+                return Interval(0, _MOST if limit is None else limit - 1)
+            case Size():
+                return Interval(0, _MOST)
+        return Interval(-_MOST, _MOST)
+
+    def sign(self, value: int) -> int:
+        return value
+
+    def positive(self, value: int) -> bool | None:
+        return value > 0 or None
+
+    def remainders(self, low: int, high: int, divisor: int) -> tuple[int, int]:
+        return (low % divisor, high % divisor) if low // divisor == high // divisor else (0, divisor - 1)
 
 
-def _atom_bounds(atom: Expression) -> tuple[int | float | None, int | float | None]:
-    match atom:
-        case Index(_, limit):
-            return 0, None if limit is None else limit - 1
-        case Size():
-            return 0, None
-        case Binary("%", _, Literal(divisor)):
-            return 0, divisor - 1
-        case Binary("//", value, Literal(divisor)):
-            least, most = bounds(linear_of(value))
-            return None if least is None else least // divisor, None if most is None else most // divisor
-    return None, None
+_EVERYWHERE = _Everywhere()
+
+
+def bounds(a: Number) -> tuple[int, int]:
+    """The least and greatest value, inclusive. Coefficients are integers."""
+    if isinstance(a, Choice):
+        return min(bounds(a.then)[0], bounds(a.other)[0]), max(bounds(a.then)[1], bounds(a.other)[1])
+    interval = _EVERYWHERE.number(a.tree())
+    assert interval is not None  # divisors are positive literals
+    return interval.low, interval.high
 
 
 def _finite_integer(x: int | float) -> bool:
@@ -304,7 +315,9 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
         isinstance(atom, Element) and (floating(atom) or boolean(atom)) for atom, _ in difference.terms
     ):
         raise Unreadable("a comparison of what is not an integer")
-    return _comparison(operator, difference) if (known := _settled(operator, difference)) is None else known
+    comparison = _comparison(operator, difference)
+    settled = _EVERYWHERE.truth(comparison)
+    return True if settled.certain else False if settled.nowhere else comparison
 
 
 def _comparison(operator: str, value: Linear) -> Binary:
@@ -320,20 +333,6 @@ def _comparison(operator: str, value: Linear) -> Binary:
     if left.terms:
         return Binary(operator, left.tree(), right.tree())
     return Binary(MIRROR.get(operator, operator), Linear(0, right.terms).tree(), Literal(-int(right.constant)))
-
-
-def _settled(operator: str, value: Linear) -> bool | None:
-    """Whether value OPERATOR 0, if the bounds of the value decide."""
-    least, most = bounds(value)
-    if value.is_constant:
-        return _COMPARE[operator](value.constant, 0)
-    if operator in ("==", "!="):
-        differs = (least is not None and least > 0) or (most is not None and most < 0)
-        return operator == "!=" if differs else None
-    near, far = (least, most) if operator in (">", ">=") else (most, least)
-    if near is not None and _COMPARE[operator](near, 0):
-        return True
-    return False if far is not None and not _COMPARE[operator](far, 0) else None
 
 
 def _absolute_operand(a: Number) -> Number | None:

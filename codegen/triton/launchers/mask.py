@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sptc.codegen.triton.run.launch import Argument
 from sptc.codegen.triton.spec import Constant
-from sptc.ir.predicate import Element, Expression, Predicate, parse
+from sptc.ir.predicate import Predicate, parse
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,5 @@ class KernelMask:
 
     def _tensor_strides(self) -> list[int]:
         """Strides of t0's axes, then t1's, ...: none for a tensor that the predicate passes over."""
-        named = {element.position for element in _elements(self.parsed.tree)}
+        named = {element.position for element in self.parsed.elements}
         return [stride for i, tensor in enumerate(self.tensors) if i in named for stride in tensor.stride()]
-
-
-def _elements(tree: Expression) -> list[Element]:
-    """Every element of a tensor that `tree` reads."""
-    parts = (
-        tree.indices
-        if isinstance(tree, Element)
-        else tuple(getattr(tree, name) for name in ("operand", "left", "right") if hasattr(tree, name))
-    )
-    below = [element for part in parts for element in _elements(part)]
-    return [tree, *below] if isinstance(tree, Element) else below

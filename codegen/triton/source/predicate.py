@@ -1,20 +1,28 @@
 """A mask predicate as Triton functions: element by element, and over whole ranges of queries and keys by interval arithmetic.
 
 The second is what lets a kernel skip the test in blocks where the predicate holds throughout, and whole blocks where it holds nowhere:
-it is `Predicate.bounds` for one pair of ranges and the conjuncts that read no tensor.
+it is `sptc/ir/intervals.py` for one pair of ranges and the conjuncts that read no tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sptc.ir.predicate import OPPOSITE, Binary, Element, Expression, Index, Literal, Not, Predicate, PredicateError, Size, parse, positive
+from sptc.ir.condition import Binary, Element, Expression, Index, Literal, Not, PredicateError, Size, positive
+from sptc.ir.intervals import Interval, Intervals
+from sptc.ir.predicate import Predicate, parse
 
 PREDICATE_HOOKS = ("allowed", "allowed_by_tensors", "allowed_by_positions", "holds_throughout", "holds_nowhere")
 HELPERS = "integers"
 
 _FUNCTIONS = {"//": "floor_divide", "%": "floor_modulo"}
+_FOLD: dict[str, Callable[[int, int], int]] = {
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod},
+    **{"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge},
+}
 
 
 def predicate_source(text: str, name: str) -> str:
@@ -43,8 +51,8 @@ def predicate_source(text: str, name: str) -> str:
         parameters = ["b", "h", "q_first", "q_last", "k_first", "k_last", *sizes]
         chosen = [part for part in predicate.conjuncts if not part.tensor_count]
         bounds = _Bounds()
-        truths = [bounds.truth(positive(part.tree)) for part in chosen]
-        certain, nowhere = _all([truth.certain for truth in truths]), _any([truth.nowhere for truth in truths])
+        truths = [bounds.truth(part.tree) for part in chosen]
+        certain, nowhere = _all([truth.certain.code for truth in truths]), _any([truth.nowhere.code for truth in truths])
         result = f"tl.cast({certain if name == 'holds_throughout' else nowhere}, tl.int1)"
         sure = "holds for all" if name == "holds_throughout" else "fails for all"
         lines, meaning = bounds.lines, f"Whether it is certain that {_conjunction(chosen)} {sure} q and k of these ranges."
@@ -93,11 +101,11 @@ def _any(conditions: Sequence[str]) -> str:
     return _joined(conditions, "|", neutral="False", decisive="True")
 
 
-def _joined(conditions: Sequence[str], operator: str, neutral: str, decisive: str) -> str:
+def _joined(conditions: Sequence[str], sign: str, neutral: str, decisive: str) -> str:
     kept = [condition for condition in dict.fromkeys(conditions) if condition != neutral]
     if decisive in kept or not kept:
         return decisive if kept else neutral
-    return kept[0] if len(kept) == 1 else f" {operator} ".join(map(_grouped, kept))
+    return kept[0] if len(kept) == 1 else f" {sign} ".join(map(_grouped, kept))
 
 
 class _Elements:
@@ -119,8 +127,8 @@ class _Elements:
                 return _all([self.condition(left), self.condition(right)])
             case Binary("|", left, right):
                 return _any([self.condition(left), self.condition(right)])
-            case Binary(operator, left, right):
-                return f"{_grouped(self.number(left))} {operator} {_grouped(self.number(right))}"
+            case Binary(sign, left, right):
+                return f"{_grouped(self.number(left))} {sign} {_grouped(self.number(right))}"
         raise AssertionError(f"{tree} is no condition")
 
     def number(self, tree: Expression) -> str:
@@ -133,10 +141,10 @@ class _Elements:
                 return f"s{position}"
             case Element():
                 return self._element(tree)
-            case Binary("//" | "%" as operator, left, right):
-                return f"{_FUNCTIONS[operator]}({self.number(left)}, {self.number(right)})"
-            case Binary(operator, left, right):
-                return f"{_grouped(self.number(left))} {operator} {_grouped(self.number(right))}"
+            case Binary("//" | "%" as sign, left, right):
+                return f"{_FUNCTIONS[sign]}({self.number(left)}, {self.number(right)})"
+            case Binary(sign, left, right):
+                return f"{_grouped(self.number(left))} {sign} {_grouped(self.number(right))}"
         raise AssertionError(f"{tree} is no number")
 
     def _element(self, tree: Element) -> str:
@@ -155,151 +163,78 @@ class _Elements:
 
 
 @dataclass(frozen=True)
-class _Truth:
-    """Texts: it certainly holds everywhere in the ranges; it certainly holds nowhere."""
+class _Text:
+    """A number or condition of a kernel as source; literals fold."""
 
-    certain: str
-    nowhere: str
-
-
-@dataclass(frozen=True)
-class _Interval:
-    """Texts of the least and greatest value, and what must be true for them to be right."""
-
-    low: str
-    high: str
-    given: tuple[str, ...] = ()
+    code: str
 
     @property
-    def exact(self) -> bool:
-        return self.low == self.high
+    def number(self) -> int | None:
+        return int(self.code) if self.code.lstrip("-").isdigit() else None
+
+    def _infix(self, sign: str, other: _Text) -> _Text:
+        folded = self._folded(sign, other)
+        if folded is not None or (other.code == "0" and sign in "+-"):
+            return folded or self
+        return _Text(f"{_grouped(self.code)} {sign} {_grouped(other.code)}")
+
+    def _call(self, sign: str, other: _Text) -> _Text:
+        return self._folded(sign, other) or _Text(f"{_FUNCTIONS[sign]}({self.code}, {other.code})")
+
+    def _folded(self, sign: str, other: _Text) -> _Text | None:
+        return None if self.number is None or other.number is None else _Text(str(_FOLD[sign](self.number, other.number)))
+
+    __add__ = functools.partialmethod(_infix, "+")
+    __sub__ = functools.partialmethod(_infix, "-")
+    __mul__ = functools.partialmethod(_infix, "*")
+    __lt__ = functools.partialmethod(_infix, "<")
+    __le__ = functools.partialmethod(_infix, "<=")
+    __gt__ = functools.partialmethod(_infix, ">")
+    __ge__ = functools.partialmethod(_infix, ">=")
+    __floordiv__ = functools.partialmethod(_call, "//")
+    __mod__ = functools.partialmethod(_call, "%")
+
+    def __and__(self, other: _Text) -> _Text:
+        return _Text(_all([self.code, other.code]))
+
+    def __or__(self, other: _Text) -> _Text:
+        return _Text(_any([self.code, other.code]))
 
 
-_UNKNOWN = _Truth("False", "False")
-
-
-class _Bounds:
-    """Conditions over ranges, by interval arithmetic."""
+class _Bounds(Intervals[_Text]):
+    """Bounds over q_first to q_last and k_first to k_last, for conjuncts that read no tensor."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def truth(self, tree: Expression) -> _Truth:
-        match tree:
-            case Literal(value):
-                return _Truth(str(bool(value)), str(not value))
-            case Binary("&", left, right):
-                a, b = self.truth(left), self.truth(right)
-                return _Truth(_all([a.certain, b.certain]), _any([a.nowhere, b.nowhere]))
-            case Binary("|", left, right):
-                a, b = self.truth(left), self.truth(right)
-                return _Truth(_any([a.certain, b.certain]), _all([a.nowhere, b.nowhere]))
-            case Binary(operator, left, right):
-                return self._comparison(operator, self.interval(left), self.interval(right))
-        raise AssertionError(f"{tree} is no condition without tensors")
+    def constant(self, value: int | bool) -> _Text:
+        return _Text(str(value))
 
-    def _comparison(self, operator: str, a: _Interval | None, b: _Interval | None) -> _Truth:
-        if a is None or b is None:
-            return _UNKNOWN
-        if operator == "!=":
-            equal = self._comparison("==", a, b)
-            return _Truth(equal.nowhere, equal.certain)
-        given = (*a.given, *b.given)
-        if operator == "==":
-            certain = [_compare(a.low, "==", b.high), _compare(a.high, "==", b.low)]
-            nowhere = _any([_compare(a.high, "<", b.low), _compare(a.low, ">", b.high)])
-            return _Truth(_all([*certain, *given]), _all([nowhere, *given]))
-        if operator in (">", ">="):
-            certain_one, nowhere = _compare(a.low, operator, b.high), _compare(a.high, OPPOSITE[operator], b.low)
-        else:
-            certain_one, nowhere = _compare(a.high, operator, b.low), _compare(a.low, OPPOSITE[operator], b.high)
-        return _Truth(_all([certain_one, *given]), _all([nowhere, *given]))
-
-    def interval(self, tree: Expression) -> _Interval | None:
-        """The bounds of a number; None where there is no telling."""
+    def leaf(self, tree: Expression) -> Interval[_Text]:
         match tree:
-            case Literal(value):
-                return _Interval(str(int(value)), str(int(value)))
             case Index("q" | "k" as name):
-                return _Interval(f"{name}_first", f"{name}_last")
+                return Interval(_Text(f"{name}_first"), _Text(f"{name}_last"))
             case Index(name):
-                return _Interval(name, name)
+                text = _Text(name)
+                return Interval(text, text)
             case Size(position):
-                return _Interval(f"s{position}", f"s{position}")
-            case Binary(operator, left, right):
-                a, b = self.interval(left), self.interval(right)
-                return None if a is None or b is None else self._arithmetic(operator, a, b)
+                text = _Text(f"s{position}")
+                return Interval(text, text)
         raise AssertionError(f"{tree} is no number without tensors")
 
-    def _arithmetic(self, operator: str, a: _Interval, b: _Interval) -> _Interval | None:
-        given = (*a.given, *b.given)
-        if operator == "+":
-            return _Interval(_infix(a.low, "+", b.low), _infix(a.high, "+", b.high), given)
-        if operator == "-":
-            return _Interval(_infix(a.low, "-", b.high), _infix(a.high, "-", b.low), given)
-        if operator == "*":
-            return self._product(a, b, given)
-        if not b.exact:
-            return None
-        given = (*given, _compare(b.low, ">", "0"))
-        if "False" in given:
-            return None
-        if operator == "//":
-            return _Interval(_call("floor_divide", a.low, b.low), _call("floor_divide", a.high, b.low), given)
-        if a.exact:
-            value = _call("floor_modulo", a.low, b.low)
-            return _Interval(value, value, given)
-        low, high = self._name("low"), self._name("high")
-        self.lines.append(f"{low}, {high} = modulo_bounds({a.low}, {a.high}, {b.low})")
-        return _Interval(low, high, given)
+    def sign(self, value: _Text) -> int | None:
+        return value.number
 
-    def _product(self, a: _Interval, b: _Interval, given: tuple[str, ...]) -> _Interval:
-        if a.exact and not b.exact:
-            a, b = b, a
-        if a.exact:
-            value = _infix(a.low, "*", b.low)
-            return _Interval(value, value, given)
-        if b.exact and b.low.lstrip("-").isdigit():
-            low, high = (a.low, a.high) if int(b.low) >= 0 else (a.high, a.low)
-            return _Interval(_infix(low, "*", b.low), _infix(high, "*", b.low), given)
-        products = [_infix(x, "*", y) for x in (a.low, a.high) for y in dict.fromkeys((b.low, b.high))]
-        return _Interval(_extreme("tl.minimum", products), _extreme("tl.maximum", products), given)
+    def positive(self, value: _Text) -> _Text | None:
+        condition = value > _Text("0")
+        return None if condition.code == "False" else condition
 
-    def _name(self, stem: str) -> str:
-        return f"{stem}_{len(self.lines)}"
+    def extremes(self, values: Sequence[_Text]) -> tuple[_Text, _Text]:
+        codes = [value.code for value in values]
+        low, high = (functools.reduce(lambda a, b: f"tl.{f}({a}, {b})", codes) for f in ("minimum", "maximum"))
+        return _Text(low), _Text(high)
 
-
-def _number(text: str) -> int | None:
-    return int(text) if text.lstrip("-").isdigit() else None
-
-
-def _compare(left: str, operator: str, right: str) -> str:
-    a, b = _number(left), _number(right)
-    if a is not None and b is not None:
-        return str({"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b, "==": a == b}[operator])
-    return f"{_grouped(left)} {operator} {_grouped(right)}"
-
-
-def _infix(left: str, operator: str, right: str) -> str:
-    a, b = _number(left), _number(right)
-    if a is not None and b is not None:
-        return str({"+": a + b, "-": a - b, "*": a * b}[operator])
-    if right == "0" and operator in "+-":
-        return left
-    if left == "0" and operator == "-":
-        return f"-{_grouped(right)}"
-    return f"{_grouped(left)} {operator} {_grouped(right)}"
-
-
-def _call(function: str, x: str, y: str) -> str:
-    a, b = _number(x), _number(y)
-    if a is not None and b is not None:
-        return str(a // b if function == "floor_divide" else a % b)
-    return f"{function}({x}, {y})"
-
-
-def _extreme(function: str, texts: Sequence[str]) -> str:
-    result = texts[0]
-    for text in texts[1:]:
-        result = f"{function}({result}, {text})"
-    return result
+    def remainders(self, low: _Text, high: _Text, divisor: _Text) -> tuple[_Text, _Text]:
+        names = f"low_{len(self.lines)}", f"high_{len(self.lines)}"
+        self.lines.append(f"{', '.join(names)} = modulo_bounds({low.code}, {high.code}, {divisor.code})")
+        return _Text(names[0]), _Text(names[1])
