@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from sptc.config import Config
-from sptc.plan import Plan
-from sptc.region import Counted, Decision, LossRegion, Refusal, Region, Rows, State
+from sptc.ir.plan import Plan
+from sptc.ir.region import Counted, Decision, LossRegion, Refusal, Region, Rows, State
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Unit:
     gm: fx.GraphModule
     example_inputs: tuple[Any, ...]
     config: Config
-    device: Any = None  # DeviceCosts of sptc/device.py: what `decide` knows of the device
+    device: Any = None  # DeviceCosts of sptc/device/costs.py: what `decide` knows of the device
     plan: Plan | None = None  # densities of single regions
     regions: tuple[Region, ...] = ()
     refusals: tuple[Refusal, ...] = ()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-from sptc import sample
+from sptc.ir import sample
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("split_tokens(Tensor counted) -> (Tensor, Tensor)")
