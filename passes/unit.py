@@ -10,7 +10,7 @@ from torch import fx
 
 from sptc.config import Config
 from sptc.ir.plan import Plan
-from sptc.ir.region import Counted, Decision, LossRegion, Refusal, Region, State
+from sptc.ir.region import Counted, Decision, LossRegion, Refusal, Region, Rows, State
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Unit:
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
     counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked
     counted_share: float | None = None  # of the example batch's tokens, where it can be computed
+    visible_share: float | None = None  # of the example batch's tokens: those that attention does not hide as padding
+    read: Mapping[Region, Rows] = field(default_factory=dict)  # of FFNs: the tokens whose output anything reads
     decisions: tuple[Decision, ...] = ()
     closed: Refusal | None = None  # why the graph can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

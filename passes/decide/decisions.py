@@ -28,6 +28,7 @@ from sptc.ir.region import (
     Refusal,
     Region,
     RouterState,
+    Rows,
     Settings,
     State,
     UnitSettings,
@@ -50,7 +51,9 @@ from sptc.passes.decide.gradients import with_gradients
 from sptc.passes.decide.loss import decide_loss
 from sptc.passes.decide.operand_dtypes import misfit
 from sptc.passes.decide.planned import planned_densities
+from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.find.counted import counted_share, find_counted, fits
+from sptc.passes.find.padding import visible_share
 from sptc.passes.graph.pattern import argument, dtype, op, requires_grad, shape
 from sptc.passes.unit import Unit
 
@@ -86,6 +89,8 @@ def decide(unit: Unit) -> Unit:
         unit = replace(unit, counted=find_counted(unit.gm))
         if isinstance(unit.counted, Counted):
             unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
+        if unit.config.ffn_padding == "skip":
+            unit = replace(unit, read=read_rows(unit), visible_share=visible_share(unit))
     planned = planned_densities(unit)
     losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
     logits = frozenset(node for loss in losses if isinstance(loss, Decision) and loss.rewrite for node in loss.region.nodes)
@@ -124,14 +129,16 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
     """
     apart = unit.config.ffn_gradient_context_density is not None and _told_apart(unit, region)
     units = _units(region, unit.config.ffn_gradient_density)
-    context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart else None
-    settings = UnitSettings(region.hidden, units, context, gradients_only=True)
+    rows = unit.read.get(region, "all")
+    context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
+    settings = UnitSettings(region.hidden, units, context, gradients_only=True, rows=rows)
     length = _length(region)
     shape = _ffn_shape(region, unit.states.get(region), length)
-    if settings.whole or not shape.needs_hidden:
+    if settings.all_units or not shape.needs_hidden:
         return None
     here = {_LENGTH: length.hint}
-    return settings, dense_ffn(shape, unit.device).at(here), ffn_through_units(shape, settings, unit.device).at(here)
+    fewer = replace(shape, tokens=shape.tokens * _share(unit, rows))
+    return settings, dense_ffn(shape, unit.device).at(here), ffn_through_units(fewer, settings, unit.device).at(here)
 
 
 def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple[Settings, Work, Work]:
@@ -142,7 +149,8 @@ def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple
             routed = _ffn_settings(unit, region, state, density)
             return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
         kept = _unit_settings(unit, region, density)
-        return kept, dense_ffn(ffn, unit.device), ffn_over_units(ffn, kept, unit.device)
+        fewer = replace(ffn, tokens=ffn.tokens * _share(unit, kept.rows))
+        return kept, dense_ffn(ffn, unit.device), ffn_over_units(fewer, kept, unit.device)
     attention, settings = _attention_shape(region, length), _attention_settings(unit, region, state, density)
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
@@ -163,7 +171,7 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
     if logits:
         return Decision(region, False, "its output is logits of a loss that is rewritten", settings, *costs)
-    if planned == 1.0:
+    if planned == 1.0 and not (isinstance(settings, UnitSettings) and not settings.whole):
         return Decision(region, False, "the plan keeps it dense", settings, *costs)
     if not trained and unit.config.inference == "dense" and ("inference" in unit.config.given or not unit.states):
         return Decision(region, False, "no gradient is recorded here, and option 'inference' is 'dense'", settings, *costs)
@@ -176,9 +184,21 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
     if isinstance(settings, UnitSettings) and settings.whole:
         return Decision(region, False, "at density 1 nothing would be left out", settings, *costs)
     rewrite, border = _pays(unit, dense, sparse, length)
-    figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense"
+    figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense{left_out(settings)}"
     reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
     return Decision(region, rewrite, reason + border, settings, *costs)
+
+
+def left_out(settings: Settings) -> str:
+    """Which tokens are left out because nothing reads them, for people."""
+    rows = settings.rows if isinstance(settings, UnitSettings) else "all"
+    return {"all": "", "visible": ", padding left out", "counted": ", for the tokens that count alone"}[rows]
+
+
+def _share(unit: Unit, rows: Rows) -> sympy.Rational:
+    """The share of the example's tokens that are in `rows`, in hundredths."""
+    known = {"all": 1.0, "visible": unit.visible_share, "counted": unit.counted_share}[rows]
+    return sympy.Rational(100 if known is None else max(1, round(100 * known)), 100)
 
 
 def _time(seconds: float) -> str:
@@ -296,6 +316,8 @@ def measured(unit: Unit, region: Region) -> bool:
     """Whether the density of a region is to be measured on the example batch, not given."""
     if region.kind == "attention" or routes(unit, region) or unit.plan is not None:
         return False
+    if splits(unit, region) and unit.read.get(region) == "counted":
+        return False  # there is no context
     return (unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density) == "auto"
 
 
@@ -314,10 +336,12 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
+    rows = unit.read.get(region, "all")
     if not splits(unit, region):
-        return UnitSettings(region.hidden, _units(region, density))
+        return UnitSettings(region.hidden, _units(region, density), rows=rows)
     counted = unit.config.ffn_density
-    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), _units(region, density))
+    context = None if rows == "counted" else _units(region, density)
+    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), context, rows=rows)
 
 
 def _units(region: FfnRegion, density: float) -> int:

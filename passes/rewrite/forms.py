@@ -31,7 +31,7 @@ from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
 from sptc.passes.rewrite.loss import drop_returned, rewrite_loss
-from sptc.passes.rewrite.token_lists import Tokens, insert_tokens
+from sptc.passes.rewrite.token_lists import TokenLists, insert_tokens
 from sptc.passes.rewrite.units import rewrite_units
 from sptc.passes.unit import Unit
 
@@ -77,7 +77,7 @@ def _keeping_choices() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_choosers())
 
 
-def sparse_form(region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], tokens: Tokens) -> Node:
+def sparse_form(region: Region, settings: Settings, state: State | None, by_graph: Mapping[fx.Graph, Frame], tokens: TokenLists) -> Node:
     """Insert the sparse operators of a region before its `y`; returns the node that can replace `y`, which nothing uses yet.
 
     `tokens` is what `insert_tokens` returned; checkpoint bodies get its nodes as operands.
@@ -88,9 +88,10 @@ def sparse_form(region: Region, settings: Settings, state: State | None, by_grap
 
     if isinstance(settings, UnitSettings):
         assert region.kind == "ffn"
+        rows = tokens.by_rows[settings.rows].through(here)
         if settings.gradients_only:
-            return rewrite_gradients(region, settings, tokens.through(here), again=by_graph[region.y.graph].call is not None)
-        return rewrite_units(region, settings, tokens.through(here))
+            return rewrite_gradients(region, settings, rows, again=by_graph[region.y.graph].call is not None)
+        return rewrite_units(region, settings, rows)
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))
         return rewrite_blocks(region, settings, state, here(tokens.mask) if settings.keep and tokens.mask is not None else None)

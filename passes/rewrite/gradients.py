@@ -13,10 +13,9 @@ from torch.fx import Node
 from sptc.ir.region import FfnRegion, Projection, UnitSettings
 from sptc.passes.find.counted import fits
 from sptc.passes.graph.build import Builder, aten
-from sptc.passes.graph.pattern import dtype
 from sptc.passes.rewrite.token_lists import Tokens
-from sptc.passes.rewrite.units import Units, energy_of, merged
-from sptc.passes.rewrite.write_ffn import Ffn, Part
+from sptc.passes.rewrite.units import Units, energy_of, merged, placed
+from sptc.passes.rewrite.write_ffn import Ffn
 
 ops = torch.ops.sptc
 
@@ -26,32 +25,32 @@ def rewrite_gradients(region: FfnRegion, settings: UnitSettings, tokens: Tokens,
 
     `again`: what gradients go through is computed from x once more, as in a checkpoint, where the dense values are not there any more.
     """
-    b = Builder(region.y)
-    whole = _Whole(b)
+    b, computed = Builder(region.y), tokens.computed
+    whole = _Whole(b, tokens.order)
     value = Ffn(region, whole).output()
     first: list[Node] = []
 
-    def through(rows: Node | None, sample: Node | None, units: int) -> Node:
-        part = _Through(b, rows, _chosen(b, region, whole, sample, units), whole, again)
+    def through(rows: Node | None, places: Node | None, sample: Node | None, units: int) -> Node:
+        part = _Through(b, rows, places, _chosen(b, region, whole, sample, units), whole, again)
         gradient = Ffn(region, part).output()
         first.extend(part.first)
         return gradient
 
     if settings.context is None:
-        gradient = through(None, tokens.sample if fits(tokens.padded, region) else None, settings.units)
+        gradient = through(tokens.order, None, computed.sample if fits(computed.padded, region) else None, settings.units)
     else:
-        counted = through(tokens.counted, tokens.counted_sample, settings.units)
-        gradient = merged(b, tokens, counted, through(tokens.context, tokens.context_sample, settings.context))
+        counted = through(tokens.counted, computed.counted, computed.counted_sample, settings.units)
+        context = through(tokens.context, computed.context, computed.context_sample, settings.context)
+        gradient = merged(b, tokens, counted, context) if tokens.order is None else b.call(aten.cat.default, [counted, context])
     value = b.call(ops.after.default, b.call(aten.detach.default, value), first)
-    y = b.call(ops.with_gradient_of.default, value, gradient)
-    return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
+    return placed(b, region, tokens, b.call(ops.with_gradient_of.default, value, gradient))
 
 
-class _Whole(Part):
-    """All tokens and units; what is computed on the way is remembered."""
+class _Whole(Units):
+    """All units of some tokens (None: all); what is computed on the way is remembered."""
 
-    def __init__(self, b: Builder) -> None:
-        super().__init__(b)
+    def __init__(self, b: Builder, rows: Node | None) -> None:
+        super().__init__(b, rows, None)
         self.ups: dict[Node, Node] = {}
         self.hidden: Node | None = None
         self.low: Node | None = None
@@ -78,9 +77,10 @@ class _Whole(Part):
 class _Through(Units):
     """Some tokens and some units, at the values that they have in `whole`."""
 
-    def __init__(self, b: Builder, rows: Node | None, units: Node | None, whole: _Whole, again: bool) -> None:
+    def __init__(self, b: Builder, rows: Node | None, places: Node | None, units: Node | None, whole: _Whole, again: bool) -> None:
+        """`places`: those of `rows` among the rows of `whole`; None: all of them."""
         super().__init__(b, rows, units)
-        self._whole, self._again = whole, again
+        self._places, self._whole, self._again = places, whole, again
         self.first = [] if units is None else [units]  # what only backward reads, and the forward pass has at hand
 
     def up(self, projection: Projection, u: Node) -> Node:
@@ -96,14 +96,17 @@ class _Through(Units):
     def whole(self, low: Node) -> Node:
         """All that the adapter has of the hidden values, so that the gradient of its B is exact."""
         assert self._whole.low is not None
-        kept = self.b.call(ops.keep.default, self.tokens(self.b.call(aten.detach.default, self._whole.low)))
+        kept = self.b.call(ops.keep.default, self._at_places(self.b.call(aten.detach.default, self._whole.low)))
         self.first.append(kept)
         return self.b.call(ops.with_gradient_of.default, kept, low)
 
     def _part(self, value: Node) -> Node:
         """Of values [N, hidden], those of the tokens and units."""
-        value = self.tokens(self.b.call(aten.detach.default, value))
+        value = self._at_places(self.b.call(aten.detach.default, value))
         return value if self.chosen is None else self.b.call(aten.index_select.default, value, 1, self.chosen)
+
+    def _at_places(self, value: Node) -> Node:
+        return value if self._places is None else self.b.call(aten.index_select.default, value, 0, self._places)
 
 
 def _chosen(b: Builder, region: FfnRegion, whole: _Whole, sample: Node | None, units: int) -> Node | None:

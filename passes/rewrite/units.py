@@ -8,7 +8,7 @@ from torch.fx import Node
 from sptc.ir.region import FfnRegion, UnitSettings
 from sptc.passes.find.counted import fits
 from sptc.passes.graph.build import Builder, aten
-from sptc.passes.graph.pattern import dtype
+from sptc.passes.graph.pattern import dtype, shape
 from sptc.passes.rewrite.token_lists import Tokens
 from sptc.passes.rewrite.write_ffn import Ffn, Part
 
@@ -16,21 +16,33 @@ ops = torch.ops.sptc
 
 
 def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> Node:
-    """Insert the FFN over fewer units before `region.y`; returns the node that replaces it. `tokens` are of the region's graph."""
+    """Insert the FFN over fewer units before `region.y`; returns the node that replaces it. `tokens` are of the region's graph.
+
+    Rows that nothing reads are zeros.
+    """
     b = Builder(region.y)
-    if settings.context is None or settings.whole:
-        sample = tokens.sample if fits(tokens.padded, region) else None
-        y = Ffn(region, Units(b, None, _chosen(b, region, sample, settings.units))).output()
-        return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
+    if settings.context is None or settings.all_units:
+        sample = tokens.sample if settings.rows == "counted" or fits(tokens.padded, region) else None
+        y = Ffn(region, Units(b, tokens.order, _chosen(b, region, sample, settings.units))).output()
+        return placed(b, region, tokens, y)
     counted = Ffn(region, Units(b, tokens.counted, _chosen(b, region, tokens.counted_sample, settings.units))).output()
     context = Ffn(region, Units(b, tokens.context, _chosen(b, region, tokens.context_sample, settings.context))).output()
-    return b.cast(b.like_rows_of(merged(b, tokens, counted, context), region.x, region.y), dtype(region.y))
+    y = merged(b, tokens, counted, context) if tokens.order is None else b.call(aten.cat.default, [counted, context])
+    return placed(b, region, tokens, y)
 
 
 def merged(b: Builder, tokens: Tokens, counted: Node, context: Node) -> Node:
     """Rows of the tokens that count and of the others, in the order of the tokens."""
     both, order = b.call(aten.cat.default, [counted, context]), b.call(aten.cat.default, [tokens.counted, tokens.context])
     return b.call(aten.index_copy.default, b.call(aten.empty_like.default, both), 0, order, both)
+
+
+def placed(b: Builder, region: FfnRegion, tokens: Tokens, y: Node) -> Node:
+    """Outputs of the rows that are computed as the region's output: those of the other tokens are zeros."""
+    if tokens.order is not None:
+        zeros = b.call(aten.new_zeros.default, y, [b.size(b.rows(region.x), 0), shape(y)[-1]])
+        y = b.call(aten.index_copy.default, zeros, 0, tokens.order, y)
+    return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
 
 
 class Units(Part):

@@ -9,6 +9,8 @@ import torch
 from torch.fx import Node
 
 Kind = Literal["attention", "ffn", "loss"]
+Rows = Literal["all", "visible", "counted"]
+"""Tokens: all, those that are no padding or count in the loss, those that count."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class UnitSettings:
     units: int  # of the tokens that count, or of all where `context` is None
     context: int | None = None  # of the other tokens; None: all tokens are alike
     gradients_only: bool = False  # the forward pass keeps all units, whatever gradients go through
+    rows: Rows = "all"  # the tokens that it is computed for: nothing reads the output of others
 
     @property
     def density(self) -> float:
@@ -238,9 +241,14 @@ class UnitSettings:
         return (self.units if self.context is None else self.context) / self.hidden
 
     @property
+    def all_units(self) -> bool:
+        """Whether no unit is left out."""
+        return self.units == self.hidden and self.context in (None, self.hidden)
+
+    @property
     def whole(self) -> bool:
         """Whether nothing is left out."""
-        return self.units == self.hidden and self.context in (None, self.hidden)
+        return self.all_units and self.rows == "all"
 
 
 Settings = AttentionSettings | FfnSettings | UnitSettings

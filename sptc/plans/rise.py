@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.plan import Choice, Plan, PlannedRegion
-from sptc.ir.region import Counted, Decision, FfnRegion, LossRegion, Region, Settings
-from sptc.passes.decide.decisions import TRIED, at_density, measured, splits, through_units
+from sptc.ir.region import Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
+from sptc.passes.decide.decisions import TRIED, at_density, left_out, measured, splits, through_units
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
@@ -202,10 +202,15 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
             assert isinstance(decision.region, FfnRegion)
             through = through_units(unit, decision.region) if density == 1.0 else None
             if through is not None:
-                yield Decision(decision.region, True, f"gradients through fewer units, forward all of them; {reason}", *through)
+                text = f"gradients through fewer units, forward all of them; {reason}{left_out(through[0])}"
+                yield Decision(decision.region, True, text, *through)
                 continue
             settings, dense, sparse = at_density(unit, decision.region, density)
+            assert isinstance(settings, UnitSettings)
+            pays = unit.config.decline == "never" or sparse.seconds < dense.seconds
             kept = f"kept whole; {reason}" if density == 1.0 else f"{decision.reason}; {reason}"
-            yield Decision(decision.region, density < 1.0, kept, settings, dense, sparse)
+            if density == 1.0 and not settings.whole and pays:
+                kept += left_out(settings)
+            yield Decision(decision.region, density < 1.0 or (not settings.whole and pays), kept, settings, dense, sparse)
 
     return replace(unit, decisions=tuple(decided()))

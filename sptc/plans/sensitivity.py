@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from sptc.backend import captured_unit
 from sptc.config import Config
 from sptc.ir.plan import DENSITIES
-from sptc.ir.region import Region, Settings
+from sptc.ir.region import Region, Settings, UnitSettings
 from sptc.passes import ANALYSIS
 from sptc.passes.decide.decisions import at_density, enabled
 from sptc.passes.decide.key import region_keys
@@ -168,5 +168,7 @@ def _candidates(unit: Unit, region: Region) -> Iterator[Settings]:
     """The sparse forms to try, densest first."""
     if not enabled(unit, region):
         return
-    by_density = {s.density: s for s in (at_density(unit, region, density)[0] for density in DENSITIES[region.kind])}
+    tried = (at_density(unit, region, density)[0] for density in DENSITIES[region.kind])
+    # For all tokens: what padding is left with would be counted as an error of what the model returns.
+    by_density = {s.density: replace(s, rows="all") if isinstance(s, UnitSettings) else s for s in tried}
     yield from (settings for density, settings in by_density.items() if density < 1.0)

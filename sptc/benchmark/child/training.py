@@ -136,7 +136,7 @@ def kinds_of_operators(training: Training) -> dict[str, float]:
     return {**shares, "rest": max(0.0, 1.0 - sum(shares.values()))}
 
 
-_CHOOSING = ("select_blocks", "choose_units", "sample_tokens", "split_tokens", "sptc::route")
+_CHOOSING = ("select_blocks", "choose_units", "sample_tokens", "split_tokens", "rows_where", "sptc::route")
 _PRODUCTS = (
     "aten::mm",
     "aten::addmm",

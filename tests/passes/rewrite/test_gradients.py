@@ -22,7 +22,7 @@ from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.ffns import HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
-EXACT = {"ffn.max_rise": 0.0, "decline": "never"}  # the forward pass
+EXACT = {"ffn.max_rise": 0.0, "decline": "never", "ffn.padding": "compute"}  # the forward pass, of all tokens
 ALIKE = {**EXACT, "ffn.gradient_density": 0.3, "ffn.gradient_context_density": None}
 APART = {**EXACT, "ffn.gradient_density": 0.75, "ffn.gradient_context_density": 0.25}
 
@@ -72,7 +72,13 @@ def test_gradients_and_loss(ffn: Callable[[], nn.Module], apart: bool, adapted: 
     got = gradients(model, loss := compiled(x, labels))
     (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
     assert region.status == "rewritten" and region.density == 1.0
-    assert region.settings == {"hidden": HIDDEN, "units": 24 if apart else 10, "context": 8 if apart else None, "gradients_only": True}
+    assert region.settings == {
+        "hidden": HIDDEN,
+        "units": 24 if apart else 10,
+        "context": 8 if apart else None,
+        "gradients_only": True,
+        "rows": "all",
+    }
 
     torch.testing.assert_close(loss.double(), reference(x.double(), labels), rtol=1e-5, atol=0)
     assert_gradients_close(got, gradients(reference, expected_loss(reference, x, labels, apart=apart)))

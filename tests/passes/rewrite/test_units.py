@@ -23,7 +23,8 @@ from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
-FORWARD_TOO = {"gradients_only": False}
+ALL = {"decline": "never", "ffn.padding": "compute"}  # of the tokens, whatever reads them
+FORWARD_TOO = {"gradients_only": False, "rows": "all"}
 
 
 def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool) -> None:
     model = model_of(ffn, adapted)
     reference = copy.deepcopy(model).double()
     x, labels = batch()
-    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, "decline": "never"}))
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, **ALL}))
     got = gradients(model, loss := compiled(x, labels))
     (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
     assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None, **FORWARD_TOO}
@@ -64,7 +65,7 @@ def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted
     x, labels = batch()
     if counted != "some":
         labels = torch.full_like(labels, -100) if counted == "none" else labels.clamp(min=0)
-    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, "decline": "never"}))
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, **ALL}))
     loss = compiled(x, labels)
     # Where next to all tokens of the first batch count, they are all alike.
     context = None if counted == "all" else 8
@@ -96,7 +97,7 @@ def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pyt
 
     backend = aot_autograd(fw_compiler=counting, partition_fn=min_cut_rematerialization_partition)
     x, labels = batch()
-    given = {"decline": "never", "ffn.density": 0.75, "ffn.context_density": 0.25}
+    given = {**ALL, "ffn.density": 0.75, "ffn.context_density": 0.25}
     options = Config.from_options(given)
     compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, options, inner=lambda g, i, _: backend(g, i)))
     got = gradients(model, compiled(x, labels))
@@ -111,7 +112,7 @@ def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool)
     model = model_of(ffn, adapted)
     reference = copy.deepcopy(model).double()
     x, labels = batch()
-    options = {"ffn.density": 1.0, "ffn.context_density": 1.0, "decline": "never"}
+    options = {"ffn.density": 1.0, "ffn.context_density": 1.0, **ALL}
     compiled = torch.compile(model, backend=without_inductor(**options))
     got = gradients(model, compiled(x, labels))
     assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"ffn": "rewritten", "loss": "rewritten"}
@@ -141,7 +142,7 @@ def test_padding_has_no_say(context: float | None) -> None:
     padding[0, 4:] = 0
     x = torch.where(padding[..., None] == 1, x, 100 * x)
     labels = labels.masked_fill(padding == 0, -100)
-    options = {"ffn.density": 0.5, "ffn.context_density": context, "decline": "never", "attention.enabled": False}
+    options = {"ffn.density": 0.5, "ffn.context_density": context, **ALL, "attention.enabled": False}
     compiled = torch.compile(model, backend=without_inductor(**options))
     got = gradients(model, loss := compiled(x, labels, padding))
 
@@ -172,7 +173,7 @@ def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> 
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    given = Config.from_options({"decline": "never", "ffn.density": 0.75, "ffn.context_density": None})
+    given = Config.from_options({**ALL, "ffn.density": 0.75, "ffn.context_density": None})
     model = model_of(Gated, True)
     compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, given, inner=lambda g, i, _: backend(g, i)))
     x, labels = batch(41)
@@ -192,7 +193,7 @@ class Flattened(Model):
 def test_one_compile_serves_all_lengths_and_counts() -> None:
     torch.manual_seed(0)
     model = Flattened(Gated())
-    options = {"ffn.density": 1.0, "ffn.context_density": 0.25, "decline": "never"}
+    options = {"ffn.density": 1.0, "ffn.context_density": 0.25, **ALL}
     compiled = torch.compile(model, backend=without_inductor(**options), dynamic=True)
     for length in (13, 17, 23):
         x, labels = batch(length)
