@@ -42,7 +42,7 @@ MAY = {
     "sptc.passes.rewrite": {"sptc.ir", "sptc.paper.fit", "sptc.passes.find", "sptc.passes.graph", "sptc.passes.unit"},
     "sptc.codegen": set(),
     "sptc.codegen.ops": {"sptc.codegen", "sptc.ir"},
-    "sptc.codegen.reference": {"sptc.ir.predicate"},
+    "sptc.codegen.reference": {"sptc.ir"},
     "sptc.codegen.cpu": {"sptc.codegen.reference", "sptc.device", "sptc.ir"},
     "sptc.codegen.cpu.native": set(),
     "sptc.codegen.triton": set(),
