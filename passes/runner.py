@@ -70,7 +70,7 @@ def _name(node: Node) -> str:
 
 
 def _changes(before: Counter[str], after: Counter[str]) -> Iterator[str]:
-    """ "aten.linear 48 -> 36" for every operator of which there are more or fewer now, by name."""
+    """For every operator of which there are more or fewer now "aten.linear 48 -> 36", in the order of names."""
     for name in sorted(before.keys() | after.keys()):
         if before[name] != after[name]:
             yield f"{name} {before[name]} -> {after[name]}"
