@@ -72,6 +72,8 @@ class Summary:
         first: list[_Weight] = []  # call's
 
         def called(args: Sequence[Any]) -> bool:
+            if any(isinstance(x, FakeTensor) for x in args):
+                return False  # where DDP splits a graph it runs the parts once as it compiles them
             weight = _first_weight(args)
             if first and first[0]() is weight() and graph in self._waiting:
                 self._say()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 
 from sptc import backend
 from tests.models.compiled import without_inductor
@@ -175,3 +176,14 @@ def test_the_recompile_limit_is_a_warning_that_names_the_size(said):
     ((_, text),) = [entry for entry in said() if entry[0] == "WARNING"]
     assert "Ffn.forward (test_summary.py:" in text and "was compiled 3 times" in text
     assert "what changed last: tensor 'x' size mismatch at index 0. expected 5, actual 7" in text
+
+
+def test_parts_that_ddp_cuts_a_graph_into_are_one_model(said):
+    """They are run once with fakes as they are compiled, which is no step."""
+    cutting = DDPOptimizer(bucket_bytes_cap=4096, backend_compile_fn=without_inductor(**NEVER), first_bucket_cap=4096)
+    model = Layers(3)
+    model.compile(backend=cutting.compile_fn, dynamic=False)
+    model(rows()).sum().backward()
+    assert not said()
+    model(rows())
+    assert len(said()) == 1 and "3 of 3 regions are rewritten" in said()[0][1]
