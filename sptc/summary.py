@@ -106,13 +106,14 @@ def traced_code() -> types.CodeType | None:
 
 def summary(report: Report) -> str:
     """One line: how many regions of how many are rewritten, what the cost model gains by them, and why most of the others are not."""
-    rows = report.regions
+    rows = [r for r in report.regions if r.kind != "graph"]  # that is a refusal to look into an operator, and no region
+    dense = _most_often_dense(report.regions)
     if not rows:
-        return f"no attention, FFN or loss was found in {report.graphs} graph{'s' * (report.graphs != 1)}: all of it is dense; {_MORE}"
+        why = f" ({dense})" if dense else ""
+        return f"no attention, FFN or loss was found in {report.graphs} graph{'s' * (report.graphs != 1)}{why}: all is dense; {_MORE}"
     done = [r for r in rows if r.status == "rewritten"]
     kinds = Counter(r.kind for r in rows)
     parts = ", ".join(f"{kind} {sum(r.kind == kind for r in done)} of {count}" for kind, count in kinds.items())
-    dense = _most_often_dense(rows)
     if not done:
         return f"none of {len(rows)} regions is rewritten ({parts}): {dense}; {_MORE}"
     totals = report.totals()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ class Pieces(Layers):
         x = self.ffns[4](x)
         torch._dynamo.graph_break()
         return self.ffns[5](x)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
 
 
 @pytest.fixture
@@ -133,7 +144,15 @@ def test_nothing_found_is_a_warning(said):
     for _ in range(2):
         wrapped(rows())
     ((level, text),) = said()
-    assert level == "WARNING" and "no attention, FFN or loss was found in 1 graph: all of it is dense" in text
+    assert level == "WARNING" and "no attention, FFN or loss was found in 1 graph: all is dense" in text
+
+
+def test_an_operator_that_no_pass_looks_into_is_a_reason_and_no_region(said):
+    compiled = torch.compile(lambda x: Doubled.apply(x).sum(), backend=without_inductor(**NEVER))
+    for _ in range(2):
+        compiled(rows().requires_grad_())
+    ((level, text),) = said()
+    assert level == "WARNING" and "was found in 1 graph (1 x graph, [higher-order] autograd_function_apply is kept as it is" in text
 
 
 def test_the_reason_given_is_the_most_frequent(said):
