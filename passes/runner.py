@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from sptc.passes.normalize import graphs, lower
+from sptc.passes.graph.frame import graphs
+from sptc.passes.normalize.lower import lower
 from sptc.passes.unit import PassRecord, Unit
 
 log = logging.getLogger(__name__)
