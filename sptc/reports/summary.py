@@ -32,7 +32,6 @@ _MANY = 4  # graphs: a break before the loss makes two, which is not worth a war
 _PLACES = 3  # breaks that it names
 _MORE = 'print(sptc.report(model)) or TORCH_LOGS="+sptc" shows more'
 
-
 _Weight = Callable[[], nn.Parameter | None]
 
 
@@ -117,7 +116,7 @@ def summary(report: Report) -> str:
     if not done:
         return f"none of {len(rows)} regions is rewritten ({parts}): {dense}; {_MORE}"
     totals = report.totals()
-    gain = f"a step of {totals['seconds_before'] * 1e3:.3g} ms in them is predicted to take {totals['seconds_after'] * 1e3:.3g} ms"
+    gain = f"predicted: {totals['seconds_after']:.3g} s of each step, {totals['seconds_before']:.3g} s dense"
     return f"{len(done)} of {len(rows)} regions are rewritten ({parts}); {gain}{'; dense: ' * bool(dense)}{dense}"
 
 
