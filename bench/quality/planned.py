@@ -53,8 +53,8 @@ def prepare(objective: nn.Module, batch: Inputs, options: dict[str, Any], folder
         sptc.prepare(objective, batch, uniform)
     if uniform == options:
         return options, None
-    if config.ffn_density == "auto":
-        raise PlanError("a plan as fast as uniform densities needs them: give ffn.density")
+    if config.ffn_density == "auto" or config.attention_density == "auto":
+        raise PlanError("a plan as fast as uniform densities needs them: give attention.density and ffn.density")
     measured = sptc.plan(objective, batch, max_error=0.0, options=uniform)
     same = measured.uniform(config.attention_density, config.ffn_density)
     made = Planned(replan(measured, speedup=same.speedup), same)

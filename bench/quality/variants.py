@@ -13,17 +13,17 @@ Options = dict[str, Any] | None  # of sptc.prepare and torch.compile(backend="sp
 DENSE = "dense"
 EQUAL_SPEED = "equal-speed"  # as the option "plan", no file: a plan made for the run, predicted to be as fast as the densities beside it
 
-# Each against `dense`, alone before together. Attention is at 1/8 where nothing else is said.
-_ATTENTION: dict[str, Any] = {"ffn.enabled": False}
-_PAPER: dict[str, Any] = {"ffn.selector": "router", "ffn.density": 0.5}
+# Each against `dense`, alone before together.
+_ATTENTION: dict[str, Any] = {"ffn.enabled": False, "attention.density": 0.125}
+_PAPER: dict[str, Any] = {"attention.density": 0.125, "ffn.selector": "router", "ffn.density": 0.5}
 _FFN: dict[str, Any] = {**_PAPER, "attention.enabled": False}
 VARIANTS: dict[str, Options] = {
     DENSE: None,
     "default": {},
-    "units": {"attention.enabled": False, "ffn.max_rise": 0.02},  # of FFNs, as measured; twice what the default allows
+    "units": {"attention.enabled": False, "max_rise": 0.02},  # of FFNs, as measured; twice what the default allows
     "units-1/2": {"attention.enabled": False, "ffn.density": 0.5, "ffn.context_density": None},
     "context-1/4": {"attention.enabled": False, "ffn.context_density": 0.25},
-    "gradients": {"attention.enabled": False, "ffn.max_rise": 0.0, "ffn.gradient_context_density": 0.125},  # forward exact
+    "gradients": {"attention.enabled": False, "max_rise": 0.0, "ffn.gradient_context_density": 0.125},  # forward exact
     "paper": _PAPER,
     "attention": _ATTENTION,
     "ffn": _FFN,

@@ -59,9 +59,9 @@ from sptc.passes.unit import Unit
 
 _LENGTH = sympy.Symbol("length", positive=True, integer=True)
 _LONGEST = 1 << 24
-_ROUTED_DENSITY = 1 / 2  # of ffn.density="auto"
-TRIED = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}
-"""Densities of hidden units that are measured: of tokens that do not count in the loss, and of all."""
+_ROUTED_DENSITY, _PQ_DENSITY = 1 / 2, 1 / 8  # the paper's, of "auto"
+_TRIED_KEYS = (1 / 4, 1 / 8)
+_TRIED_UNITS = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}  # of tokens that do not count in the loss, and of all
 
 
 def decide(unit: Unit) -> Unit:
@@ -303,27 +303,44 @@ def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: f
 
 def uniform_density(unit: Unit, region: Region) -> float:
     """The density that the options give to a region: of the tokens that do not count, where these keep other units than the rest."""
-    if region.kind == "attention":
-        return unit.config.attention_density
+    if isinstance(region, AttentionRegion):
+        given = unit.config.attention_density
+        if given == "auto":
+            return _PQ_DENSITY if _by_codes(unit, region) else min(_TRIED_KEYS)
+        return given
     if routes(unit, region):
         return _ROUTED_DENSITY if unit.config.ffn_density == "auto" else unit.config.ffn_density
-    given = unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density
-    assert given is not None
-    return min(TRIED[splits(unit, region)]) if given == "auto" else given
+    of_units = unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density
+    assert of_units is not None
+    return min(tried(unit, region)) if of_units == "auto" else of_units
+
+
+def tried(unit: Unit, region: Region) -> tuple[float, ...]:
+    """The densities that are measured: of keys, or of hidden units."""
+    return _TRIED_KEYS if isinstance(region, AttentionRegion) else _TRIED_UNITS[splits(unit, region)]
+
+
+def _by_codes(unit: Unit, region: AttentionRegion) -> bool:
+    """Whether keys are chosen by codebooks, as the paper has it, or are to be once there are some."""
+    return region in unit.states or unit.config.attention_selector == "pq"
 
 
 def measured(unit: Unit, region: Region) -> bool:
     """Whether the density of a region is to be measured on the example batch, not given."""
-    if region.kind == "attention" or routes(unit, region) or unit.plan is not None:
+    if unit.plan is not None:
+        return False
+    if isinstance(region, AttentionRegion):
+        return unit.config.attention_density == "auto" and not _by_codes(unit, region)
+    if routes(unit, region):
         return False
     if splits(unit, region) and unit.read.get(region) == "counted":
         return False  # there is no context
     return (unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density) == "auto"
 
 
-def splits(unit: Unit, region: FfnRegion) -> bool:
+def splits(unit: Unit, region: Region) -> bool:
     """Whether tokens that count in the loss keep other units than those that do not: not where next to all of them count."""
-    return unit.config.ffn_context_density is not None and _told_apart(unit, region)
+    return isinstance(region, FfnRegion) and unit.config.ffn_context_density is not None and _told_apart(unit, region)
 
 
 def _told_apart(unit: Unit, region: FfnRegion) -> bool:

@@ -16,7 +16,8 @@ from sptc.ir.plan import Plan
 Backend = Literal["eager", "inductor", "spt"]
 Precision = Literal["highest", "high", "medium"]
 
-DENSITY_ONE = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "ffn.context_density": None}
+# Tokens that nothing reads are computed as well: what is faster then is so by its products alone.
+DENSITY_ONE = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "ffn.context_density": None, "ffn.padding": "compute"}
 _ROUNDING = 1e-5  # relative: what products in fp32 stay within, and products of operands cut to 16 bits do not
 
 

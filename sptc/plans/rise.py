@@ -1,11 +1,11 @@
-"""Densities of FFNs by what they cost the model: measured layer by layer on the first batch, within `ffn.max_rise`.
+"""Densities by what they cost the model: measured region by region on the first batch, within `max_rise`.
 
-How much an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once dense, then
-once for each FFN and density with this one sparse, without gradients and without dropout, before the graph is compiled. In deep models
-neighbours are measured together: about a dozen groups bound the runs. A run's rise is the divergence of its predictions from the dense
-ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense model would rise by, without
-the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose sum stays within
-`ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
+How much attention or an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once
+dense, then once for each region and density with this one sparse, without gradients and without dropout, before the graph is compiled. In
+deep models neighbours are measured together: about a dozen groups of each kind bound the runs. A run's rise is the divergence of its
+predictions from the dense ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense
+model would rise by, without the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose
+sum stays within `max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
 
 A weight's density is chosen once for a limit: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0
 chooses.
@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
-from sptc.passes.decide.decisions import TRIED, at_density, left_out, measured, splits, through_units
+from sptc.passes.decide.decisions import at_density, left_out, measured, splits, through_units, tried
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
@@ -40,7 +41,8 @@ from sptc.plans.budget import replan
 log = logging.getLogger(__name__)
 
 _ROWS = 512  # at most, whose predictions are compared
-_GROUPS = 12
+_GROUPS = 12  # of FFNs, and as many of attention
+_FARTHEST = 64  # nodes between queries and what computes them
 _SILENT_SECONDS = 2.0
 
 _chosen: Any = WeakTensorKeyDictionary()  # down weight -> {(whether the context was told apart, what was allowed): density}
@@ -57,31 +59,51 @@ def weigh_alone(unit: Unit) -> Unit:
 
 
 def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], tuple[list[float], str]]) -> Unit:
-    waiting = [r for d in unit.decisions if d.rewrite and isinstance(r := d.region, FfnRegion) and measured(unit, r)]
+    waiting = [r for d in unit.decisions if d.rewrite and not isinstance(r := d.region, LossRegion) and measured(unit, r)]
     if not waiting:
         return unit
     weights = [_weight(unit, region) for region in waiting]
-    cases = [(splits(unit, region), unit.config.ffn_max_rise) for region in waiting]
+    cases = [(splits(unit, region), unit.config.max_rise) for region in waiting]
     known = [remembered.get(w, {}).get(case) for w, case in zip(weights, cases, strict=True) if w is not None]
     if len(known) == len(waiting) and None not in known:
         return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
-    if unit.config.ffn_max_rise == 0.0:
-        return _with(unit, dict.fromkeys(waiting, 1.0), "the loss may not rise at all (ffn.max_rise)")
+    if unit.config.max_rise == 0.0:
+        return _with(unit, dict.fromkeys(waiting, 1.0), "the loss may not rise at all (max_rise)")
     reason = _obstacle(unit, weights)
     if reason is not None:
-        return _with(unit, dict.fromkeys(waiting, 1.0), f"how much it may leave out can't be measured: {reason}; set ffn.density")
+        return _with(
+            unit,
+            dict.fromkeys(waiting, 1.0),
+            f"how much it may leave out can't be measured: {reason}; set attention.density and ffn.density",
+        )
     chosen, text = agreed(*_measure(unit, waiting))
     for weight, case, density in zip(weights, cases, chosen, strict=True):
         remembered[weight] = {**remembered.get(weight, {}), case: density}
     return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
 
 
-def _weight(unit: Unit, region: FfnRegion) -> Tensor | None:
-    """The down weight itself, that the density is remembered by."""
+def _weight(unit: Unit, region: Region) -> Tensor | None:
+    """The tensor that the density is remembered by: the down weight, or of attention the nearest matrix that queries are computed by."""
     frame = next(frame for frame in frames(unit.gm) if frame.gm.graph is region.y.graph)
-    index = input_index(outermost(parameter(region.down.weight), frame))
-    value = None if index is None else unit.example_inputs[index]
-    return value if isinstance(value, Tensor) else None
+    near = [parameter(region.down.weight)] if isinstance(region, FfnRegion) else _nearest(region.q)
+    for node in near:
+        index = input_index(outermost(node, frame))
+        value = None if index is None else unit.example_inputs[index]
+        if isinstance(value, Tensor) and (isinstance(region, FfnRegion) or (isinstance(value, nn.Parameter) and value.dim() > 1)):
+            return value
+    return None
+
+
+def _nearest(node: Node) -> Iterator[Node]:
+    """Inputs of its graph that a value is computed from, the nearest first."""
+    waiting, seen = [node], {node}
+    while waiting and len(seen) <= _FARTHEST:
+        here = waiting.pop(0)
+        if here.op == "placeholder":
+            yield here
+        fresh = [n for n in here.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        waiting += fresh
 
 
 def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
@@ -91,7 +113,7 @@ def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
     if any(isinstance(x, FakeTensor) for x in unit.example_inputs):
         return "the graph is compiled without its inputs' values"
     if any(weight is None for weight in weights):
-        return "a down weight is computed in the graph"
+        return "the weight of one is computed in the graph"
     for frame in frames(unit.gm):
         written = [target for node in frame.gm.graph.nodes for target in written_by(node)]
         aliases = alias_sets(frame.gm.graph) if written else {}
@@ -109,19 +131,19 @@ class _Predictions:
     loss: float
 
 
-def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str]:
+def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
     """Densities in the order of `regions`, and what was measured, for the report."""
     keys = region_keys(unit.regions)
     candidates: dict[Region, tuple[Settings, ...]] = {
-        r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions
+        r: tuple(at_density(unit, r, density)[0] for density in tried(unit, r)) for r in regions
     }
     groups = {keys[group[0]]: group for group in grouped(unit, regions)}
-    runs = [(key, density) for key, group in groups.items() for density in TRIED[splits(unit, group[0])]]
+    runs = [(key, density) for key, group in groups.items() for density in tried(unit, group[0])]
     beside = insert_beside(unit, candidates)
     try:
         dense = _run(unit, beside, {})
         rises = {}
-        for key, density in tqdm(runs, "sptc measures FFNs", delay=_SILENT_SECONDS, leave=False, unit="run"):
+        for key, density in tqdm(runs, "sptc measures densities", delay=_SILENT_SECONDS, leave=False, unit="run"):
             settings = {keys[r]: at_density(unit, r, density)[0].density for r in groups[key]}
             rises[key, density] = _divergence(dense, _run(unit, beside, settings))
     finally:
@@ -133,22 +155,27 @@ def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str
 
     planned = []
     for key, group in groups.items():
-        tried = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in TRIED[splits(unit, group[0])]]
+        choices = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in tried(unit, group[0])]
         planned.append(
-            PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *(c for c in tried if math.isfinite(c.error))))
+            PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *(c for c in choices if math.isfinite(c.error))))
         )
-    allowed = unit.config.ffn_max_rise * dense.loss
+    allowed = unit.config.max_rise * dense.loss
     squares = {(r.key, c.density): c.error**2 for r in planned for c in r.choices}
     plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed), squares=squares)
-    log.info("FFN densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
+    log.info("densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
     chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
-    text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all FFNs so, before training"
+    text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all densities so, before training"
     return [chosen[region] for region in regions], text
 
 
-def grouped(unit: Unit, regions: Sequence[FfnRegion]) -> list[list[FfnRegion]]:
+def grouped(unit: Unit, regions: Sequence[Region]) -> list[list[Region]]:
+    """Runs of neighbours of a kind, the kinds one after the other."""
+    return [group for kind in ("attention", "ffn") for group in _grouped(unit, [r for r in regions if r.kind == kind])]
+
+
+def _grouped(unit: Unit, regions: Sequence[Region]) -> list[list[Region]]:
     """Runs of neighbours whose tokens are told apart alike, `_GROUPS` if all are; the first, as a rule the most sensitive, is alone."""
-    groups: list[list[FfnRegion]] = []
+    groups: list[list[Region]] = []
     size = max(1, math.ceil((len(regions) - 1) / (_GROUPS - 1)))
     for i, region in enumerate(regions):
         if i <= 1 or (i - 1) % size == 0 or splits(unit, region) != splits(unit, groups[-1][0]):
@@ -199,18 +226,17 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
                 yield decision
                 continue
             density = densities[decision.region]
-            assert isinstance(decision.region, FfnRegion)
-            through = through_units(unit, decision.region) if density == 1.0 else None
+            through = through_units(unit, decision.region) if density == 1.0 and isinstance(decision.region, FfnRegion) else None
             if through is not None:
                 text = f"gradients through fewer units, forward all of them; {reason}{left_out(through[0])}"
                 yield Decision(decision.region, True, text, *through)
                 continue
             settings, dense, sparse = at_density(unit, decision.region, density)
-            assert isinstance(settings, UnitSettings)
-            pays = unit.config.decline == "never" or sparse.seconds < dense.seconds
+            skips = isinstance(settings, UnitSettings) and not settings.whole  # whatever its density
+            skips = skips and (unit.config.decline == "never" or sparse.seconds < dense.seconds)
             kept = f"kept whole; {reason}" if density == 1.0 else f"{decision.reason}; {reason}"
-            if density == 1.0 and not settings.whole and pays:
+            if density == 1.0 and skips:
                 kept += left_out(settings)
-            yield Decision(decision.region, density < 1.0 or (not settings.whole and pays), kept, settings, dense, sparse)
+            yield Decision(decision.region, density < 1.0 or skips, kept, settings, dense, sparse)
 
     return replace(unit, decisions=tuple(decided()))

@@ -20,7 +20,7 @@ from tests.models.compiled import without_inductor
 from tests.planning_device import DEVICE
 
 D, HIDDEN, CLASSES = 16, 64, 7
-OPTIONS = {"decline": "never", "attention.enabled": False, "ffn.max_rise": 0.02}
+OPTIONS = {"decline": "never", "attention.enabled": False, "max_rise": 0.02}
 
 
 class Ffn(nn.Module):
@@ -102,7 +102,7 @@ def test_what_the_model_needs_stays_and_what_it_does_not_goes(counted: float, le
 
 @pytest.mark.parametrize("allowed, expected", [(0.0, [1.0, 1.0]), (1e6, [0.5, 0.5])])
 def test_max_rise_is_the_limit(allowed: float, expected: list[float]) -> None:
-    compiled = torch.compile(Model(), backend=without_inductor(**{**OPTIONS, "ffn.max_rise": allowed}))
+    compiled = torch.compile(Model(), backend=without_inductor(**{**OPTIONS, "max_rise": allowed}))
     compiled(*batch())
     assert densities(compiled) == expected
 
@@ -119,7 +119,7 @@ def test_the_rise_is_the_divergence_at_the_tokens_that_count(monkeypatch: pytest
     head = model.head.register_forward_hook(lambda _, args, out: logits.append(out.detach()))
     with torch.no_grad():
         model(ids, labels)
-        for density in rise.TRIED[True]:  # of the first FFN alone
+        for density in (1 / 2, 1 / 8):  # of the first FFN alone
             _Only(model, density)(ids, labels)
     head.remove()
     rows = (labels != -100).flatten()
@@ -171,7 +171,9 @@ def test_without_a_measurement_ffns_stay_whole_and_say_so(model: type[Model], sa
     compiled = torch.compile(made := model(), backend=without_inductor(**OPTIONS))
     compiled(*batch())
     assert densities(compiled) == [1.0, 1.0]
-    assert all(says in r.reason and "set ffn.density" in r.reason for r in sptc.report(compiled).regions if r.kind == "ffn")
+    assert all(
+        says in r.reason and "set attention.density and ffn.density" in r.reason for r in sptc.report(compiled).regions if r.kind == "ffn"
+    )
     if model is Counting:
         assert int(made.calls) == 1
 
@@ -203,6 +205,54 @@ def test_another_limit_is_another_choice() -> None:
     model = Model()
     for allowed, expected in ((1e6, [0.5, 0.5]), (0.0, [1.0, 1.0])):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend=without_inductor(**{**OPTIONS, "ffn.max_rise": allowed}))
+        compiled = torch.compile(model, backend=without_inductor(**{**OPTIONS, "max_rise": allowed}))
         compiled(*batch())
         assert densities(compiled) == expected
+
+
+class Attending(nn.Module):
+    """Two layers of attention; the second one adds next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(50, D), nn.Linear(D, CLASSES)
+        self.q = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+        self.v = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+        with torch.no_grad():
+            self.v[0].weight *= 10
+            self.v[1].weight *= 0.001
+            self.v[1].bias.zero_()
+
+    def logits(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for q, v in zip(self.q, self.v, strict=True):
+            queries, values = q(x)[:, None], v(x)[:, None]
+            x = x + F.scaled_dot_product_attention(queries, queries, values, is_causal=True)[:, 0]
+        return self.head(x)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(ids).flatten(0, 1), labels.flatten())
+
+
+def test_attention_keeps_what_the_model_needs() -> None:
+    blocks = {"decline": "never", "attention.query_block": 4, "attention.key_block": 4, "max_rise": 0.001}
+    compiled = torch.compile(model := Attending(), backend=without_inductor(**blocks))
+    compiled(*batch(64)).backward()
+    regions = [r for r in sptc.report(compiled).regions if r.kind == "attention"]
+    assert [r.density for r in regions] == [1.0, 0.125] and all("measured" in r.reason for r in regions)
+    compiled(*batch(48)).backward()
+    assert [r.density for r in sptc.report(compiled).regions if r.kind == "attention"] == [1.0, 0.125] * sptc.report(compiled).graphs
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_attention_without_a_measurement_stays_dense() -> None:
+    model = Attending()
+    compiled = torch.compile(model.logits, backend=without_inductor(decline="never"))
+    compiled(batch(64)[0])
+    (first, second) = [r for r in sptc.report(compiled).regions if r.kind == "attention"]
+    assert first.status == second.status == "declined" and "no cross entropy" in first.reason and "set attention.density" in first.reason
+    torch._dynamo.reset()
+    given = torch.compile(model.logits, backend=without_inductor(**{"decline": "never", "attention.density": 0.5}))
+    given(batch(64)[0])
+    assert [r.density for r in sptc.report(given).regions if r.kind == "attention"] == [0.5, 0.5]

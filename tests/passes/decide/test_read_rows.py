@@ -86,7 +86,7 @@ def test_options() -> None:
 THIN = {
     "units": {"ffn.density": 0.75, "ffn.context_density": 0.25},
     "units-alike": {"ffn.density": 0.5, "ffn.context_density": None},
-    "gradients": {"ffn.max_rise": 0.0, "ffn.gradient_density": 0.75, "ffn.gradient_context_density": 0.25},
+    "gradients": {"max_rise": 0.0, "ffn.gradient_density": 0.75, "ffn.gradient_context_density": 0.25},
 }
 
 

@@ -22,7 +22,7 @@ from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.ffns import HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
-EXACT = {"ffn.max_rise": 0.0, "decline": "never", "ffn.padding": "compute"}  # the forward pass, of all tokens
+EXACT = {"max_rise": 0.0, "decline": "never", "ffn.padding": "compute"}  # the forward pass, of all tokens
 ALIKE = {**EXACT, "ffn.gradient_density": 0.3, "ffn.gradient_context_density": None}
 APART = {**EXACT, "ffn.gradient_density": 0.75, "ffn.gradient_context_density": 0.25}
 
