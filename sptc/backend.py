@@ -23,15 +23,19 @@ from sptc.device.costs import calibrate
 from sptc.device.fingerprint import fingerprint
 from sptc.ir.plan import Plan
 from sptc.model.compiled import CompiledGraph
-from sptc.passes import ANALYSIS, REWRITING
+from sptc.model.recompiles import limit_note
+from sptc.passes import ANALYSIS, PIPELINE, REWRITING
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plans.rise import weigh
 from sptc.reports.dump import Dump
 from sptc.reports.emit import emit
+from sptc.reports.patience import shown
 from sptc.reports.report import Report
+from sptc.reports.summary import Summary, traced_code
 
 log = logging.getLogger(__name__)
+_summary = Summary()
 
 Inner = Callable[[fx.GraphModule, list[Any], Config], Callable[..., Any]]
 
@@ -56,16 +60,27 @@ def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
     tagged = functools.partial(config_module.patch, cache_key_tag=f"{config_module.cache_key_tag}sptc-{fingerprint()}")
     with tagged():
         # Twice, as compile_fx itself does with config_patches: the backward graph is compiled later, out of this scope.
-        compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(compile_fx_inner), config_patches=config.inductor or None)
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(_patiently), config_patches=config.inductor or None)
     return compiled
+
+
+def _patiently(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
+    """What compiles a forward or a backward graph, with a line on a terminal while it lasts."""
+    which = "backward" if settings.get("is_backward") else "forward"
+    with shown(f"Inductor compiles a {which} graph of {len(gm.graph.nodes)} nodes"):
+        return compile_fx_inner(gm, example_inputs, **settings)
 
 
 def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Unit:
     """A captured graph at the start of the passes, with what is known of the device it runs on.
 
     Raises:
-        ConfigError: a device without kernels, or a plan that can't be read or contradicts an option.
+        ConfigError: a device without kernels, a plan that can't be read or contradicts an option, or a pass to disable that there is not.
     """
+    passes = [apply.__name__ for apply, _ in PIPELINE]
+    for name in config.disable or ():
+        if name not in passes:
+            raise ConfigError(f"option 'disable': there is no pass {name!r} to leave out; known: {', '.join(passes)}")
     device = _device(example_inputs)
     kernels = runs_kernels(device)
     costs = calibrate(device, kernel_blocks if kernels else default_blocks)
@@ -91,22 +106,29 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
                 warning_once(log, f"{refusal.site.module or 'the model'}: {refusal.reason}")
         if unit.closed is not None:
             warning_once(log, f"{unit.closed.site.source or 'a graph'}: {unit.closed.reason}; Inductor compiles it as it was captured")
+        code = traced_code()
+        if code is not None and (limit := limit_note(code, coming=1)) is not None:
+            warning_once(log, limit)
         kernels = emit(unit, _device(example_inputs))
         # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
         rewritten = any(decision.rewrite for decision in unit.decisions)
         compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
+        called = _summary.gather(report, config, example_inputs)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
     except Exception:
         if config.on_error != "dense":
             raise
         log.warning("sptc failed on a graph and leaves it dense, as on_error='dense' asks", exc_info=True)
-        report, kernels, dropped = Report.of([]), (), ()
+        report, kernels, dropped, called = Report.of([]), (), (), None
         compiled = inner(gm, example_inputs, config)
     if dump is not None:
         dump.report(report)
         dump.kernels(kernels)
-    return CompiledGraph(compiled, report, example_inputs, dropped)
+    return CompiledGraph(compiled, report, example_inputs, dropped, called)
+
+
+spt.reset = _summary.forget  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

@@ -77,6 +77,9 @@ class Config:
     on_error: Literal["raise", "dense"] | None = _option(
         "on_error", None, "None: what can't be traced again stays dense, with a warning, and a bug raises; 'raise': both; 'dense': neither"
     )
+    disable: list[str] | None = _option(
+        "disable", None, "passes to leave out, to find one that is at fault: lower, find, bind, decide, rewrite"
+    )
     dump: str | None = _option("dump", None, "a folder for graphs, kernels and the report")
     inductor: dict[str, Any] = _option("inductor", {}, "config patches for Inductor")
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # keys that from_options was given; no option itself

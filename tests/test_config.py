@@ -61,6 +61,7 @@ def test_an_int_is_a_fine_density():
         ({"decline": None}, "must be one of 'auto', 'never', got None"),
         ({"inductor": []}, "'inductor' must be dict"),
         ({"dump": 3}, "'dump' must be str or None"),
+        ({"disable": "rewrite"}, "'disable' must be list or None"),
         ({"ffn.density": 0.0}, "'ffn.density' must be in (0, 1], got 0.0"),
         ({"attention.density": 1.01}, "'attention.density' must be in (0, 1]"),
         ({"ffn.density": float("nan")}, "must be in (0, 1]"),

@@ -9,29 +9,35 @@ instances of a class, and a decorator's wrapper between all that it decorates: p
 from __future__ import annotations
 
 import inspect
-import os
 import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-import torch._dynamo
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, innermost_fn
 
 from sptc.model.capture import called_modules
 from sptc.model.dropped import dropped_logits
 from sptc.model.outside import outside_note
+from sptc.model.recompiles import limit_note
 from sptc.reports.report import Report
 
 
 class CompiledGraph:
-    """A compiled graph with the report of its compile."""
+    """A compiled graph with the report of its compile. `called` is told the arguments of each call until it returns True."""
 
-    def __init__(self, call: Callable[..., Any], report: Report, inputs: Sequence[Any], dropped: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        report: Report,
+        inputs: Sequence[Any],
+        dropped: Sequence[int] = (),
+        called: Callable[[Sequence[Any]], bool] | None = None,
+    ) -> None:
         self._call = call
+        self._called = called
         self._dropped = frozenset(dropped)
         self.report = report
         parameters = [x for x in inputs if isinstance(x, nn.Parameter)]
@@ -39,6 +45,8 @@ class CompiledGraph:
         self._shapes = Counter((tuple(p.shape), p.dtype) for p in parameters)
 
     def __call__(self, *args: Any) -> Any:
+        if self._called is not None and self._called(args):
+            self._called = None
         results = self._call(*args)
         return [dropped_logits() if i in self._dropped else r for i, r in enumerate(results)] if self._dropped else results
 
@@ -76,7 +84,7 @@ def report(model: Callable[..., Any]) -> Report:
     first: dict[Any, int] = {}  # by frame and parameters
     keys = [(at[0], frozenset(map(id, graph.live_parameters()))) for at, graph in sorted(found.items())]
     same = [first.setdefault(key, i) for i, key in enumerate(keys)]
-    notes = [note for code in codes if (note := _limit_note(code)) is not None]
+    notes = [note for code in codes if (note := limit_note(code)) is not None]
     root = model._orig_mod if isinstance(model, OptimizedModule) else innermost_fn(model)
     if isinstance(root, nn.Module):
         own = [graph for graph in graphs if graph.compiled_for([*root.parameters()])]
@@ -84,17 +92,6 @@ def report(model: Callable[..., Any]) -> Report:
             outside = outside_note(root, {id(p) for graph in own for p in graph.live_parameters()})
             notes += [outside] if outside is not None else []
     return Report.merged((graph.report for graph in graphs), notes, same)
-
-
-def _limit_note(code: types.CodeType) -> str | None:
-    count, limit = len(_debug_get_cache_entry_list(code)), torch._dynamo.config.recompile_limit
-    if count < limit:
-        return None
-    where = f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
-    return (
-        f"{where} was compiled {count} times, as often as torch._dynamo.config.recompile_limit allows: what needs one more graph, such as "
-        "other sizes or another layer, runs eagerly"
-    )
 
 
 def compiled_graphs(model: Callable[..., Any]) -> list[CompiledGraph]:

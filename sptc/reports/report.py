@@ -190,7 +190,10 @@ def _number(value: float) -> str:
 
 def _of_unit(unit: Unit) -> Report:
     order = {gm.graph: position for position, gm in enumerate(graphs(unit.gm))}
-    rows = [(d.region.y, _decided(d)) for d in unit.decisions] + [(r.node, _refused(r)) for r in unit.refusals]
+    decisions = unit.decisions
+    if "rewrite" in (unit.config.disable or ()):
+        decisions = tuple(replace(d, rewrite=False, reason=f"option 'disable' names pass 'rewrite'; {d.reason}") for d in decisions)
+    rows = [(d.region.y, _decided(d)) for d in decisions] + [(r.node, _refused(r)) for r in unit.refusals]
     # A node keeps its sort key when it is erased from its graph.
     rows.sort(key=lambda row: (order.get(row[0].graph, 0), row[0]._sort_key))
     return Report(
@@ -252,6 +255,8 @@ def _computes(region: Region | LossRegion) -> str:
 
 def _notes(unit: Unit) -> Iterator[str]:
     """What a user should know beyond the rows."""
+    if unit.config.disable:
+        yield f"option 'disable': without {', '.join(unit.config.disable)}"
     rewritten = [d.region for d in unit.decisions if d.rewrite]
     bare = [r for r in rewritten if not isinstance(r, LossRegion) and r not in unit.states]
     attention = sum(r.kind == "attention" for r in bare)

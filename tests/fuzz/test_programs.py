@@ -55,6 +55,27 @@ def test_a_failing_program_is_made_small():
     )
 
 
+ONLY_FLOAT32 = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x, mask):
+        y = self.down(torch.relu(self.up(x)))
+        return (y * 1e7).sin() + torch.zeros(2, 5, 8).masked_fill(x > 1e9, torch.finfo(x.dtype).min)
+"""
+
+
+def test_what_float64_refuses_is_judged_without_it():
+    """What the program amplifies is rounding, of which only a run in float64 could tell."""
+    found, _ = difference(ONLY_FLOAT32, {}, dtype="float32", train=True, input_grad=False)
+    assert "from eager" in found
+
+
 @pytest.mark.parametrize("shard", range(max(1, EXAMPLES // SHARD)))
 def test_programs(shard):
     @seed(SEED * 100_003 + shard)

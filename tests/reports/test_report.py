@@ -279,6 +279,7 @@ def test_the_recompile_limit_is_a_note():
             wrapped(torch.randn(n, 16))
         (note,) = [note for note in sptc.report(wrapped).notes if "recompile_limit" in note]
         assert "Ffn.forward (test_report.py:" in note and "was compiled 2 times" in note
+        assert "what changed last: tensor 'x' size mismatch at index 0" in note
 
 
 def test_a_pattern_that_names_no_region_is_a_note():
