@@ -1,0 +1,221 @@
+"""A cell of the matrix: one way to train, as a script that a user would write, and what must hold of it.
+
+A script runs three times on the same weights and data: eager, compiled at density 1, and compiled sparse. Gradients are recorded where
+every stack ends up, at the steps of the optimizer, so a script says nothing about what is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import sptc
+from tests.models.compiled import FULL, assert_gradients_close, without_inductor
+from tests.stack.models import REGIONS
+
+SPARSE = {
+    "decline": "never",
+    "attention.density": 0.5,
+    "attention.query_block": 4,
+    "attention.key_block": 4,
+    "ffn.density": 0.75,
+    "ffn.context_density": 0.5,
+}
+
+Kind = Literal["eager", "exact", "sparse"]
+
+
+class Run:
+    """One run of a script: how it compiles, and what is recorded of it."""
+
+    def __init__(self, kind: Kind, folder: Path, options: Mapping[str, Any] | None = None, inductor: bool = False) -> None:
+        self.kind = kind
+        self.folder = folder
+        self.options = dict(FULL if kind == "exact" else {**SPARSE, **(options or {})})
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step, by parameter name
+        self.compiles = 0
+        self.model: Any = None  # what is trained
+        self.compiled: Any = None  # what sptc.report is asked of
+        self._inner: Any = None if inductor else without_inductor(**self.options)
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def sparse(self) -> bool:
+        return self.kind == "sparse"
+
+    def train(self, model: Any) -> Any:
+        """Say which model is trained, once it has its trainable parameters; the model itself is returned."""
+        self.model = model
+        self._before = {name: p.detach().clone() for name, p in self.trained()}
+        return model
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """The Dynamo backend: it counts what it compiles."""
+        self.compiles += 1
+        if self._inner is None:
+            return torch._dynamo.lookup_backend("spt")(gm, example_inputs, options=self.options)  # type: ignore[call-arg]
+        return self._inner(gm, example_inputs)
+
+    def compile_in_place(self, model: nn.Module, **more: Any) -> None:
+        """`model.compile(backend="spt")`."""
+        if self.kind != "eager":
+            model.compile(backend=self.backend, **more)
+            self.compiled = model
+
+    def compile(self, function: Any, **more: Any) -> Any:
+        """`torch.compile(function, backend="spt")`."""
+        if self.kind == "eager":
+            return function
+        self.compiled = torch.compile(function, backend=self.backend, **more)
+        return self.compiled
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the gradients of every optimizer step."""
+
+        def record(*_: Any) -> None:
+            self.gradients.append({name: whole(p.grad).detach().clone() for name, p in self.trained() if p.grad is not None})
+
+        handle = register_optimizer_step_pre_hook(record)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def still(self) -> list[str]:
+        """Names of the trained tensors that training did not move."""
+        return [name for name, p in self.trained() if torch.equal(whole(p), whole(self._before[name]))]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    Attributes:
+        name: what is combined with sptc.
+        script: trains `run.train(model)`, compiles by `run`, appends to `run.losses`.
+        compiles: the most graphs that the sparse run may compile.
+        regions: how many regions of each kind the graphs that train must have rewritten.
+        refused: for a kind of region, a part of the reason that the report must give for leaving it dense.
+        options: of the sparse run, beyond SPARSE.
+        tolerance: of the gradients of the first step at density 1 against eager mode; None where they can't be compared.
+        why: where `tolerance` is None, what makes two runs differ; otherwise a remark for the table.
+        falls: whether the loss must fall.
+        inductor: compile by Inductor.
+        slow: more than a few seconds; only in `make test-stack`.
+        needs: a package beyond those of the dev extra.
+    """
+
+    name: str
+    script: Callable[[Run], None]
+    compiles: int = 1
+    regions: Mapping[str, int] = field(default_factory=lambda: REGIONS)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float | None = 1e-5
+    why: str = ""
+    falls: bool = True
+    inductor: bool = False
+    slow: bool = False
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the table says of a cell."""
+
+    rewritten: str
+    compiles: int
+    error: float | None
+    says: tuple[str, ...]
+
+
+def rows(group: str, cells: Iterable[Cell]) -> list[Any]:
+    """Cells as parameters of a test, with the marks by which they are chosen and by which the table finds them."""
+    out = []
+    for cell in cells:
+        marks = [pytest.mark.cell(group, cell.name)]
+        marks += [pytest.mark.stack] if cell.slow or cell.needs else []
+        marks += [pytest.mark.needs(cell.needs)] if cell.needs else []
+        out.append(pytest.param(cell, id=cell.name.replace(" ", "-"), marks=marks))
+    return out
+
+
+def run_script(cell: Cell, kind: Kind, folder: Path) -> Run:
+    torch._dynamo.reset()
+    run = Run(kind, folder / kind, cell.options, cell.inductor)
+    run.folder.mkdir(parents=True)
+    torch.manual_seed(3)
+    with run.recording():
+        cell.script(run)
+    return run
+
+
+def check(cell: Cell, folder: Path) -> Facts:
+    """Run the cell and assert all that it promises."""
+    error = None
+    if cell.tolerance is not None:
+        eager, exact = (run_script(cell, kind, folder) for kind in ("eager", "exact"))
+        assert eager.gradients and exact.gradients, "the script took no optimizer step"
+        error = gradient_error(exact.gradients[0], eager.gradients[0])
+        assert_gradients_close(exact.gradients[0], eager.gradients[0], cell.tolerance)
+    run = run_script(cell, "sparse", folder)
+    return check_sparse(cell, run, error)
+
+
+def check_sparse(cell: Cell, run: Run, error: float | None) -> Facts:
+    assert run.losses and all(torch.isfinite(torch.tensor(run.losses)))
+    report = sptc.report(run.compiled)
+    done = training_regions(report)
+    assert {kind: count for kind, count in done["rewritten"].items() if kind != "loss"} == dict(cell.regions), f"\n{report}"
+    says = []
+    for kind, part in cell.refused.items():
+        reasons = {r.reason for r in report.regions if r.kind == kind and r.status != "rewritten" and part in r.reason}
+        assert reasons, f"no {kind} is refused because of {part!r}\n{report}"
+        says += sorted(reasons)[:1]
+    assert not any("recompile_limit" in note for note in report.notes), report.notes
+    assert run.compiles <= cell.compiles, f"{run.compiles} graphs were compiled, {cell.compiles} at most were to be\n{report}"
+    still = run.still()
+    assert not still, f"training moved nothing of {still}"
+    if cell.falls:
+        third = max(1, len(run.losses) // 3)
+        first, last = sum(run.losses[:third]) / third, sum(run.losses[-third:]) / third
+        assert last < first, f"the loss did not fall: {run.losses}"
+    rewritten = sum(count for kind, count in done["rewritten"].items() if kind != "loss")
+    total = rewritten + sum(count for kind, count in done["dense"].items() if kind != "loss")
+    return Facts(f"{rewritten} of {total}", run.compiles, error, (*says, *([cell.why] if cell.why else [])))
+
+
+def training_regions(report: sptc.Report) -> dict[str, Counter[str]]:
+    """How many regions of each kind are rewritten in at least one graph, and how many in none; a region is told by module and kind."""
+    rewritten = {(r.kind, r.module) for r in report.regions if r.status == "rewritten"}
+    dense = {(r.kind, r.module) for r in report.regions if r.kind != "graph"} - rewritten
+    return {"rewritten": Counter(kind for kind, _ in rewritten), "dense": Counter(kind for kind, _ in dense)}
+
+
+def gradient_error(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """The largest error of a gradient, by the measure of `assert_gradients_close`."""
+    largest = max(float(g.abs().max()) for g in want.values())
+    return max(
+        float((got[name].double() - g.double()).abs().max()) / max(float(g.abs().max()), 1e-2 * largest)
+        for name, g in want.items()
+        if name in got
+    )
