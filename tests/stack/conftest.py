@@ -27,16 +27,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         (package,) = mark.args
         if importlib.util.find_spec(package) is None:
             sentence = f"{package} is not installed; `pip install 'sptc[stack]'` brings it"
-            pytest.fail(sentence) if item.config.getoption("--stack-complete") else pytest.skip(sentence)
+            pytest.fail(sentence) if item.config.getoption("--stack-complete", False) else pytest.skip(sentence)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Group and name travel with the report, since workers send only reports."""
+    """Group, name and place travel with the report, since workers send only reports."""
     report = yield
     mark = item.get_closest_marker("cell")
     if mark is not None:
-        report.user_properties.append(("cell", mark.args))
+        report.user_properties.append(("cell", (*mark.args, item.session.items.index(item))))
     return report
 
 
@@ -51,8 +51,8 @@ class Results:
         facts = dict(report.user_properties)
         ended = report.when == "call" or (report.when == "setup" and not report.passed)
         if ended and "cell" in facts:
-            group, name = facts.pop("cell")
-            line = {"group": group, "name": name, "outcome": report.outcome, **facts}
+            group, name, order = facts.pop("cell")
+            line = {"group": group, "name": name, "order": order, "outcome": report.outcome, **facts}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 

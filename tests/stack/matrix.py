@@ -1,7 +1,7 @@
 """A cell of the matrix: one way to train, as a script that a user would write, and what must hold of it.
 
-A script runs three times on the same weights and data: eager, compiled at density 1, and compiled sparse. Gradients are recorded where
-every stack ends up, at the steps of the optimizer, so a script says nothing about what is checked.
+A script runs three times on the same weights and data: eager and compiled at density 1, both up to the first step of the optimizer, and compiled
+sparse, to its end. Gradients are recorded where every stack ends up, at that step, so a script says nothing about what is checked.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ Kind = Literal["eager", "exact", "sparse"]
 class Run:
     """One run of a script: how it compiles, and what is recorded of it."""
 
-    def __init__(self, kind: Kind, folder: Path, options: Mapping[str, Any] | None = None, inductor: bool = False) -> None:
+    def __init__(self, kind: Kind, folder: Path, options: Mapping[str, Any], inductor: bool = False) -> None:
         self.kind = kind
         self.folder = folder
-        self.options = dict(FULL if kind == "exact" else {**SPARSE, **(options or {})})
+        self.options = dict(FULL if kind == "exact" else options)
         self.losses: list[float] = []
-        self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step, by parameter name
+        self.gradients: dict[str, Tensor] = {}  # of the first optimizer step, by parameter name
         self.compiles = 0
-        self.model: Any = None  # what is trained
         self.compiled: Any = None  # what sptc.report is asked of
+        self.report: sptc.Report | None = None  # if the script took it, because it goes on to change the model
         self._inner: Any = None if inductor else without_inductor(**self.options)
+        self.trained: dict[str, nn.Parameter] = {}
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -55,12 +56,9 @@ class Run:
 
     def train(self, model: Any) -> Any:
         """Say which model is trained, once it has its trainable parameters; the model itself is returned."""
-        self.model = model
-        self._before = {name: p.detach().clone() for name, p in self.trained()}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._before = {name: whole(p).detach().clone() for name, p in self.trained.items()}
         return model
-
-    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The Dynamo backend: it counts what it compiles."""
@@ -84,20 +82,28 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep the gradients of every optimizer step."""
+        """Keep the gradients of the first optimizer step; the runs that are compared end there."""
 
         def record(*_: Any) -> None:
-            self.gradients.append({name: whole(p.grad).detach().clone() for name, p in self.trained() if p.grad is not None})
+            if not self.gradients:
+                self.gradients = {name: whole(p.grad).detach().clone() for name, p in self.trained.items() if p.grad is not None}
+            if not self.sparse:
+                raise _Enough
 
         handle = register_optimizer_step_pre_hook(record)
         try:
-            yield
+            with contextlib.suppress(_Enough):
+                yield
         finally:
             handle.remove()
 
     def still(self) -> list[str]:
         """Names of the trained tensors that training did not move."""
-        return [name for name, p in self.trained() if torch.equal(whole(p), whole(self._before[name]))]
+        return [name for name, p in self.trained.items() if torch.equal(whole(p), self._before[name])]
+
+
+class _Enough(BaseException):
+    """Ends a script at its first optimizer step."""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -114,13 +120,13 @@ class Cell:
         script: trains `run.train(model)`, compiles by `run`, appends to `run.losses`.
         compiles: the most graphs that the sparse run may compile.
         regions: how many regions of each kind the graphs that train must have rewritten.
-        refused: for a kind of region, a part of the reason that the report must give for leaving it dense.
-        options: of the sparse run, beyond SPARSE.
+        says: parts of what the report must say of what stays dense: for a kind of region of its reason, for "break" and "note" of one of these.
+        options: of the sparse run.
         tolerance: of the gradients of the first step at density 1 against eager mode; None where they can't be compared.
         why: where `tolerance` is None, what makes two runs differ; otherwise a remark for the table.
         falls: whether the loss must fall.
         inductor: compile by Inductor.
-        slow: more than a few seconds; only in `make test-stack`.
+        fast: a matter of seconds, and in `make test` too.
         needs: a package beyond those of the dev extra.
     """
 
@@ -128,13 +134,13 @@ class Cell:
     script: Callable[[Run], None]
     compiles: int = 1
     regions: Mapping[str, int] = field(default_factory=lambda: REGIONS)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    says: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=lambda: SPARSE)
     tolerance: float | None = 1e-5
     why: str = ""
     falls: bool = True
     inductor: bool = False
-    slow: bool = False
+    fast: bool = False
     needs: str | None = None
 
 
@@ -153,7 +159,7 @@ def rows(group: str, cells: Iterable[Cell]) -> list[Any]:
     out = []
     for cell in cells:
         marks = [pytest.mark.cell(group, cell.name)]
-        marks += [pytest.mark.stack] if cell.slow or cell.needs else []
+        marks += [] if cell.fast else [pytest.mark.stack]
         marks += [pytest.mark.needs(cell.needs)] if cell.needs else []
         out.append(pytest.param(cell, id=cell.name.replace(" ", "-"), marks=marks))
     return out
@@ -174,24 +180,28 @@ def check(cell: Cell, folder: Path) -> Facts:
     error = None
     if cell.tolerance is not None:
         eager, exact = (run_script(cell, kind, folder) for kind in ("eager", "exact"))
-        assert eager.gradients and exact.gradients, "the script took no optimizer step"
-        error = gradient_error(exact.gradients[0], eager.gradients[0])
-        assert_gradients_close(exact.gradients[0], eager.gradients[0], cell.tolerance)
+        assert eager.gradients, "the script took no optimizer step"
+        assert exact.compiles, "the script compiled nothing"
+        assert_gradients_close(exact.gradients, eager.gradients, cell.tolerance)
+        error = gradient_error(exact.gradients, eager.gradients)
     run = run_script(cell, "sparse", folder)
     return check_sparse(cell, run, error)
 
 
 def check_sparse(cell: Cell, run: Run, error: float | None) -> Facts:
     assert run.losses and all(torch.isfinite(torch.tensor(run.losses)))
-    report = sptc.report(run.compiled)
+    report = run.report or sptc.report(run.compiled)
     done = training_regions(report)
     assert {kind: count for kind, count in done["rewritten"].items() if kind != "loss"} == dict(cell.regions), f"\n{report}"
     says = []
-    for kind, part in cell.refused.items():
-        reasons = {r.reason for r in report.regions if r.kind == kind and r.status != "rewritten" and part in r.reason}
-        assert reasons, f"no {kind} is refused because of {part!r}\n{report}"
-        says += sorted(reasons)[:1]
-    assert not any("recompile_limit" in note for note in report.notes), report.notes
+    for kind, part in cell.says.items():
+        said = {"break": report.breaks, "note": report.notes}.get(kind) or [
+            f"{kind}: {r.reason}" for r in report.regions if r.kind == kind and r.status != "rewritten"
+        ]
+        matching = [sentence for sentence in said if part in sentence]
+        assert matching, f"the report does not say {part!r} of {kind}\n{report}"
+        says += matching[:1]
+    assert "recompile_limit" in cell.says.get("note", "") or not any("recompile_limit" in note for note in report.notes), report.notes
     assert run.compiles <= cell.compiles, f"{run.compiles} graphs were compiled, {cell.compiles} at most were to be\n{report}"
     still = run.still()
     assert not still, f"training moved nothing of {still}"
