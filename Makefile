@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BIN_OLDEST := .venv-oldest/bin
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo bench quality test test-all test-stack test-oldest fuzz lint gpu clean
+.PHONY: demo bench quality test test-all test-stack stack-table test-oldest fuzz lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -36,9 +36,11 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n 2 -m 'not stack'
 
-# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others, within 15 minutes on two cores; then docs/stack.md.
+# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others; 15 minutes on two cores. `make stack-table` after it writes docs/stack.md.
 test-stack: .venv/.stack
 	$(BIN)/pytest -n 2 -m '' tests/stack --stack-complete --stack-results build/stack.jsonl
+
+stack-table:
 	$(BIN)/python -m tests.stack table build/stack.jsonl > build/stack.md
 	mv build/stack.md docs/stack.md
 
