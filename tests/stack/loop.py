@@ -24,7 +24,8 @@ def loop(
     Args:
         call: what computes the output, if not `model` itself.
     """
-    call, inputs = call or model, inputs or batch()
+    call = model if call is None else call
+    inputs = batch() if inputs is None else inputs
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     for _ in range(steps):
         loss = call(**inputs).loss

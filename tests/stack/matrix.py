@@ -7,6 +7,7 @@ sparse, to its end. Gradients are recorded where every stack ends up, at that st
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -165,60 +166,78 @@ def rows(group: str, cells: Iterable[Cell]) -> list[Any]:
     return out
 
 
-def run_script(cell: Cell, kind: Kind, folder: Path) -> Run:
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left, as plain data: it may come from another process."""
+
+    gradients: dict[str, Tensor]
+    losses: list[float]
+    compiles: int
+    still: list[str]
+    report: sptc.Report | None
+
+
+def run_script(cell: Cell, kind: Kind, folder: Path) -> Outcome:
     torch._dynamo.reset()
     run = Run(kind, folder / kind, cell.options, cell.inductor)
-    run.folder.mkdir(parents=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(3)
     with run.recording():
         cell.script(run)
-    return run
+    report = (run.report or sptc.report(run.compiled)) if run.sparse else None
+    return Outcome(run.gradients, run.losses, run.compiles, run.still(), report)
 
 
 def check(cell: Cell, folder: Path) -> Facts:
     """Run the cell and assert all that it promises."""
     error = None
     if cell.tolerance is not None:
-        eager, exact = (run_script(cell, kind, folder) for kind in ("eager", "exact"))
-        assert eager.gradients, "the script took no optimizer step"
-        assert exact.compiles, "the script compiled nothing"
-        assert_gradients_close(exact.gradients, eager.gradients, cell.tolerance)
-        error = gradient_error(exact.gradients, eager.gradients)
-    run = run_script(cell, "sparse", folder)
-    return check_sparse(cell, run, error)
+        error = check_exact(cell, run_script(cell, "exact", folder), run_script(cell, "eager", folder))
+    return check_sparse(cell, run_script(cell, "sparse", folder), error)
 
 
-def check_sparse(cell: Cell, run: Run, error: float | None) -> Facts:
-    assert run.losses and all(torch.isfinite(torch.tensor(run.losses)))
-    report = run.report or sptc.report(run.compiled)
-    done = training_regions(report)
-    assert {kind: count for kind, count in done["rewritten"].items() if kind != "loss"} == dict(cell.regions), f"\n{report}"
-    says = []
-    for kind, part in cell.says.items():
-        said = {"break": report.breaks, "note": report.notes}.get(kind) or [
-            f"{kind}: {r.reason}" for r in report.regions if r.kind == kind and r.status != "rewritten"
-        ]
-        matching = [sentence for sentence in said if part in sentence]
-        assert matching, f"the report does not say {part!r} of {kind}\n{report}"
-        says += matching[:1]
+def check_exact(cell: Cell, exact: Outcome, eager: Outcome) -> float:
+    """Gradients at density 1 against those of the reference; the largest error is returned."""
+    assert cell.tolerance is not None and eager.gradients, "the script took no optimizer step"
+    assert exact.compiles, "the script compiled nothing"
+    assert_gradients_close(exact.gradients, eager.gradients, cell.tolerance)
+    return gradient_error(exact.gradients, eager.gradients)
+
+
+def check_sparse(cell: Cell, run: Outcome, error: float | None) -> Facts:
+    assert run.losses and all(map(math.isfinite, run.losses)), run.losses
+    report = run.report
+    assert report is not None
+    rewritten, dense = regions_of(report)
+    assert rewritten == cell.regions, f"\n{report}"
+    says = [said(report, kind, part) for kind, part in cell.says.items()]
     assert "recompile_limit" in cell.says.get("note", "") or not any("recompile_limit" in note for note in report.notes), report.notes
     assert run.compiles <= cell.compiles, f"{run.compiles} graphs were compiled, {cell.compiles} at most were to be\n{report}"
-    still = run.still()
-    assert not still, f"training moved nothing of {still}"
+    assert not run.still, f"training moved nothing of {run.still}"
     if cell.falls:
         third = max(1, len(run.losses) // 3)
-        first, last = sum(run.losses[:third]) / third, sum(run.losses[-third:]) / third
-        assert last < first, f"the loss did not fall: {run.losses}"
-    rewritten = sum(count for kind, count in done["rewritten"].items() if kind != "loss")
-    total = rewritten + sum(count for kind, count in done["dense"].items() if kind != "loss")
-    return Facts(f"{rewritten} of {total}", run.compiles, error, (*says, *([cell.why] if cell.why else [])))
+        assert sum(run.losses[-third:]) < sum(run.losses[:third]), f"the loss did not fall: {run.losses}"
+    return Facts(f"{rewritten.total()} of {rewritten.total() + dense.total()}", run.compiles, error, (*says, *([cell.why] if cell.why else [])))
 
 
-def training_regions(report: sptc.Report) -> dict[str, Counter[str]]:
-    """How many regions of each kind are rewritten in at least one graph, and how many in none; a region is told by module and kind."""
-    rewritten = {(r.kind, r.module) for r in report.regions if r.status == "rewritten"}
-    dense = {(r.kind, r.module) for r in report.regions if r.kind != "graph"} - rewritten
-    return {"rewritten": Counter(kind for kind, _ in rewritten), "dense": Counter(kind for kind, _ in dense)}
+def said(report: sptc.Report, kind: str, part: str) -> str:
+    """The first sentence of the report with `part` in it, about regions of a kind, graph breaks or as a note."""
+    sentences = {"break": report.breaks, "note": report.notes}.get(kind)
+    if sentences is None:
+        sentences = [f"{kind}: {r.reason}" for r in report.regions if r.kind == kind and r.status != "rewritten"]
+    found = [sentence for sentence in sentences if part in sentence]
+    assert found, f"the report does not say {part!r} of {kind}\n{report}"
+    return found[0]
+
+
+def regions_of(report: sptc.Report) -> tuple[Counter[str], Counter[str]]:
+    """How many regions of each kind are rewritten in at least one of their graphs, and how many in none; losses apart."""
+    rewritten: Counter[str] = Counter()
+    dense: Counter[str] = Counter()
+    for same in report._by_region():  # the rows of one region in all graphs of its code
+        if same[0].kind not in ("loss", "graph"):
+            (rewritten if any(r.status == "rewritten" for r in same) else dense)[same[0].kind] += 1
+    return rewritten, dense
 
 
 def gradient_error(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:

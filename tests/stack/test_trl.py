@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import sptc
 from tests.models.zoo import VOCABULARY
 from tests.stack.matrix import Cell, Run, check, rows
 from tests.stack.models import LENGTH, batch, examples, llama, shake
@@ -115,6 +116,7 @@ def grpo(run: Run) -> None:
         peft_config=ADAPTER,
     )
     trained(run, trainer)
+    run.report = sptc.report(trainer.model)
     model, ids = trainer.model, batch()["input_ids"]
     scores = [model(input_ids=ids).logits.detach()]  # records gradients, so this graph is that of training
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
