@@ -42,7 +42,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Ran
 CELLS = (
     Cell("DDP around model.compile", compiled_inside),
     Cell("torch.compile around DDP", compiled_outside),
-    Cell("torch.compile around DDP, several buckets", split, 12),
+    Cell("torch.compile around DDP, several buckets", split, 12, {"attention": 2}, {"break": "DDPOptimizer"}),
     Cell("DDP around torch.compile", compiled_between),
     Cell("DDP, activation checkpointing", partial(compiled_inside, checkpoints=True)),
     Cell("DDP, static_graph", partial(compiled_inside, static_graph=True)),
