@@ -30,6 +30,7 @@ from sptc.passes.unit import Unit
 from sptc.plan import Plan
 from sptc.report import Report
 from sptc.rise import weigh
+from sptc.wrapped import refuse_wrapped_model
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
     """Run the passes on one captured graph and compile the result with `inner`."""
+    refuse_wrapped_model()
     dump = Dump.of(config)
     try:
         unit = captured_unit(gm, example_inputs, config)

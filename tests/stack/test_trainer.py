@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sptc
 from tests.models.zoo import documents
 from tests.stack.matrix import SPARSE, Cell, Run, check, rows
 from tests.stack.models import batch, examples, llama, lora
-from tests.stack.results import record
+from tests.stack.results import record, record_verdict
 
 LENGTHS = (19, 13, 17, 11, 23, 9)  # of examples that are padded to the longest of their batch
 
@@ -171,3 +173,35 @@ CELLS = (
 @pytest.mark.parametrize("cell", rows("Hugging Face Trainer", CELLS))
 def test_trainer(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     record(record_property, check(cell, tmp_path))
+
+
+def fails(script: Callable[[], None]) -> BaseException:
+    """What a script ends with, before any step of an optimizer; a compile's own error is what is inside of Dynamo's."""
+    steps: list[None] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: steps.append(None))
+    try:
+        with pytest.raises(Exception) as caught:
+            script()
+    finally:
+        handle.remove()
+    assert not steps
+    return getattr(caught.value, "inner_exception", caught.value)
+
+
+@pytest.mark.cell("Hugging Face Trainer", "torch.compile(model) in place of model.compile")
+@pytest.mark.parametrize("saved_by", ["peft", "transformers"])
+def test_a_wrapped_model_is_refused_before_training(saved_by: str, tmp_path: Path, record_property: Any) -> None:
+    """It trained, and the adapter that it saved was empty."""
+    run = Run("sparse", tmp_path, SPARSE)
+    wrapped = run.compile(lora(llama()) if saved_by == "peft" else llama())
+    error = fails(lambda: trainer(tmp_path, wrapped, remove_unused_columns=False).train())
+    assert isinstance(error, sptc.ConfigError) and 'model.compile(backend="spt"' in str(error)
+    record_verdict(record_property, "an error before the first step", str(error))
+
+
+@pytest.mark.cell("Hugging Face Trainer", 'TrainingArguments(torch_compile_backend="spt")')
+def test_accelerate_knows_no_other_backend(tmp_path: Path, record_property: Any) -> None:
+    """accelerate has a closed list of backends, without a registration. What is certain is that nothing runs dense without a word."""
+    error = fails(lambda: trainer(tmp_path, lora(llama()), torch_compile=True, torch_compile_backend="spt").train())
+    assert "DynamoBackend" in str(error)
+    record_verdict(record_property, "accelerate's error before the first step", f"{error}: write model.compile(backend='spt') instead")
