@@ -36,9 +36,10 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n 2 -m 'not stack'
 
-# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others; 15 minutes on two cores. `make stack-table` after it writes docs/stack.md.
+# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others; 15 minutes on two cores. Then `make stack-table`
+# writes docs/stack.md.
 test-stack: .venv/.stack
-	$(BIN)/pytest -n 2 -m '' tests/stack --stack-complete --stack-results build/stack.jsonl
+	$(BIN)/pytest -n 2 --dist loadfile -m '' tests/stack --stack-complete --stack-results build/stack.jsonl
 
 stack-table:
 	$(BIN)/python -m tests.stack table build/stack.jsonl > build/stack.md

@@ -13,8 +13,8 @@ from sptc.config import ConfigError
 def refuse_wrapped_model() -> None:
     """To be called as a graph is compiled, hence before the first step.
 
-    transformers' Trainer saves what `state_dict()` of its model names. Names of a wrapped one begin with "_orig_mod.": PEFT finds none of its
-    own among them, and a whole model is loaded with new weights. Evaluation finds no labels either.
+    transformers' Trainer saves what `state_dict()` of its model names. Names of a wrapped one begin with "_orig_mod.": PEFT finds none of
+    its own among them, and a whole model is loaded with new weights. Evaluation finds no labels either.
 
     Raises:
         ConfigError: a Trainer is at work and its model is what `torch.compile` returned.
@@ -26,8 +26,8 @@ def refuse_wrapped_model() -> None:
         if isinstance(trainer, transformers.Trainer):  # type: ignore[union-attr]
             if isinstance(trainer.model, OptimizedModule):
                 raise ConfigError(
-                    f"{type(trainer).__name__} can't save a model that torch.compile wrapped: an adapter's file would be empty. Compile it in "
-                    'place: model.compile(backend="spt", options=...) in place of model = torch.compile(model, backend="spt", options=...)'
+                    f"{type(trainer).__name__} can't save a model that torch.compile wrapped: an adapter's file would be empty. Compile it "
+                    'in place: model.compile(backend="spt", options=...) instead of model = torch.compile(model, backend="spt", options=...)'
                 )
             return
         frame = frame.f_back

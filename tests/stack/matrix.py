@@ -1,7 +1,7 @@
 """A cell of the matrix: one way to train, as a script that a user would write, and what must hold of it.
 
-A script runs three times on the same weights and data: eager and compiled at density 1, both up to the first step of the optimizer, and compiled
-sparse, to its end. Gradients are recorded where every stack ends up, at that step, so a script says nothing about what is checked.
+A script runs three times on the same weights and data: eager and compiled at density 1, both up to the first step of the optimizer, and
+compiled sparse, to its end. Gradients are recorded where every stack ends up, at that step: a script says nothing of what is checked.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Cell:
         script: trains `run.train(model)`, compiles by `run`, appends to `run.losses`.
         compiles: the most graphs that the sparse run may compile.
         regions: how many regions of each kind the graphs that train must have rewritten.
-        says: parts of what the report must say of what stays dense: for a kind of region of its reason, for "break" and "note" of one of these.
+        says: parts of what the report must say of what stays dense: by a kind of region, "break" or "note".
         options: of the sparse run.
         tolerance: of the gradients of the first step at density 1 against eager mode; None where they can't be compared.
         why: where `tolerance` is None, what makes two runs differ; otherwise a remark for the table.

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.stack.loop import loop
-from tests.stack.matrix import Cell, Run
+from tests.stack.matrix import Run
 from tests.stack.models import batch, llama, lora
 
 ROWS = 4

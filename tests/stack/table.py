@@ -8,14 +8,16 @@ from typing import Any
 
 HEAD = """# What works with what
 
-Made by `make test-stack` from the outcome of each cell; not edited by hand. Every cell is a training script on a small model on a CPU. It runs eagerly, compiled at density 1, and compiled sparse, and what is asserted of it is:
+Made by `make test-stack` and `make stack-table` from what each cell found; not edited by hand. A cell is a training script on a model of two
+layers, on a CPU. It runs eagerly, compiled at density 1, and compiled sparse, and asserted of it is:
 
-- regions were rewritten, as many as the table says (attention and FFN; of a model with two layers);
+- regions are rewritten, as many as the table says, in the graphs that train;
 - the loss falls, and every trained tensor moves;
-- at density 1 the gradients of the first step are those of eager mode: the table has the largest error, relative to the largest gradient of the parameter (or to a hundredth of the model's);
-- no more graphs are compiled than the table says, and Dynamo's recompile limit is not met.
+- at density 1 the gradients of the first step are those of eager mode (of one process): the table has the largest error, relative to the
+  largest gradient of the parameter, or to a hundredth of the model's;
+- the table's number of graphs is within the bound of the cell, and Dynamo's recompile limit is not met but where a sentence says so.
 
-A cell that trains nothing says what a user sees. Sentences are those of the report, or of the error.
+A cell that does not train says what a user sees. Sentences are those of the report, or of the error.
 """
 COLUMNS = ("", "outcome", "regions rewritten", "graphs", "error at density 1", "what sptc says")
 

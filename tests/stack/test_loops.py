@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +12,11 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import sptc
 from tests.stack.loop import loop
-from tests.stack.matrix import Cell, Run, check, rows
+from tests.stack.matrix import SPARSE, Cell, Run, check, rows
 from tests.stack.models import batch, llama, lora
-from tests.stack.results import record
+from tests.stack.results import record, record_verdict
 
 
 def whole(run: Run, make: Callable[[], Any] = lambda: lora(llama()), **more: Any) -> Any:
@@ -49,13 +49,6 @@ def step_function(run: Run) -> None:
         return model(**inputs)
 
     loop(run, model, run.compile(output))
-
-
-def before_the_adapter(run: Run) -> None:
-    """Compiled first, adapted afterwards: PEFT calls the `forward` of the model that it wraps, so nothing compiled would run."""
-    model = llama()
-    run.compile_in_place(model)
-    loop(run, run.train(lora(model)))
 
 
 def compiled_optimizer(run: Run) -> None:
@@ -215,3 +208,18 @@ GROUPS = {
 @pytest.mark.parametrize("cell", [row for group, cells in GROUPS.items() for row in rows(group, cells)])
 def test_loop(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     record(record_property, check(cell, tmp_path))
+
+
+@pytest.mark.stack
+@pytest.mark.cell("Where torch.compile is called", "model.compile() before get_peft_model")
+def test_what_is_compiled_before_the_adapter_does_not_run(tmp_path: Path, record_property: Any) -> None:
+    """PEFT calls the `forward` of the model that it wraps, not the model: no backend is asked for anything, so only the report can tell."""
+    run = Run("sparse", tmp_path, SPARSE)
+    base = llama()
+    run.compile_in_place(base)
+    model = run.train(lora(base))
+    loop(run, model)
+    assert run.compiles == 0
+    with pytest.raises(RuntimeError, match="no graph of PeftModelForCausalLM was compiled") as caught:
+        sptc.report(model)
+    record_verdict(record_property, "runs eagerly: compile the PeftModel", f"sptc.report raises: {caught.value}")

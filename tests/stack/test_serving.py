@@ -68,7 +68,9 @@ def test_an_adapter_is_served_without_sptc(tmp_path: Path, record_property: Any)
     assert configs[0] == configs[1]
     ids = batch()["input_ids"]
     torch.save(ids, tmp_path / "ids.pt")
-    served = subprocess.run([sys.executable, "-c", SERVE, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    served = subprocess.run(
+        [sys.executable, "-c", SERVE, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
     assert served.returncode == 0, served.stderr
     with torch.no_grad():
         want = model.eval()(ids).logits

@@ -148,13 +148,13 @@ PAPER = {
 
 CELLS = (
     Cell("model.compile in place", in_place, fast=True),
-    Cell("evaluation and generate in between", evaluated_and_generating, compiles=2),
+    Cell("evaluation and generate in between", evaluated_and_generating, compiles=2, fast=True),
     Cell("gradient accumulation", partial(in_place, gradient_accumulation_steps=2, per_device_train_batch_size=2)),
     Cell("label smoothing", partial(in_place, label_smoothing_factor=0.1)),
     Cell("bf16", partial(in_place, bf16=True), tolerance=0.05),
     Cell("gradient checkpointing", partial(checkpointed, reentrant=False), compiles=3, why=HOOK),
     Cell("gradient checkpointing, reentrant", partial(checkpointed, reentrant=True), compiles=3, why=HOOK),
-    Cell("padded batches of varying length", partial(in_place, data=examples(12, LENGTHS)), compiles=2),
+    Cell("padded batches of varying length", partial(in_place, data=examples(12, LENGTHS)), compiles=2, fast=True),
     Cell(
         "the same, grouped by length", partial(in_place, data=examples(12, LENGTHS), train_sampling_strategy="group_by_length"), compiles=2
     ),
@@ -163,7 +163,7 @@ CELLS = (
     Cell("padding-free batches", partial(in_place, data=examples(12, LENGTHS), collate=padding_free), compiles=2),
     Cell("attention spelled out (eager)", partial(in_place, attention="eager")),
     Cell("load_best_model_at_end", best_at_end, compiles=2),
-    Cell("save every k steps, resume_from_checkpoint", resumed, compiles=2),
+    Cell("save every k steps, resume_from_checkpoint", resumed, compiles=2, fast=True),
     Cell("logits dropped", in_place, options={**SPARSE, "loss.logits": "drop"}),
     Cell("the paper's option, sptc.prepare", prepared, options=PAPER, tolerance=None),
     Cell("default densities, by Inductor", in_place, inductor=True, options={"decline": "never"}),

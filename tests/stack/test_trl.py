@@ -18,7 +18,6 @@ from tests.stack.models import LENGTH, batch, examples, llama, shake
 from tests.stack.results import record
 from tests.stack.test_trainer import logged
 
-
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
