@@ -17,10 +17,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from sptc.benchmark.child.process import Worker
+from sptc.benchmark.child.worker import Check, Runner
 from sptc.benchmark.job import Job, Source
-from sptc.benchmark.process import Worker
 from sptc.benchmark.variants import Variant
-from sptc.benchmark.worker import Check, Runner
 
 RANK, STEPS = 16, 3
 

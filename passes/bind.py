@@ -1,14 +1,13 @@
 """Give the regions of a prepared model their trainable state, and take the marks that carried it out of the graph.
 
-A mark (`sptc::mark`, see sptc/state.py) stands at the output of the module that holds a region's state, and has its tensors as operands. It
-is matched to a region by that module's call (`nn_module_stack`, call suffix included) and, among several slots of one module, by the name
-of the down weight (FFN) or by order (attention). A mark outside the checkpoint body that holds its region has its tensors appended to the
-body's operands, so that the state is at hand where the region is.
+A mark (`sptc::mark`, see sptc/paper/state.py) stands at the output of the module that holds a region's state, and has its tensors as
+operands. It is matched to a region by that module's call (`nn_module_stack`, call suffix included) and, among several slots of one
+module, by the name of the down weight (FFN) or by order (attention). A mark outside the checkpoint body that holds its region has its
+tensors appended to the body's operands, so that the state is at hand where the region is.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
@@ -18,17 +17,14 @@ from torch import fx, nn
 from torch.fx import Node
 
 from sptc.config import Config, ConfigError
-from sptc.passes.frame import Frame, frames, hand_down, input_index, outermost, parameter
-from sptc.passes.pattern import shape
-from sptc.passes.site import site_of
+from sptc.ir.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
+from sptc.paper.state import MARK, Slot, parse_layout
+from sptc.passes.graph.frame import Frame, frames, hand_down, input_index, outermost, parameter
+from sptc.passes.graph.pattern import shape
+from sptc.passes.graph.site import parameter_path, site_of, unwrapped
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
-from sptc.state import MARK, Slot, parse_layout
 
-_STEP = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
-_TABLES = {"_modules", "_parameters", "_buffers", "__dict__"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_WRAPPERS = {"base_layer"}  # PEFT puts the weight of a layer that it adapts under this name
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def _pair_ffn(slots: list[_Marked], regions: list[Region], by_graph: Mapping[fx.
         return [(named[0], left[0])]  # names are unknown where DDP splits graphs; there is only one way to pair them
     pairs: list[tuple[_Marked, Region]] = []
     for marked in named:
-        wanted = _plain(marked.slot.down.split("."))
+        wanted = unwrapped(marked.slot.down.split("."))
         region = next((r for r in left if paths[r][-len(wanted) :] == wanted), None)
         if region is not None:
             pairs.append((marked, region))
@@ -144,19 +140,6 @@ def _pair_attention(slots: list[_Marked], regions: list[Region]) -> list[tuple[_
     """Slot i belongs to the i-th attention that the owner's call computes."""
     found = [r for r in regions if isinstance(r, AttentionRegion)]
     return [(s, found[s.slot.index]) for s in slots if s.slot.kind == "attention" and s.slot.index < len(found)]
-
-
-def parameter_path(node: Node) -> list[str]:
-    """The names on the way from the compiled frame to a parameter: ["layers", "0", "fc2", "weight"]; [] when unknown."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return []
-    steps = [next(part for part in match.groups() if part is not None) for match in _STEP.finditer(source.name)]
-    return _plain([s for s in steps[1:] if s not in _TABLES])  # the first is the local or global that holds the model
-
-
-def _plain(names: list[str]) -> list[str]:
-    return [n for n in names if n not in _WRAPPERS]
 
 
 def _misfit(marked: _Marked, region: Region, frame: Frame) -> str | None:

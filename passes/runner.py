@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from sptc.passes.normalize import graphs
+from sptc.passes.graph.frame import graphs
 from sptc.passes.unit import PassRecord, Unit
 
 Pass = Callable[[Unit], Unit]

@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from sptc.config import Config
-from sptc.plan import Plan
-from sptc.region import Counted, Decision, LossRegion, Refusal, Region, State
+from sptc.ir.plan import Plan
+from sptc.ir.region import Counted, Decision, LossRegion, Refusal, Region, Rows, State
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Unit:
     gm: fx.GraphModule
     example_inputs: tuple[Any, ...]
     config: Config
-    device: Any = None  # DeviceCosts of sptc/device.py: what `decide` knows of the device
+    device: Any = None  # DeviceCosts of sptc/device/costs.py: what `decide` knows of the device
     plan: Plan | None = None  # densities of single regions
     regions: tuple[Region, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -40,6 +40,8 @@ class Unit:
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
     counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked
     counted_share: float | None = None  # of the example batch's tokens, where it can be computed
+    visible_share: float | None = None  # of the example batch's tokens: those that attention does not hide as padding
+    read: Mapping[Region, Rows] = field(default_factory=dict)  # of FFNs: the tokens whose output anything reads
     decisions: tuple[Decision, ...] = ()
     closed: Refusal | None = None  # why the graph can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

@@ -6,15 +6,15 @@ did; `plan` chooses densities for a budget; `bench` compares training steps.
 """
 
 from sptc.benchmark.bench import bench
-from sptc.compiled import report
 from sptc.config import Config, ConfigError
-from sptc.dropped import DroppedLogitsError
-from sptc.explain import explain
-from sptc.plan import Plan
-from sptc.planning import plan
-from sptc.prepare import detach, prepare
-from sptc.report import Report
-from sptc.state import step
+from sptc.ir.plan import Plan
+from sptc.model.compiled import report
+from sptc.model.dropped import DroppedLogitsError
+from sptc.paper.prepare import detach, prepare
+from sptc.paper.state import step
+from sptc.plans.planning import plan
+from sptc.reports.explain import explain
+from sptc.reports.report import Report
 
 __all__ = [
     "Config",

@@ -16,21 +16,21 @@ from torch._logging import warning_once
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
-from sptc.codegen.kernels.selection import default_blocks as kernel_blocks
-from sptc.codegen.target import KERNEL_DTYPES, runs_kernels
-from sptc.compiled import CompiledGraph
+from sptc.codegen.triton.launchers.selection import default_blocks as kernel_blocks
+from sptc.codegen.triton.target import KERNEL_DTYPES, runs_kernels
 from sptc.config import Config, ConfigError
-from sptc.device import calibrate
-from sptc.dump import Dump
-from sptc.emit import emit
-from sptc.fingerprint import fingerprint
+from sptc.device.costs import calibrate
+from sptc.device.fingerprint import fingerprint
+from sptc.ir.plan import Plan
+from sptc.model.compiled import CompiledGraph
+from sptc.model.wrapped import refuse_wrapped_model
 from sptc.passes import ANALYSIS, REWRITING
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.plan import Plan
-from sptc.report import Report
-from sptc.rise import weigh
-from sptc.wrapped import refuse_wrapped_model
+from sptc.plans.rise import weigh
+from sptc.reports.dump import Dump
+from sptc.reports.emit import emit
+from sptc.reports.report import Report
 
 log = logging.getLogger(__name__)
 

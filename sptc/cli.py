@@ -15,15 +15,15 @@ from tqdm import tqdm
 from sptc.backend import compile_graph
 from sptc.benchmark.command import add_arguments
 from sptc.benchmark.variants import BenchError
-from sptc.budget import PlanError
-from sptc.capture import CaptureError, capture
 from sptc.config import Config, ConfigError
-from sptc.explain import explain
-from sptc.load_model import ModelError, load_model
-from sptc.plan import Plan
-from sptc.planning import plan
-from sptc.report import Report
-from sptc.sensitivity import SensitivityError
+from sptc.ir.plan import Plan
+from sptc.model.capture import CaptureError, capture
+from sptc.model.load import ModelError, load_model
+from sptc.plans.budget import PlanError
+from sptc.plans.planning import plan
+from sptc.plans.sensitivity import SensitivityError
+from sptc.reports.explain import explain
+from sptc.reports.report import Report
 
 T = TypeVar("T")
 

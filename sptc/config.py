@@ -51,6 +51,9 @@ class Config:
     ffn_gradient_context_density: float | None = _option(
         "ffn.gradient_context_density", None, "the same for tokens whose label does not count; None: as for all"
     )
+    ffn_padding: Literal["skip", "compute"] = _option(
+        "ffn.padding", "skip", "with gradients, tokens whose FFN output nothing reads: padding; 'skip' leaves them out, which is exact"
+    )
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"

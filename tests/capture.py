@@ -9,7 +9,9 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from sptc.passes.normalize import CHECKPOINT, checkpoint_bodies, normalize
+from sptc.passes.graph.frame import checkpoint_bodies
+from sptc.passes.graph.pattern import CHECKPOINT
+from sptc.passes.normalize.lower import normalize
 
 
 class Captured(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sptc.device import DeviceCosts, Rates
+from sptc.device.costs import DeviceCosts, Rates
 
 _RATES = Rates(gemm=1e9, attention=1e9, attention_backward=1e9)
 DEVICE = DeviceCosts(

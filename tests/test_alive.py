@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import sptc
-from sptc import trial
+from sptc.paper import trial
 from tests.models.compiled import without_inductor
 
 OPTIONS = {"decline": "never", "attention.selector": "pq", "attention.query_block": 4, "attention.key_block": 4}

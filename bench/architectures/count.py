@@ -16,10 +16,10 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from sptc.passes.frame import frames
-from sptc.passes.site import site_of
+from sptc.ir.region import Site
+from sptc.passes.graph.frame import frames
+from sptc.passes.graph.site import site_of
 from sptc.passes.unit import Unit
-from sptc.region import Site
 
 _FUSED = ("aten.scaled_dot_product_attention",)
 _SOFTMAX = ("aten.softmax", "aten._softmax")

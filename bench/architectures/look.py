@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 from bench.architectures.build import tiny_batch, tiny_config
 from bench.architectures.count import places, unmentioned
 from sptc.backend import captured_unit, compile_graph
-from sptc.capture import capture
 from sptc.config import Config
-from sptc.passes.find import find
-from sptc.passes.normalize import lower
+from sptc.model.capture import capture
+from sptc.passes.find.regions import find
+from sptc.passes.normalize.lower import lower
 from sptc.passes.unit import Unit
 
 DENSITY_ONE = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "attention.query_block": 4, "attention.key_block": 4}

@@ -18,8 +18,8 @@ from bench.demo.classifier import default_model, longest_input, tokenizer
 from bench.demo.outcome import Outcome, save, show
 from bench.demo.pieces import PACKAGES, read_pieces
 from bench.demo.worker import Job, Run
+from sptc.benchmark.child.process import Worker, WorkerFailed
 from sptc.benchmark.machine import facts
-from sptc.benchmark.process import Worker, WorkerFailed
 
 TURN = 5  # steps
 

@@ -15,7 +15,7 @@ from bench.gpu.stage import Limit
 from bench.gpu.timing import one
 from bench.kernels import steps
 from bench.kernels.cases import AttentionCase, AttentionOperands, attention_operands
-from sptc.codegen.block_lists import block_count
+from sptc.codegen.reference.block_lists import block_count
 
 
 def measure(case: AttentionCase, sizes: Sizes, limit: Limit) -> Iterator[Figures]:

@@ -15,10 +15,10 @@ from bench.gpu.stage import Limit
 from bench.gpu.timing import one
 from bench.kernels.cases import AttentionCase
 from bench.kernels.tuning import step
-from sptc.codegen.block_lists import block_count, query_run
-from sptc.codegen.launch import Launch, recorded
-from sptc.codegen.load import load
-from sptc.codegen.spec import KernelSpec
+from sptc.codegen.reference.block_lists import block_count, query_run
+from sptc.codegen.triton.run.launch import Launch, recorded
+from sptc.codegen.triton.run.load import load
+from sptc.codegen.triton.spec import KernelSpec
 
 _PRODUCTS = {"attention_forward": 2, "attention_backward_q": 3, "attention_backward_kv": 4}  # for each listed (query, key)
 

@@ -10,8 +10,8 @@ import torch
 from bench.ffn import Case as FfnCase
 from bench.kernels import check
 from bench.kernels.cases import AttentionCase
-from sptc.codegen.kernels.selection import default_blocks
-from sptc.codegen.target import KNOWN, Target, target_of
+from sptc.codegen.triton.launchers.selection import default_blocks
+from sptc.codegen.triton.target import KNOWN, Target, target_of
 
 RANK = 16
 _TOKENS = 8192

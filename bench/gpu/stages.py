@@ -18,9 +18,9 @@ from bench.gpu.stage import Case, Limit, Stage
 from bench.kernels import ahead, check, tuning
 from bench.kernels.cases import AttentionCase
 from bench.kernels.warm import distinct, warm
-from sptc.codegen.launch import Launch
-from sptc.codegen.target import KNOWN, Target
-from sptc.codegen.tiling import asking, using
+from sptc.codegen.triton.run.launch import Launch
+from sptc.codegen.triton.target import KNOWN, Target
+from sptc.codegen.triton.tuning.tiling import asking, using
 
 
 def stages(dry: bool, journal: Journal) -> tuple[Stage, ...]:

@@ -19,9 +19,9 @@ from bench.gpu.stage import Limit
 from bench.gpu.timing import one
 from sptc.backend import compile_graph, spt
 from sptc.codegen.cpu.attention import default_blocks
-from sptc.codegen.kernels.selection import default_blocks as kernel_blocks
+from sptc.codegen.triton.launchers.selection import default_blocks as kernel_blocks
 from sptc.config import Config
-from sptc.device import calibrate
+from sptc.device.costs import calibrate
 
 _COUNTED = 4  # one of so many tokens has a label: a question with its answer
 

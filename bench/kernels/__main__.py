@@ -9,7 +9,7 @@ from dataclasses import astuple
 from tabulate import tabulate
 
 from bench.kernels import ahead, cases, tuning
-from sptc.codegen.target import KNOWN
+from sptc.codegen.triton.target import KNOWN
 
 
 def main() -> None:

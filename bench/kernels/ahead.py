@@ -13,12 +13,12 @@ from triton.runtime.errors import PTXASError
 
 import sptc.codegen
 from bench.kernels.cases import AttentionCase, attention_operands
-from sptc.codegen.aot import Resources, compile_ahead, resources
-from sptc.codegen.kernels import attention, selection
-from sptc.codegen.kernels.mask import KernelMask
-from sptc.codegen.launch import Launch, recorded
-from sptc.codegen.load import load
-from sptc.codegen.target import Target, targeting
+from sptc.codegen.triton.launchers import attention, selection
+from sptc.codegen.triton.launchers.mask import KernelMask
+from sptc.codegen.triton.run.aot import Resources, compile_ahead, resources
+from sptc.codegen.triton.run.launch import Launch, recorded
+from sptc.codegen.triton.run.load import load
+from sptc.codegen.triton.target import Target, targeting
 
 META = torch.device("meta")
 # A warpgroup multiplies 64 rows or more. These have fewer: the 16 codewords of a sub-space, and the mean queries of one tile.
@@ -37,9 +37,9 @@ class Row:
 
 
 def templates() -> set[str]:
-    """The templates: files of `codegen/templates` with a kernel of their name."""
-    folder = Path(next(iter(sptc.codegen.__path__)), "templates")
-    return {path.stem for path in folder.glob("*.py") if path.stem in _functions(path)}
+    """The templates: files of `codegen/triton/templates` with a kernel of their name."""
+    folder = Path(next(iter(sptc.codegen.__path__)), "triton", "templates")
+    return {path.stem for path in folder.rglob("*.py") if path.stem in _functions(path)}
 
 
 def launches(case: AttentionCase, target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.kernels import steps
 from bench.kernels.cases import AttentionCase, AttentionOperands, attention_operands
-from sptc.codegen.block_lists import block_count, owned
 from sptc.codegen.reference import attention as attention_reference
+from sptc.codegen.reference.block_lists import block_count, owned
 
 _MULTIPLE = 2.0  # of the error of plain torch
 _ROUNDING = 1e-6  # of the largest value, for errors of plain torch that happen to be none

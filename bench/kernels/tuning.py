@@ -15,8 +15,8 @@ from bench.gpu.sizes import FULL
 from bench.kernels.cases import AttentionCase, attention_operands, named
 from bench.kernels.clock import milliseconds
 from bench.kernels.steps import attention_step
-from sptc.codegen.tiling import Tiling
-from sptc.codegen.tune import tune_each
+from sptc.codegen.triton.tuning.tiling import Tiling
+from sptc.codegen.triton.tuning.tune import tune_each
 
 
 def run(only: str) -> int:

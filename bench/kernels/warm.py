@@ -13,9 +13,9 @@ from torch import Tensor
 from triton.backends.nvidia import driver
 from triton.compiler import CompiledKernel
 
-from sptc.codegen.aot import build
-from sptc.codegen.launch import Argument, Launch
-from sptc.codegen.target import Target
+from sptc.codegen.triton.run.aot import build
+from sptc.codegen.triton.run.launch import Argument, Launch
+from sptc.codegen.triton.target import Target
 
 _work: list[Launch] = []  # what a pool is for; its processes have a copy, since tensors on "meta" do not travel
 

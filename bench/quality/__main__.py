@@ -27,7 +27,7 @@ from bench.quality.rise import rises
 from bench.quality.tasks import Budget, Task, answers, classify, lm
 from bench.quality.training import DIAGNOSED, Record, example_order, train
 from bench.quality.variants import DENSE, VARIANTS, variant
-from sptc.budget import PlanError
+from sptc.plans.budget import PlanError
 
 TASKS: dict[str, Callable[[Budget, str], Task]] = {"classify": classify, "lm": lm, "answers": answers, "gsm8k": gsm8k}
 BUDGETS = {
@@ -174,6 +174,6 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("sptc.state").setLevel(logging.ERROR)  # that a prepared model runs dense in eager mode is what we evaluate
+    logging.getLogger("sptc.paper.state").setLevel(logging.ERROR)  # that a prepared model runs dense in eager mode is what we evaluate
     warnings.filterwarnings("ignore", module="torch")  # between progress bars
     main()

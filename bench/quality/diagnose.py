@@ -13,17 +13,17 @@ from torch.fx import Node
 
 from bench.quality.tasks import Inputs
 from sptc.backend import captured_unit
-from sptc.capture import capture
-from sptc.codegen.block_lists import lists_from_scores, nearest_first, owned
 from sptc.codegen.reference.attention import Mask, listed, sparse_attention
+from sptc.codegen.reference.block_lists import lists_from_scores, nearest_first, owned
 from sptc.config import Config
+from sptc.ir.region import AttentionRegion, AttentionSettings, Decision, FfnSettings, LossRegion
+from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
-from sptc.passes.frame import frames
-from sptc.passes.rewrite import sparse_form
+from sptc.passes.graph.frame import frames
+from sptc.passes.rewrite.forms import sparse_form
+from sptc.passes.rewrite.token_lists import TokenLists, insert_tokens
 from sptc.passes.runner import run
-from sptc.passes.token_lists import Tokens, insert_tokens
 from sptc.passes.unit import Unit
-from sptc.region import AttentionRegion, AttentionSettings, Decision, FfnSettings, LossRegion
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _measure(unit: Unit, args: Sequence[Any]) -> list[Measure]:
     ]
 
 
-def _insert(decision: Decision, unit: Unit, tokens: Tokens) -> tuple[Node, Node | None]:
+def _insert(decision: Decision, unit: Unit, tokens: TokenLists) -> tuple[Node, Node | None]:
     """Insert a region's sparse form; returns its output and the node of its choice (select_blocks or route), if it chooses blocks."""
     region, by_graph = decision.region, {frame.gm.graph: frame for frame in frames(unit.gm)}
     before = set(region.y.graph.nodes)

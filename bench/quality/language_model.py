@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.quality.text import library_halves, read
 from bench.quality.tokens import cut, train_tokenizer
-from sptc.cache import private_folder, write_whole
+from sptc.device.cache import private_folder, write_whole
 
 HELD_OUT = 16  # sequences of the last files that pretraining does not see
 

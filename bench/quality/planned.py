@@ -11,8 +11,8 @@ from torch import nn
 import sptc
 from bench.quality.tasks import Inputs
 from bench.quality.variants import EQUAL_SPEED
-from sptc.budget import PlanError, replan
 from sptc.config import Config
+from sptc.plans.budget import PlanError, replan
 
 
 @dataclass(frozen=True)

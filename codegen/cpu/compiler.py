@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from sptc.cache import private_folder
-from sptc.device import processor
+from sptc.device.cache import private_folder
+from sptc.device.costs import processor
 
 REAL = {torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1"}, torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0"}}
 """Macros of the sources for a dtype of arithmetic."""

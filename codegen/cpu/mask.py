@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sptc.codegen.block_lists import block_count
-from sptc.predicate import Predicate, Ranges, conjunction
+from sptc.codegen.reference.block_lists import block_count
+from sptc.ir.intervals import Ranges
+from sptc.ir.predicate import Predicate, conjunction
 
 _ELEMENTS_AT_A_TIME = 1 << 22
 

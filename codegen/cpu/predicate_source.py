@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.cpu.compiler import library
-from sptc.predicate import Binary, Element, Expression, Index, Literal, Not, Predicate, Size
+from sptc.ir.condition import Binary, Element, Expression, Index, Literal, Not, Size
+from sptc.ir.predicate import Predicate
 
 _TYPES = {
     torch.bool: "uint8_t",

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sptc.codegen.block_lists import block_count, list_width, query_run, statistics_stride
 from sptc.codegen.cpu.compiler import REAL, native
 from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
+from sptc.codegen.reference.block_lists import block_count, list_width, query_run, statistics_stride
 
 _STRIDES = ctypes.c_int64 * 3
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from sptc.codegen.block_lists import block_count, list_width
 from sptc.codegen.cpu import attention as cpu
 from sptc.codegen.cpu import selection as cpu_selection
 from sptc.codegen.cpu.mask import CpuMask
-from sptc.codegen.kernels import attention as kernels
-from sptc.codegen.kernels import selection as kernel_selection
-from sptc.codegen.kernels.mask import KernelMask
 from sptc.codegen.ops import autocast
 from sptc.codegen.ops.implementation import implement
-from sptc.predicate import parse
+from sptc.codegen.reference.block_lists import block_count, list_width
+from sptc.codegen.triton.launchers import attention as kernels
+from sptc.codegen.triton.launchers import selection as kernel_selection
+from sptc.codegen.triton.launchers.mask import KernelMask
+from sptc.ir.predicate import parse
 
 _MASK = "str predicate, Tensor[] mask_tensors, SymInt[] mask_sizes, Tensor? mask, Tensor? bias"
 _COMPUTE = f"{_MASK}, Tensor? seed, float dropout_p, float scale, int query_block, int key_block"

@@ -34,7 +34,7 @@ def with_gradient_of(value: Tensor, stand_in: Tensor) -> Tensor:
 
 
 def keep(value: Tensor) -> Tensor:
-    """`value`, which a checkpoint keeps for backward and does not compute again (`passes/rewrite.py`). It has no gradient."""
+    """`value`, which a checkpoint keeps for backward and does not compute again (`passes/rewrite/forms.py`). It has no gradient."""
     return value.clone()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sptc.codegen.target import runs_kernels
+from sptc.codegen.triton.target import runs_kernels
 
 _CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sptc.codegen.kernels import attention as attention_kernels
-from sptc.codegen.launch import Launch, recorded
 from sptc.codegen.ops.attention import attention_on_kernels, select_on_kernels
+from sptc.codegen.triton.launchers import attention as attention_kernels
+from sptc.codegen.triton.run.launch import Launch, recorded
 
 
 def launches_of(op: Any, arguments: Sequence[Any]) -> list[Launch]:

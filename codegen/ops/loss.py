@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sptc.codegen.chunked_loss import accumulation_dtype, loss_and_gradients
 from sptc.codegen.ops import autocast
+from sptc.codegen.ops.chunked_loss import accumulation_dtype, loss_and_gradients
 
 lib = torch.library.Library("sptc", "FRAGMENT")
 lib.define(

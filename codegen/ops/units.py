@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-from sptc import sample
+from sptc.ir import sample
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("split_tokens(Tensor counted) -> (Tensor, Tensor)")
+_lib.define("rows_where(Tensor mask) -> Tensor")
 _lib.define("sample_tokens(Tensor x, Tensor? mask) -> Tensor")
 _lib.define("choose_units(Tensor energy, int units) -> Tensor")
 
@@ -28,6 +29,15 @@ def _split_fake(counted: Tensor) -> tuple[Tensor, Tensor]:
     rest = counted.shape[0] - count
     torch._check(rest >= 0)
     return counted.new_empty(count, dtype=torch.int64), counted.new_empty(rest, dtype=torch.int64)
+
+
+def rows_where(mask: Tensor) -> Tensor:
+    """Row numbers where a mask, bool [N], is true: int64 [k], ascending."""
+    return mask.nonzero().squeeze(1)
+
+
+def _where_fake(mask: Tensor) -> Tensor:
+    return mask.new_empty(allocate_size(torch.library.get_ctx()._shape_env), dtype=torch.int64)
 
 
 def sample_size(tokens: int) -> int:
@@ -64,6 +74,7 @@ def _choose_fake(energy: Tensor, units: int) -> Tensor:
 
 for _name, _function, _fake in (
     ("split_tokens", split_tokens, _split_fake),
+    ("rows_where", rows_where, _where_fake),
     ("sample_tokens", sample_tokens, _sample_fake),
     ("choose_units", choose_units, _choose_fake),
 ):

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from sptc.codegen.block_lists import block_count, list_width, lists_from_scores, nearest_first, owned, query_run, statistics_stride
-from sptc.codegen.random import keep_mask
-from sptc.predicate import parse
+from sptc.codegen.reference.block_lists import (
+    block_count,
+    list_width,
+    lists_from_scores,
+    nearest_first,
+    owned,
+    query_run,
+    statistics_stride,
+)
+from sptc.codegen.reference.random import keep_mask
+from sptc.ir.predicate import parse
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from sptc.benchmark.job import Job, Source
 from sptc.benchmark.model import make
 from sptc.benchmark.outcome import Bench
-from sptc.benchmark.progress import Progress
 from sptc.benchmark.run import Settings, run
+from sptc.benchmark.show.progress import Progress
 from sptc.benchmark.variants import BenchError, Variant, chosen, default_variants, fast_products, own_variants
-from sptc.device import check_device
-from sptc.load_model import factory_of, is_factory, takes_sizes
+from sptc.device.costs import check_device
+from sptc.model.load import factory_of, is_factory, takes_sizes
 
 RANK = 16  # of the adapters that a Hugging Face model gets
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sptc.benchmark.bench import bench
 from sptc.benchmark.outcome import Bench
-from sptc.benchmark.page import page
-from sptc.benchmark.plot import check_plot, plot
+from sptc.benchmark.show.page import page
+from sptc.benchmark.show.plot import check_plot, plot
 from sptc.benchmark.variants import BenchError, parse_options
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from sptc.benchmark.variants import BenchError, Variant
-from sptc.load_model import load_trained
+from sptc.model.load import load_trained
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a process gets its model from: a name, as `sptc.load_model` takes it, or a file that holds (model, inputs)."""
+    """Where a process gets its model from: a name, as `sptc.model.load` takes it, or a file that holds (model, inputs)."""
 
     name: str | None
     file: str | None = None

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from sptc.device import processor
-from sptc.fingerprint import fingerprint
+from sptc.device.costs import processor
+from sptc.device.fingerprint import fingerprint
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "sptc")
 

@@ -24,7 +24,7 @@ def make(job: Job, reference: bool = False) -> tuple[nn.Module, tuple[Any, ...],
 
     Raises:
         BenchError: the model can't be given what the job asks for.
-        ModelError: as `sptc.load_model`.
+        ModelError: as `sptc.model.load`.
     """
     model, inputs, notes = job.source.load(job.batch, job.length)
     if not isinstance(model, nn.Module):

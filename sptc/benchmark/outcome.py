@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sptc.benchmark.child.worker import Check
 from sptc.benchmark.variants import Variant
-from sptc.benchmark.worker import Check
 
 FORMAT = 1  # of the JSON
 
@@ -201,7 +201,7 @@ class Bench:
         return _finite({"format": FORMAT, **self.facts, "settings": self.settings, "cases": [case.to_dict() for case in self.cases]})
 
     def __str__(self) -> str:
-        from sptc.benchmark.table import tables
+        from sptc.benchmark.show.table import tables
 
         return tables(self)
 

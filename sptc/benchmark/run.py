@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from sptc.benchmark.child.process import Worker, WorkerFailed
+from sptc.benchmark.child.worker import Runner
 from sptc.benchmark.job import Job, Source
 from sptc.benchmark.machine import facts
 from sptc.benchmark.outcome import Bench, Case, Outcome
-from sptc.benchmark.process import Worker, WorkerFailed
-from sptc.benchmark.progress import Progress
+from sptc.benchmark.show.progress import Progress
 from sptc.benchmark.variants import BenchError, Variant
-from sptc.benchmark.worker import Runner
 
 _TURN = 0.3  # seconds of steps in a row, at least: what another process left in the caches then hardly shows
 _FEWEST, _ENOUGH = 3, 5  # turns: however long they take, and however short

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from sptc.config import Config
-from sptc.plan import Plan
+from sptc.ir.plan import Plan
 
 Backend = Literal["eager", "inductor", "spt"]
 Precision = Literal["highest", "high", "medium"]

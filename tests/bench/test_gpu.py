@@ -26,7 +26,7 @@ from bench.gpu.summary import LONGEST, summary
 from bench.gpu.timing import timed
 from bench.kernels import ahead, steps
 from bench.kernels.cases import attention_operands
-from sptc.codegen.target import KNOWN
+from sptc.codegen.triton.target import KNOWN
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ from sptc.benchmark.job import Job, Source
 from sptc.benchmark.model import loss_of, make, trained
 from sptc.benchmark.variants import BenchError, Variant
 from sptc.config import ConfigError
-from sptc.explain import explain
-from sptc.load_model import ModelError, load_model, load_trained
-from sptc.planning import plan
+from sptc.model.load import ModelError, load_model, load_trained
+from sptc.plans.planning import plan
+from sptc.reports.explain import explain
 
 FACTORY = """
 import torch
@@ -194,7 +194,7 @@ def test_the_loss_is_found_or_made():
 def test_mistakes_are_errors_before_any_process_starts(factory, folders, monkeypatch, name, settings, error, says):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sptc.benchmark.bench.run", None)
-    monkeypatch.setattr("sptc.benchmark.process.Worker", None)
+    monkeypatch.setattr("sptc.benchmark.child.process.Worker", None)
     model = name.format(factory=factory, **folders) if isinstance(name, str) else name
     with pytest.raises(error, match=says):
         bench(model, **settings)

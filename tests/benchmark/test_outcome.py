@@ -10,12 +10,12 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from sptc.benchmark.child.worker import Check
 from sptc.benchmark.outcome import Bench, Case, Outcome, Spread, ratio
-from sptc.benchmark.page import page
-from sptc.benchmark.plot import check_plot, plot
-from sptc.benchmark.table import COSTS, TIMES, costs, times
+from sptc.benchmark.show.page import page
+from sptc.benchmark.show.plot import check_plot, plot
+from sptc.benchmark.show.table import COSTS, TIMES, costs, times
 from sptc.benchmark.variants import BenchError, Variant
-from sptc.benchmark.worker import Check
 
 CHECK = Check(5.5, 0.25, 28, 28, 3.0, 5.5, 0.25, 1.0, 2e-6, 1e-6, 1e-6)
 REPORT = {

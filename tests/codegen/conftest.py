@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sptc.codegen import specialize as specialize_module
+from sptc.codegen.triton.source import specialize as specialize_module
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def nan_in_fresh_memory() -> Iterator[None]:
 @pytest.fixture
 def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of emitted kernels, which does not exist yet; nothing is loaded."""
-    from sptc.codegen import load
+    from sptc.codegen.triton.run import load
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(load, "_loaded", {})

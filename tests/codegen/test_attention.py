@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import sptc.codegen.ops  # noqa: F401
-from sptc.codegen.block_lists import list_width
 from sptc.codegen.reference import attention as reference
+from sptc.codegen.reference.block_lists import list_width
 from tests.attention_cases import MASKS, heads, operands
 
 ops = torch.ops.sptc

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sptc import predicate
-from sptc.region import AttentionRegion, Mask
+from sptc.ir import predicate
+from sptc.ir.region import AttentionRegion, Mask
 
 
 def allowed(mask: Mask, values: Mapping[Node, Any], sizes: tuple[int, int, int, int]) -> Tensor:

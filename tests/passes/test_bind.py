@@ -9,14 +9,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sptc.config import Config, ConfigError
+from sptc.ir.region import RouterState
+from sptc.paper.state import MARK, Codebook, DenseNotice, Router, TrainableState, attach
 from sptc.passes.bind import bind
-from sptc.passes.find import find
-from sptc.passes.frame import frames, input_index, outermost
-from sptc.passes.normalize import graphs, lower
+from sptc.passes.find.regions import find
+from sptc.passes.graph.frame import frames, graphs, input_index, outermost
+from sptc.passes.normalize.lower import lower
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.region import RouterState
-from sptc.state import MARK, Codebook, DenseNotice, Router, TrainableState, attach
 
 D, HIDDEN, HEADS, KEY_HEADS = 16, 32, 4, 2
 FIND = ((lower, ""), (find, ""), (bind, ""))

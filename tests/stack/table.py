@@ -8,8 +8,8 @@ from typing import Any
 
 HEAD = """# What works with what
 
-Made by `make test-stack` and `make stack-table` from what each cell found; not edited by hand. A cell is a training script on a model of two
-layers, on a CPU. It runs eagerly, compiled at density 1, and compiled sparse, and asserted of it is:
+Made by `make test-stack` and `make stack-table` from what each cell found; not edited by hand. A cell is a training script on a model of
+two layers, on a CPU. It runs eagerly, compiled at density 1, and compiled sparse, and asserted of it is:
 
 - regions are rewritten, as many as the table says, in the graphs that train;
 - the loss falls, and every trained tensor moves;

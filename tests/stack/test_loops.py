@@ -1,4 +1,4 @@
-"""Loops that people write themselves: where they compile, what they train, in which precision, with which optimizer, and copies beside it."""
+"""Loops that people write themselves: where they compile, what they train, in which precision, by which optimizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import sptc
 from tests.stack.loop import loop
-from tests.stack.matrix import SPARSE, Cell, Run, check, rows
+from tests.stack.matrix import Cell, Run, check, rows
 from tests.stack.models import batch, llama, lora
-from tests.stack.results import record, record_verdict
+from tests.stack.results import record
 
 
 def whole(run: Run, make: Callable[[], Any] = lambda: lora(llama()), **more: Any) -> Any:
@@ -64,6 +63,13 @@ def compiled_optimizer(run: Run) -> None:
         step()
         optimizer.zero_grad()
         run.losses.append(loss.item())
+
+
+def before_the_adapter(run: Run) -> None:
+    """The base model is compiled in place, the adapter is put around it afterwards."""
+    base = llama()
+    run.compile_in_place(base)
+    loop(run, run.train(lora(base)))
 
 
 def partly_frozen() -> Any:
@@ -171,6 +177,7 @@ def adafactor(parameters: Any) -> torch.optim.Optimizer:
 LAYERS = (
     Cell("torch.compile(model)", whole, fast=True),
     Cell("model.compile()", in_place),
+    Cell("model.compile(), get_peft_model after it", before_the_adapter),
     Cell("each layer compiled", layer_by_layer, 2, fast=True),
     Cell("a function that calls the model", step_function),
     Cell("the optimizer's step compiled too", compiled_optimizer, 3),
@@ -208,18 +215,3 @@ GROUPS = {
 @pytest.mark.parametrize("cell", [row for group, cells in GROUPS.items() for row in rows(group, cells)])
 def test_loop(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     record(record_property, check(cell, tmp_path))
-
-
-@pytest.mark.stack
-@pytest.mark.cell("Where torch.compile is called", "model.compile() before get_peft_model")
-def test_what_is_compiled_before_the_adapter_does_not_run(tmp_path: Path, record_property: Any) -> None:
-    """PEFT calls the `forward` of the model that it wraps, not the model: no backend is asked for anything, so only the report can tell."""
-    run = Run("sparse", tmp_path, SPARSE)
-    base = llama()
-    run.compile_in_place(base)
-    model = run.train(lora(base))
-    loop(run, model)
-    assert run.compiles == 0
-    with pytest.raises(RuntimeError, match="no graph of PeftModelForCausalLM was compiled") as caught:
-        sptc.report(model)
-    record_verdict(record_property, "runs eagerly: compile the PeftModel", f"sptc.report raises: {caught.value}")

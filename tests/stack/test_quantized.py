@@ -1,4 +1,4 @@
-"""Quantized bases under LoRA: attention is rewritten; an FFN's products are calls of the quantizer's own, so that it is refused, and says so."""
+"""Quantized bases under LoRA: attention is rewritten; an FFN's products are calls of the quantizer's own, and it is refused for that."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import sptc
-from sptc.state import ExportError
+from sptc.paper.state import ExportError
 from tests.stack.loop import loop
 from tests.stack.matrix import SPARSE, Run
 from tests.stack.models import batch, llama, lora

@@ -58,7 +58,7 @@ static void gather(const REAL* x, const Strides& step, i64 b, i64 h, const std::
         for (i64 i = 0; i < run.count; i++, out += size) memcpy(out, at(x, step, b, h, run.first + i), size * sizeof(REAL));
 }
 
-// Words of Philox4x32-10, as in codegen/random.py.
+// Words of Philox4x32-10, as in codegen/reference/random.py.
 static inline void philox(uint64_t counter, uint64_t seed, uint32_t words[4]) {
     uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int i = 0; i < 10; i++) {

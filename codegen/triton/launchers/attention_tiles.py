@@ -1,0 +1,117 @@
+"""Tile sizes of the attention kernels.
+
+Facts that `choose` is given: `head_dim` and `value_dim` (padded to powers of two), `itemsize` of the operands, `rows` of a tile,
+`key_block`, `dropout` (0 or 1), and `through_registers`: 1 where matrix units read both operands from registers, 0 where they read
+shared memory. A tile larger than there are rows or keys for is cut down by the launcher.
+
+The expressions were fitted to what compiling for sm_80, sm_90, sm_100 and gfx942 reports in bf16, with a causal mask.
+"""
+
+from __future__ import annotations
+
+from sympy import Max, floor, symbols
+
+from sptc.codegen.triton.tuning.tiling import Table, Tiling
+
+_M, _N, _WARPS, _STAGES, _WARP_SIZE = symbols("BLOCK_M BLOCK_N num_warps num_stages warp_size")
+_D, _V, _ITEMSIZE, _DROPOUT, _THROUGH = symbols("head_dim value_dim itemsize dropout through_registers")
+_THREADS = _WARPS * _WARP_SIZE
+_AMD = (_WARP_SIZE - 32) / 32  # 1 or 0. There what a program keeps, and one buffer of what it streams, stay in registers.
+# A block's number must arrive before its keys can be asked for: a buffer for each second stage.
+_BUFFERS = Max(1, floor(_STAGES / 2) + 1 - _AMD)
+# From 512 threads on, programs have fewer registers for each thread than a thread can name. AMD's compiler takes more of them.
+_SHARE = Max(1, _THREADS / 256) * (1 + 0.6 * _AMD)
+_WIDTH = _ITEMSIZE / 2  # registers of two elements
+
+FORWARD = Table(
+    "attention_forward",
+    {
+        "gfx942": (
+            Tiling.of(8, 2, BLOCK_M=128, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=128, BLOCK_N=64),
+            Tiling.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+        "": (
+            Tiling.of(8, 3, BLOCK_M=128, BLOCK_N=64),
+            Tiling.of(8, 5, BLOCK_M=128, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=128, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+    },
+    shared_memory=_ITEMSIZE * ((1 - _AMD) * _M * _D + _BUFFERS * _N * (_D + _V) + _AMD * _M * _N),
+    registers=_SHARE * (40 + (_M * (_V + (2 + 2 * _DROPOUT) * _N + _THROUGH * _WIDTH * _D) + 0.3 * _N * (_D + _V)) / _THREADS),
+)
+BACKWARD_Q = Table(
+    "attention_backward_q",
+    {
+        "gfx942": (
+            Tiling.of(4, 2, BLOCK_M=64, BLOCK_N=32),  # 64 x 64 spills for heads of 128 with padding
+            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+        "": (
+            Tiling.of(8, 3, BLOCK_M=128, BLOCK_N=64),
+            Tiling.of(8, 3, BLOCK_M=128, BLOCK_N=32),
+            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+    },
+    shared_memory=_ITEMSIZE * (((1 - _AMD) * _M + _BUFFERS * _N) * (_D + _V) + _AMD * _M * _N),
+    registers=_SHARE
+    * (50 + (_M * (_D + (2.5 + 2 * _DROPOUT) * _N) + 0.3 * _N * (_D + _V) + _THROUGH * _WIDTH * _M * (_D + _V) / 2) / _THREADS),
+)
+BACKWARD_KV = Table(
+    "attention_backward_kv",
+    {
+        "gfx942": (
+            Tiling.of(4, 2, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+        "sm_80": (
+            Tiling.of(4, 2, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(8, 3, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+        "sm_100": (
+            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=128),
+            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=32, BLOCK_N=64),
+            # With two stages ptxas 12.9, which is Triton 3.6's, makes room for three programs and spills for it; 13.1 does not.
+            Tiling.of(8, 3, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+        "": (
+            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=128),
+            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
+            Tiling.of(4, 3, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=64),
+            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
+            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        ),
+    },
+    shared_memory=_ITEMSIZE * (((1 - _AMD) * _N + _BUFFERS * _M) * (_D + _V) + _M * _N),
+    registers=_SHARE
+    * (90 + (_N * (_D + _V) + (2.5 + 4.5 * _DROPOUT) * _M * _N + 0.3 * _M * (_D + _V) + _THROUGH * _WIDTH * _N * (_D + _V) / 2) / _THREADS),
+)

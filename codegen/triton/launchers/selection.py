@@ -1,0 +1,436 @@
+"""Selection of key blocks on a GPU: the kernels behind `sptc::select_blocks`.
+
+pq: codeword histograms of tiles and blocks, whose products count agreements. pooled: two passes of mean queries over the keys. Then the
+best allowed blocks of each tile. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch import Tensor
+
+from sptc.codegen.reference.block_lists import block_count, list_width, query_run, statistics_stride
+from sptc.codegen.triton.launchers.mask import KernelMask
+from sptc.codegen.triton.launchers.precision import full_precision, product_precision
+from sptc.codegen.triton.run.launch import Argument, launch
+from sptc.codegen.triton.spec import Constant, KernelSpec
+from sptc.codegen.triton.target import target_of
+from sptc.codegen.triton.tuning.tiling import Table, Tiling
+from sptc.ir.predicate import parse
+
+_LONGEST_CHUNK = 4096  # blocks that a program ranks at a time: 64-bit keys of more would not stay in registers
+_MATRIX_SIDE = 16  # the least that a matrix product takes
+
+_ROWS, _COLUMNS, _WIDTH, _WORDS = sympy.symbols("ROWS COLUMNS WIDTH WORDS")
+_WARPS, _STAGES, _WARP, _ITEM = sympy.symbols("num_warps num_stages warp_size itemsize")
+_THREADS = _WARPS * _WARP
+_FIXED = 40  # registers for addresses, masks and loop counters
+
+ENCODE = Table(
+    "encode_histogram",
+    {"": (Tiling.of(4, 2, ROWS=128), Tiling.of(4, 2, ROWS=64), Tiling.of(8, 2, ROWS=256))},
+    shared_memory=4 * (_ROWS + _WORDS) * _WIDTH + 4 * _ROWS * _WORDS,
+    registers=_FIXED + (_ROWS * _WIDTH + 3 * _ROWS * _WORDS) / _THREADS,
+)
+STATISTICS = Table(
+    "code_statistics",
+    {"": (Tiling.of(4, 1, ROWS=64), Tiling.of(4, 1, ROWS=32))},
+    shared_memory=4 * (_ROWS + _WORDS) * _WIDTH + 8 * _ROWS * _WORDS,
+    registers=_FIXED + (_ROWS * _WIDTH + _WORDS * _WIDTH + 3 * _ROWS * _WORDS) / _THREADS,
+)
+VISIBLE = Table("visible_keys", {"": (Tiling.of(4, 1, KEYS=512),)}, sympy.Integer(0), sympy.Integer(_FIXED))
+PAIRS = Table(
+    "allowed_pairs",
+    {"": (Tiling.of(4, 1, ROWS=64, COLUMNS=64), Tiling.of(4, 1, ROWS=32, COLUMNS=32))},
+    shared_memory=4 * _ROWS * _COLUMNS / 4,
+    registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS,
+)
+MEANS = Table(
+    "run_means",
+    {"": (Tiling.of(4, 1, ROWS=64), Tiling.of(4, 1, ROWS=32))},
+    shared_memory=4 * _ROWS * _WIDTH,
+    registers=_FIXED + 2 * _ROWS * _WIDTH / _THREADS,
+)
+_HELD = _ITEM**2 / 2 * (_ROWS + _COLUMNS) * _WIDTH / (4 * _THREADS)  # registers of a product's operands: three products split fp32 in two
+# There are few runs, so few rows: they have to keep a whole device busy.
+LOGSUMEXP = Table(
+    "pooled_logsumexp",
+    {"": (Tiling.of(4, 2, ROWS=32, COLUMNS=64), Tiling.of(4, 2, ROWS=64, COLUMNS=64), Tiling.of(4, 1, ROWS=16, COLUMNS=32))},
+    shared_memory=_ITEM * _WIDTH * (_ROWS + _STAGES * _COLUMNS),
+    registers=_FIXED + 2 * _ROWS * _COLUMNS / _THREADS + _HELD,
+)
+SCORES = Table(
+    "pooled_scores",
+    {"": (Tiling.of(4, 2, ROWS=64, COLUMNS=64), Tiling.of(4, 2, ROWS=128, COLUMNS=64), Tiling.of(4, 1, ROWS=16, COLUMNS=32))},
+    shared_memory=_ITEM * _WIDTH * (_STAGES * _ROWS + _COLUMNS) + 4 * _ROWS * _COLUMNS,
+    registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS + _HELD,
+)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Per (batch row, key head) data in which an axis of size 1 stands for all: bool [1 or b, 1 or h_kv, ...], contiguous."""
+
+    values: Tensor
+
+    def arguments(self, name: str) -> dict[str, Argument]:
+        return {f"{name}_ptr": self.values} | {
+            f"{name}_stride_{axis}": 0 if size == 1 else stride
+            for axis, size, stride in zip("bh", self.values.shape, self.values.stride(), strict=False)
+        }
+
+
+def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
+    """(query_block, key_block) for n queries and m keys on a GPU.
+
+    128 queries and 64 keys fill the matrix units of every architecture. Shorter sequences, and tiles that own blocks, get smaller ones, so
+    that the blocks a tile owns are at most half of the keys it keeps; but not below 16, the least that a matrix product takes.
+    """
+    kept = max(1, math.ceil(density * m))
+    key_block = min(64, max(_MATRIX_SIDE, _power_of_two_within(kept // 4)))
+    query_block = min(128, max(_MATRIX_SIDE, _power_of_two_within(kept // 2 if own else kept)))
+    return min(query_block, max(n, 1)), min(key_block, max(m, 1))
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    codebooks: Tensor | None,
+    mask: KernelMask,
+    selector: str,
+    density: float,
+    scale: float,
+    query_block: int,
+    key_block: int,
+    own: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, counts, code_sums and code_counts of `sptc::select_blocks`. Scores are computed in fp32; on meta and fake tensors nothing runs.
+
+    Raises:
+        TypeError: q or k is neither bf16, fp16 nor fp32.
+    """
+    for name, x in (("q", q), ("k", k)):
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise TypeError(f"sptc::select_blocks: {name} is {x.dtype}; kernels take bfloat16, float16 and float32")
+    (b, h, n, d), (h_kv, m) = q.shape, k.shape[1:3]
+    sizes = _Sizes(b, h, n, d, h_kv, m, query_block, key_block, q.device)
+    visible = _visible_keys(mask, sizes)
+    pairs = _allowed_pairs(mask, sizes)
+    sums, code_counts = (torch.empty(0, dtype=torch.float32, device=q.device) for _ in range(2))
+    if selector == "pq":
+        assert codebooks is not None
+        words = codebooks.float().contiguous()
+        queries = _histograms(q, words, None, query_block, sizes)
+        keys = _histograms(k, words, visible, key_block, sizes)
+        # Counts are exact in fp32, and in TF32 up to 2048 a tile: sums of their products are exact below 2^24.
+        scores = torch.matmul(queries, keys.mT)
+        if statistics:
+            sums, code_counts = _statistics(q, k, words, visible, sizes)
+    else:
+        scores = _pooled(q, k, visible, pairs, scale, sizes)
+    width = int(list_width(sizes.n, sizes.m, density, query_block, key_block, own))
+    return *_choose(scores, pairs, width, own and query_block > 1, sizes), sums, code_counts
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    b: int
+    h: int
+    n: int
+    d: int
+    h_kv: int
+    m: int
+    query_block: int
+    key_block: int
+    device: torch.device
+
+    @property
+    def group(self) -> int:
+        return self.h // self.h_kv
+
+    @property
+    def tiles(self) -> int:
+        return block_count(self.n, self.query_block)
+
+    @property
+    def blocks(self) -> int:
+        return block_count(self.m, self.key_block)
+
+    def mask_rows(self, mask: KernelMask, predicate: str) -> tuple[int, int, int]:
+        """Batch rows and key heads between which `predicate` and the tensor operands differ (1 or all), and heads of a group to look at."""
+        operands = [x for x in (mask.boolean, mask.bias) if x is not None]
+        by_batch = parse(predicate).uses("b") or any(x.dim() > 3 and x.shape[-4] > 1 for x in operands)
+        by_head = parse(predicate).uses("h") or any(x.dim() > 2 and x.shape[-3] > 1 for x in operands)
+        return self.b if by_batch else 1, self.h_kv if by_head else 1, self.group if by_head else 1
+
+
+def _visible_keys(mask: KernelMask, sizes: _Sizes) -> _Rows | None:
+    """bool [1 or b, 1 or h_kv, m]: keys that no operand, looked at alone, hides from every query. None if there is none that could."""
+    conjuncts = [c for c in mask.parsed.conjuncts if not c.uses("q")]
+    operands = [_first_row_if_alike(x) for x in (mask.boolean, mask.bias) if x is not None]
+    if not conjuncts and not operands:
+        return None
+    predicate = str(parse(" & ".join(f"({c})" for c in conjuncts) or "True"))
+    shown = [x if x.dtype == torch.bool else x > torch.finfo(x.dtype).min for x in operands]
+    boolean = functools.reduce(operator.and_, (x.any(-2, keepdim=True) for x in shown)) if shown else None
+    keys = replace(mask, predicate=predicate, boolean=boolean, bias=None)
+    rows, heads, group = sizes.mask_rows(keys, predicate)
+    visible = torch.empty((rows, heads, sizes.m), dtype=torch.bool, device=sizes.device)
+    tiling = VISIBLE.choose(target_of(sizes.device)).values()
+    _launch(
+        "visible_keys",
+        {**_of_mask(keys, "PREDICATE", "MASK", "TENSORS", "STRIDES", "SIZES"), "GROUP": group},
+        tiling,
+        (block_count(sizes.m, tiling["KEYS"]), heads, rows),
+        sizes.device,
+        {"visible_ptr": visible, "keys": sizes.m, **keys.arguments()},
+        keys.hooks(),
+    )
+    return _Rows(visible)
+
+
+def _allowed_pairs(mask: KernelMask, sizes: _Sizes) -> _Rows:
+    """bool [1 or b, 1 or h_kv, tiles, blocks]: some head of the group allows some element of the pair."""
+    rows, heads, group = sizes.mask_rows(mask, mask.predicate)
+    pairs = torch.empty((rows, heads, sizes.tiles, sizes.blocks), dtype=torch.bool, device=sizes.device)
+    tiling = PAIRS.choose(target_of(sizes.device)).values()
+    runs = {
+        "TILE_ROWS": min(_padded(sizes.query_block), tiling["ROWS"]),
+        "BLOCK_COLUMNS": min(_padded(sizes.key_block), tiling["COLUMNS"]),
+    }
+    tile_groups = block_count(sizes.tiles, tiling["ROWS"] // runs["TILE_ROWS"])
+    block_groups = block_count(sizes.blocks, tiling["COLUMNS"] // runs["BLOCK_COLUMNS"])
+    _launch(
+        "allowed_pairs",
+        {
+            **_of_mask(mask, "PREDICATE", "BY_RANGE", "READS_TENSORS", "MASK", "BIAS", "BIAS_LEAST", "TENSORS", "STRIDES", "SIZES"),
+            **runs,
+            "GROUP": group,
+            "QUERY_BLOCK": sizes.query_block,
+            "KEY_BLOCK": sizes.key_block,
+        },
+        tiling,
+        (tile_groups * block_groups, heads, rows),
+        sizes.device,
+        {
+            "pairs_ptr": pairs,
+            "queries": sizes.n,
+            "keys": sizes.m,
+            "tiles": sizes.tiles,
+            "blocks": sizes.blocks,
+            **mask.arguments(),
+        },
+        mask.hooks(),
+    )
+    return _Rows(pairs)
+
+
+def _histograms(x: Tensor, words: Tensor, visible: _Rows | None, step: int, sizes: _Sizes) -> Tensor:
+    """fp32 [b, h_kv, runs, M * E] of x [b, h or h_kv, length, d]: codewords of the vectors of each run of `step`, over a group's heads."""
+    _, subspaces, codewords, size = words.shape
+    length = x.shape[2]
+    runs = block_count(length, step)
+    histogram = torch.empty((sizes.b, sizes.h_kv, runs, subspaces * codewords), dtype=torch.float32, device=x.device)
+    padded = {"WORDS": _side(codewords), "WIDTH": _side(size)}
+    tiling = ENCODE.choose(target_of(x.device), **padded).values()
+    run_rows = min(_padded(step), tiling["ROWS"])
+    constants: dict[str, Constant] = {
+        **padded,
+        "STEP": step,
+        "GROUP": x.shape[1] // sizes.h_kv,
+        "SUBSPACES": subspaces,
+        "CODEWORDS": codewords,
+        "SIZE": size,
+        "VISIBLE": visible is not None,
+        "RUN_ROWS": run_rows,
+        "PRECISION": full_precision(x.device),  # codewords differ by little
+    }
+    arguments = {
+        **_strided("x", x),
+        "words_ptr": words,
+        "histogram_ptr": histogram,
+        "length": length,
+        "runs": runs,
+        **({} if visible is None else visible.arguments("visible")),
+    }
+    grid = (block_count(runs, tiling["ROWS"] // run_rows), sizes.h_kv, sizes.b)
+    _launch("encode_histogram", constants, tiling, grid, x.device, arguments)
+    return histogram
+
+
+def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, sizes: _Sizes) -> tuple[Tensor, Tensor]:
+    """code_sums fp32 [h_kv, M, E, d / M] and code_counts fp32 [h_kv, M, E]."""
+    h_kv, subspaces, codewords, size = words.shape
+    sums, counts = torch.empty_like(words), torch.empty(words.shape[:3], dtype=torch.float32, device=q.device)
+    padded = {"WORDS": _side(codewords), "WIDTH": _side(size)}
+    q_step, k_step = statistics_stride(sizes.b, sizes.n), statistics_stride(sizes.b, sizes.m)
+    _launch(
+        "code_statistics",
+        {
+            **padded,
+            "GROUP": sizes.group,
+            "SUBSPACES": subspaces,
+            "CODEWORDS": codewords,
+            "SIZE": size,
+            "VISIBLE": visible is not None,
+            "PRECISION": full_precision(q.device),
+        },
+        STATISTICS.choose(target_of(q.device), **padded).values(),
+        (subspaces, h_kv, 1),
+        q.device,
+        {
+            **_strided("q", q),
+            **_strided("k", k),
+            "words_ptr": words,
+            "sums_ptr": sums,
+            "counts_ptr": counts,
+            "batches": sizes.b,
+            "q_samples": block_count(sizes.n, q_step),
+            "q_step": q_step,
+            "k_samples": block_count(sizes.m, k_step),
+            "k_step": k_step,
+            **({} if visible is None else visible.arguments("visible")),
+        },
+    )
+    return sums, counts
+
+
+def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: float, sizes: _Sizes) -> Tensor:
+    """fp32 [b, h_kv, tiles, blocks]: softmax of the means of runs of queries against visible keys, summed over runs, group and keys."""
+    target, size, width, run = target_of(q.device), sizes.d, _side(sizes.d), query_run(sizes.query_block)
+    facts = {"WIDTH": width, "itemsize": k.element_size()}
+    runs, run_rows = block_count(sizes.n, run), _padded(run)
+    means = torch.empty((sizes.b, sizes.h, runs, size), dtype=k.dtype, device=q.device)
+    tiling = MEANS.choose(target, **facts).values()
+    _launch(
+        "run_means",
+        {"RUN": run, "RUN_ROWS": run_rows, "SIZE": size, "WIDTH": width},
+        tiling,
+        (block_count(runs, tiling["ROWS"] // run_rows), sizes.h, sizes.b),
+        q.device,
+        {**_strided("q", q), "means_ptr": means, "queries": sizes.n, "runs": runs},
+    )
+    lse = torch.empty((sizes.b, sizes.h, runs), dtype=torch.float32, device=q.device)
+    runs_per_tile = sizes.query_block // run
+    constants: dict[str, Constant] = {
+        "RUNS_PER_TILE": runs_per_tile,
+        "KEY_BLOCK": sizes.key_block,
+        "GROUP": sizes.group,
+        "SIZE": size,
+        "WIDTH": width,
+        "VISIBLE": visible is not None,
+        "PRECISION": product_precision(k.dtype, k.device),
+    }
+    arguments = {
+        "means_ptr": means,
+        **_strided("k", k),
+        **({} if visible is None else visible.arguments("visible")),
+        **pairs.arguments("pairs"),
+        "lse_ptr": lse,
+        "runs": runs,
+        "keys": sizes.m,
+        "blocks": sizes.blocks,
+        "scale_log2": scale * math.log2(math.e),
+    }
+    tiling = LOGSUMEXP.choose(target, **facts).values()
+    _launch("pooled_logsumexp", constants, tiling, (block_count(runs, tiling["ROWS"]), sizes.h, sizes.b), q.device, arguments)
+    scores = torch.empty((sizes.b, sizes.h_kv, sizes.tiles, sizes.blocks), dtype=torch.float32, device=q.device)
+    tiling = SCORES.choose(target, **facts).values()
+    tile_rows, block_columns = min(_padded(runs_per_tile), tiling["ROWS"]), min(_padded(sizes.key_block), tiling["COLUMNS"])
+    tile_groups = block_count(sizes.tiles, tiling["ROWS"] // tile_rows)
+    block_groups = block_count(sizes.blocks, tiling["COLUMNS"] // block_columns)
+    _launch(
+        "pooled_scores",
+        {**constants, "TILE_ROWS": tile_rows, "BLOCK_COLUMNS": block_columns},
+        tiling,
+        (tile_groups * block_groups, sizes.h_kv, sizes.b),
+        q.device,
+        {**arguments, "scores_ptr": scores, "tiles": sizes.tiles},
+    )
+    return scores
+
+
+def _choose(scores: Tensor, pairs: _Rows, width: int, own: bool, sizes: _Sizes) -> tuple[Tensor, Tensor]:
+    """ids int32 [b, h_kv, tiles, width] and counts int32 [b, h_kv, tiles]."""
+    lists = (sizes.b, sizes.h_kv, sizes.tiles)
+    ids = torch.empty((*lists, width), dtype=torch.int32, device=sizes.device)
+    counts = torch.empty(lists, dtype=torch.int32, device=sizes.device)
+    chunk = min(max(_padded(sizes.blocks), _MATRIX_SIDE), _LONGEST_CHUNK)
+    farthest = 4 * (sizes.n + sizes.m) + 2 * (sizes.query_block + sizes.key_block) + 1
+    _launch(
+        "choose_blocks",
+        {
+            "QUERY_BLOCK": sizes.query_block,
+            "KEY_BLOCK": sizes.key_block,
+            "OWN": own,
+            "NEAR_BITS": farthest.bit_length(),
+            "CHUNK": chunk,
+            "SINGLE": sizes.blocks <= chunk,
+        },
+        {"num_warps": 1 if chunk <= 256 else 4, "num_stages": 1},
+        (sizes.tiles, sizes.h_kv, sizes.b),
+        sizes.device,
+        {
+            "scores_ptr": scores,
+            **pairs.arguments("pairs"),
+            "ids_ptr": ids,
+            "counts_ptr": counts,
+            "queries": sizes.n,
+            "keys": sizes.m,
+            "tiles": sizes.tiles,
+            "blocks": sizes.blocks,
+            "width": width,
+        },
+    )
+    return ids, counts
+
+
+def _launch(
+    template: str,
+    constants: dict[str, Constant],
+    tiling: dict[str, int],
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: dict[str, Argument],
+    hooks: dict[str, str] | None = None,
+) -> None:
+    tiles = {name: value for name, value in tiling.items() if name not in ("num_warps", "num_stages")}
+    spec = KernelSpec.of(template, {**constants, **tiles}, hooks, tiling["num_warps"], tiling["num_stages"])
+    launch(spec, grid, device, arguments)
+
+
+def _of_mask(mask: KernelMask, *names: str) -> dict[str, Constant]:
+    """Those of a mask's constants that a template declares."""
+    constants = mask.constants()
+    return {name: constants[name] for name in names}
+
+
+def _strided(name: str, x: Tensor) -> dict[str, Argument]:
+    """Pointer and strides of x [b, h, length, d]."""
+    return {f"{name}_ptr": x} | {f"{name}_stride_{axis}": stride for axis, stride in zip("bhnd", x.stride(), strict=True)}
+
+
+def _first_row_if_alike(x: Tensor) -> Tensor:
+    """An operand without the copies of its row along queries that broadcasting made."""
+    return x[..., :1, :] if x.dim() > 1 and x.stride(-2) == 0 else x if x.dim() > 1 else x.view(1, -1)
+
+
+def _padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def _side(size: int) -> int:
+    """`size` as a side of a matrix product."""
+    return max(_MATRIX_SIDE, _padded(size))
+
+
+def _power_of_two_within(size: int) -> int:
+    return 1 << max(0, size.bit_length() - 1)

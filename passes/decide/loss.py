@@ -1,0 +1,67 @@
+"""Decide which losses are computed without their logits. The result is exact, so what is judged is memory, from sizes alone."""
+
+from __future__ import annotations
+
+import math
+
+from torch.fx import Node
+
+from sptc.ir.hint import optimization_hint
+from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
+from sptc.passes.decide.cost import LossShape, dense_loss, loss_by_rows
+from sptc.passes.find.loss import needed
+from sptc.passes.graph.pattern import shape, value
+from sptc.passes.unit import Unit
+
+_BUFFER = {"cpu": 32 << 20, "cuda": 256 << 20}  # bytes of the logits that stand in memory at a time
+_LEAST_ROWS = 16
+_FEW = 2  # classes for each feature up to which the logits take no more than what replaces them
+
+
+def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Refusal:
+    """The decision on one loss; a refusal of rule "logits" where the graph returns its logits and options keep these.
+
+    `recorded`: gradients are recorded where it stands.
+    """
+    settings = LossSettings(_rows(region), bool(region.returned))
+    sizes = _shape(unit, region)
+    costs = dense_loss(sizes, unit.device).at({}), loss_by_rows(sizes, unit.device).at({})
+    dense, by_rows = costs
+    features = sizes.d
+    if not unit.config.loss_enabled:
+        return Decision(region, False, "option 'loss.enabled' is False", settings, *costs)
+    if not recorded or not any(needed(region)):
+        return Decision(region, False, "no gradient is recorded here", settings, *costs)
+    if unit.config.decline == "auto" and region.classes <= _FEW * features:
+        return Decision(region, False, f"would not pay: {region.classes} classes of {features} features", settings, *costs)
+    kept = f"{by_rows.kept / 2**20:.3g} MiB kept for backward instead of {dense.kept / 2**20:.3g}"
+    if region.returned and unit.config.loss_logits == "keep":
+        names = ", ".join(node.name for node in region.returned)
+        reason = f"the graph returns its logits ({names}); options={{'loss.logits': 'drop'}} would not, with {kept}"
+        return Refusal("loss", "logits", region.y, reason, region.site)
+    dropped = ", and the logits that the graph returns are dropped" if region.returned else ""
+    return Decision(region, True, f"pays: {kept}{dropped}", settings, *costs)
+
+
+def _rows(region: LossRegion) -> int:
+    node = region.projection.y
+    wide = 8 if region.product.itemsize == 8 else 4
+    rows = _BUFFER.get(value(node).device.type, _BUFFER["cpu"]) // (region.classes * wide)
+    return max(_LEAST_ROWS, rows - rows % _LEAST_ROWS)
+
+
+def _shape(unit: Unit, region: LossRegion) -> LossShape:
+    lora = region.projection.lora
+    need_x, need_weight, _, _, need_up = needed(region)
+    x: Node = region.projection.x
+    return LossShape(
+        rows=optimization_hint(math.prod(shape(x)[:-1])),
+        counted=1.0 if unit.counted_share is None else unit.counted_share,
+        d=int(shape(x)[-1]),
+        classes=region.classes,
+        rank=0 if lora is None else int(shape(lora.a)[0]),
+        dtype=region.product,
+        need_x=need_x,
+        need_weight=need_weight,
+        need_adapter=need_up,
+    )

@@ -1,0 +1,180 @@
+"""Which tokens' rows of an FFN's output anything reads: those that no one does need no FFN, and nothing but them changes.
+
+Values are followed backwards from what the graph is for. A loss reads the tokens whose label counts; attention reads, of keys and values,
+those that its mask does not hide as padding; what treats every token alike reads the rows that are read of it; everything else reads all.
+So in a batch that is padded, FFNs are for the tokens that are no padding, and after the last attention for those that count alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from typing import Any
+
+from torch.fx import Node
+
+from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Region, Rows
+from sptc.passes.find.counted import fits
+from sptc.passes.find.padding import hiding, padding_mask
+from sptc.passes.graph.frame import Frame, frames, operands
+from sptc.passes.graph.pattern import op, shape
+from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of, tensors
+from sptc.passes.unit import Unit
+
+
+class _Read(IntEnum):
+    """Each includes those before it."""
+
+    NONE = 0
+    COUNTED = 1
+    VISIBLE = 2  # those that are no padding, and those that count
+    ALL = 3
+
+
+_NAMES: Mapping[_Read, Rows] = {_Read.COUNTED: "counted", _Read.VISIBLE: "visible", _Read.ALL: "all", _Read.NONE: "all"}
+
+
+def read_rows(unit: Unit) -> dict[Region, Rows]:
+    """For each FFN whose tokens are those of the labels, the rows of its output that are read; {} where labels are not known.
+
+    Logits that the graph returns beside its loss, and caches of keys and values, are taken to be read where no padding is.
+    """
+    if not isinstance(unit.counted, Counted):
+        return {}
+    reader = _Reader(unit, unit.counted)
+    reader.follow(reader.frames[0])
+    reader.read(reader.frames[0])
+    return {region: _NAMES[reader.needs[region.y]] for region in unit.regions if isinstance(region, FfnRegion) and region.y in reader.needs}
+
+
+class _Reader:
+    """Follows rows forwards, then reads backwards, through checkpoint bodies as through the graph around them.
+
+    Attributes:
+        axes: which dimensions of a value are the tokens; without an entry it does not depend on FFNs, None where tokens are mixed.
+        needs: what is read of a value.
+    """
+
+    def __init__(self, unit: Unit, counted: Counted) -> None:
+        self.frames = list(frames(unit.gm))
+        self.axes: dict[Node, Axes | None] = {}
+        self.needs: dict[Node, _Read] = {}
+        self._counted, self._padding = counted, padding_mask(unit)
+        self._beside = _Read.ALL if self._padding is None else _Read.VISIBLE  # of what the graph returns beside its loss
+        self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
+        self._by_graph = {frame.gm.graph: frame for frame in self.frames}
+        self._inside: dict[Node, Region | LossRegion] = {}
+        for region in (*unit.losses, *unit.regions):
+            self._inside.update(dict.fromkeys(region.nodes, region))
+        self._dropped = unit.config.loss_logits == "drop" and unit.config.loss_enabled
+        attentions = [r for r in unit.regions if isinstance(r, AttentionRegion)]
+        self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
+        self._cached = set().union(*self._keys.values())
+
+    def follow(self, frame: Frame) -> None:
+        """Find the rows of every value of a graph, given those of its inputs."""
+        for node in frame.gm.graph.nodes:
+            region = self._inside.get(node)
+            if region is not None:
+                if node is region.y:
+                    self._follow_region(region)
+            elif node in self._by_call:
+                body = self._by_call[node]
+                self.axes.update({inner: self.axes[outer] for inner, outer in operands(body).items() if outer in self.axes})
+                self.follow(body)
+            elif node.op == "call_function" and any(n in self.axes or n in self._by_call for n in node.all_input_nodes):
+                self._follow_call(node)
+
+    def _follow_call(self, node: Node) -> None:
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and source in self._by_call:
+            returned = self._returned(self._by_call[source])[int(node.args[1])]  # type: ignore[index, call-overload]
+            if returned in self.axes:
+                self.axes[node] = self.axes[returned]
+            if returned in self._cached:
+                self._cached.add(node)
+            return
+        known = {n: rows for n in node.all_input_nodes if (rows := self.axes.get(n)) is not None}
+        self.axes[node] = axes_after(node, known) if known else None
+
+    def _follow_region(self, region: Region | LossRegion) -> None:
+        if isinstance(region, FfnRegion):
+            lead = shape(region.y)[:-1]
+            if fits(self._counted.lead, region) and fits(shape(self._padding) or self._counted.lead, region):
+                self.axes[region.y] = rows_of(lead, range(len(lead)))
+            elif region.x in self.axes:
+                self.axes[region.y] = None
+        elif isinstance(region, AttentionRegion) and any(n in self.axes for n in (region.q, region.k, region.v)):
+            self.axes[region.y] = rows_of(shape(region.y), (0, 2)) if self._lies(region.q) else None
+
+    def _lies(self, operand: Node) -> bool:
+        """Whether the tokens of an operand of attention, if it depends on them, are its batch and length."""
+        sizes = shape(operand)
+        return len(sizes) == 4 and self.axes.get(operand, rows_of(sizes, (0, 2))) == rows_of(sizes, (0, 2))
+
+    def read(self, frame: Frame) -> None:
+        """Find what is read of every value that follows from an FFN, last first."""
+        for node in reversed(frame.gm.graph.nodes):
+            if node in self._by_call:
+                self.read(self._by_call[node])
+            region = self._inside.get(node)
+            if node in self.axes and (region is None or node is region.y):
+                self.needs[node] = max((self._by(user, node, frame) for user in node.users), default=_Read.NONE)
+
+    def _by(self, user: Node, node: Node, frame: Frame) -> _Read:
+        """What a user reads of a node."""
+        if user.op == "output":
+            return self._by_output(node, frame)
+        region = self._inside.get(user)
+        if region is not None:
+            return self._by_region(region, node)
+        if user in self._by_call:
+            inner = [placeholder for placeholder, outer in operands(self._by_call[user]).items() if outer is node]
+            return max((self.needs.get(placeholder, _Read.NONE) for placeholder in inner), default=_Read.ALL)
+        if self.axes.get(user) is None or self.axes[node] is None:
+            return _Read.NONE if not tensors(user) and not user.users else _Read.ALL
+        return self.needs[user]
+
+    def _by_output(self, node: Node, frame: Frame) -> _Read:
+        if frame.call is None:
+            return self._beside if node in self._cached else _Read.ALL
+        places = [i for i, returned in enumerate(self._returned(frame)) if returned is node]
+        outside = [user for user in frame.call.users if user.target is operator.getitem and user.args[1] in places]
+        return max((self.needs.get(user, _Read.ALL) for user in outside), default=_Read.NONE)
+
+    def _by_region(self, region: Region | LossRegion, node: Node) -> _Read:
+        if self.axes[node] is None:
+            return _Read.ALL
+        if isinstance(region, FfnRegion):
+            entering = {region.x, *(up.lora.low for up in region.ups if up.lora is not None)}
+            return self.needs.get(region.y, _Read.ALL) if node in entering else _Read.ALL
+        if isinstance(region, LossRegion):
+            lora = region.projection.lora
+            if node is not region.projection.x and (lora is None or node is not lora.low):
+                return _Read.ALL
+            return self._beside if region.returned and not self._dropped else _Read.COUNTED
+        found = [self.needs.get(region.y, _Read.ALL)] if node is region.q else []
+        if node in self._keys[region]:
+            hides = self._padding is not None and hiding(region, self._by_graph) is self._padding
+            found.append(_Read.VISIBLE if hides and self._lies(node) else _Read.ALL)
+        return max(found, default=_Read.ALL)
+
+    def _returned(self, frame: Frame) -> list[Any]:
+        (output,) = frame.gm.graph.find_nodes(op="output")
+        return list(_flat(output.args[0]))
+
+
+def _with_cache(operand: Node) -> Iterator[Node]:
+    """Keys or values, and what they are beside the empty tensors of a cache before its first token."""
+    yield operand
+    for user in operand.users:
+        if op(user) == "aten.cat.default" and all(part is operand or empty(part) for part in user.args[0]):  # type: ignore[union-attr]
+            yield user
+
+
+def _flat(returned: Any) -> Iterator[Any]:
+    if isinstance(returned, list | tuple):
+        yield from returned
+    else:
+        yield returned

@@ -1,0 +1,49 @@
+"""Give attention over [batch * heads, length, size] the [batch, heads, length, size] nodes that a region is described by.
+
+`nn.MultiheadAttention` that is asked for weights goes from [n, b, h * d] to [b * h, n, d] in one view, so no node has heads of its own.
+Here q, k, v and y get such nodes, as views that are undone at once; what the graph computes stays the same.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx import Node
+
+from sptc.passes.find.attention import SOFTMAX, draft_of
+from sptc.passes.find.attention_operands import heads_of, split_heads
+from sptc.passes.graph.build import Builder, aten
+from sptc.passes.graph.pattern import op, shape
+from sptc.passes.mask.mask import Refused
+from sptc.passes.mask.reader import Reader
+
+
+def unmerge_heads(gm: fx.GraphModule) -> None:
+    """Insert the views into one graph, in place, where the number of heads can be told."""
+    reader = Reader()
+    for softmax in [node for node in gm.graph.nodes if op(node) in SOFTMAX and len(shape(node)) == 3]:
+        try:
+            draft = draft_of(softmax, reader)
+        except Refused:
+            continue  # find_attention says why
+        if draft is None or len(shape(draft.y)) != 3:
+            continue
+        operands = (draft.q, draft.k, draft.v)
+        heads = next((h for operand in operands if (h := heads_of(operand)) is not None), None)
+        if heads is None:
+            continue
+        for operand in operands:
+            if split_heads(operand) is None:
+                _insert(operand.node, heads)
+        _insert(draft.y, heads)
+
+
+def _insert(node: Node, heads: int) -> None:
+    users = list(node.users)
+    builder = Builder(node.next)
+    four = builder.call(aten.unflatten.int, node, 0, [-1, heads])
+    three = builder.call(aten.flatten.using_ints, four, 0, 1)
+    for view in (four, three):
+        if "tensor_meta" in node.meta:
+            view.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=view.meta["val"].shape, stride=view.meta["val"].stride())
+    for user in users:
+        user.replace_input_with(node, three)

@@ -1,0 +1,180 @@
+"""A plan: the density of each region of a model, as a readable JSON file and a table. `sptc.plan` (sptc/plans/planning.py) makes one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from sptc.config import Config, ConfigError
+from sptc.device.cache import write_whole
+
+DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)}
+"""What is tried of a region of each kind, besides dense."""
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One density that a region was tried at, everything else dense."""
+
+    density: float
+    seconds: float  # predicted, of the region in one step
+    error: float  # measured, relative, of the model's output
+
+
+@dataclass(frozen=True)
+class PlannedRegion:
+    """One region by its key (passes/decide/key.py), its choices from dense (density 1) down, and the density that was chosen."""
+
+    key: str
+    graphs: tuple[int, ...]  # which of the captured graphs hold it
+    facts: Mapping[str, int]  # sizes that it must still have when the plan is applied
+    density: float
+    choices: tuple[Choice, ...]
+
+    @property
+    def kind(self) -> str:
+        """As in its key: "attention" or "ffn"."""
+        return self.key.rpartition(":")[2].rstrip("0123456789")
+
+    @property
+    def chosen(self) -> Choice:
+        return self._at(self.density)
+
+    @property
+    def dense_seconds(self) -> float:
+        return self._at(1.0).seconds
+
+    def _at(self, density: float) -> Choice:
+        return {choice.density: choice for choice in self.choices}[density]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Densities for one model. `options={"plan": path}` applies a saved one; `str(plan)` is a table."""
+
+    target: Mapping[str, float]  # {"speedup": 1.5} or {"max_error": 0.05}
+    options: Mapping[str, Any]  # those that it was made with and is to be used with
+    other_seconds: float  # predicted, of everything outside the regions
+    regions: tuple[PlannedRegion, ...]
+
+    @property
+    def dense_seconds(self) -> float:
+        return self.other_seconds + math.fsum(region.dense_seconds for region in self.regions)
+
+    @property
+    def seconds(self) -> float:
+        return self.other_seconds + math.fsum(region.chosen.seconds for region in self.regions)
+
+    @property
+    def speedup(self) -> float:
+        """Predicted, of forward and backward."""
+        return self.dense_seconds / self.seconds
+
+    @property
+    def error(self) -> float:
+        """Predicted from those of the regions."""
+        return combined(region.chosen.error for region in self.regions)
+
+    def uniform(self, attention: float, ffn: float) -> Plan:
+        """The same regions at one density for each kind: what a plan is worth is its difference to that.
+
+        A region that has no choice there (it would not be faster than at a greater density, its output is not finite, or it is never
+        sparse) gets its least choice above.
+
+        Raises:
+            ValueError: no region of a kind is tried at its density.
+        """
+        wanted = {"attention": attention, "ffn": ffn}
+        for kind, density in wanted.items():
+            if density not in (1.0, *DENSITIES[kind]):
+                known = ", ".join(f"{d:.4g}" for d in DENSITIES[kind])
+                raise ValueError(f"plans measure nothing of {kind} at density {density:g}, only at {known}")
+        least = [min(c.density for c in r.choices if c.density >= wanted[r.kind]) for r in self.regions]
+        regions = tuple(replace(region, density=density) for region, density in zip(self.regions, least, strict=True))
+        return replace(self, target={}, regions=regions)
+
+    def graphs(self) -> list[set[str]]:
+        """The keys of the regions of each captured graph."""
+        count = 1 + max((i for region in self.regions for i in region.graphs), default=-1)
+        return [{region.key for region in self.regions if i in region.graphs} for i in range(count)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data. What is derived stands beside what it derives from, for people."""
+        summary = {"seconds": self.seconds, "dense_seconds": self.dense_seconds, "speedup": self.speedup, "error": self.error}
+        return {"version": VERSION, **asdict(self), "predicted": summary}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: there is no such file, or it holds no plan of this version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"option 'plan': cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ConfigError(f"option 'plan': {str(path)!r} is no plan of version {VERSION}; make one with sptc.plan")
+        try:
+            regions = tuple(_region(entry) for entry in data["regions"])
+            return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "regions"}, regions=regions)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"option 'plan': {str(path)!r} is not a whole plan ({error!r}); make it again with sptc.plan") from error
+
+    def applied_to(self, config: Config) -> Config:
+        """`config` with the options that the plan was made with.
+
+        Raises:
+            ConfigError: an option was given that says something else.
+        """
+        given = config.to_options()
+        for key, value in self.options.items():
+            if given.get(key, value) != value:
+                raise ConfigError(
+                    f"option {key!r} is {given[key]!r}, but the plan {config.plan!r} was made with {value!r}; "
+                    "leave the option out, or make a plan with it"
+                )
+        return Config.from_options({**self.options, **given})
+
+    def __str__(self) -> str:
+        rows = [
+            (r.key, f"{r.density:.3g}", f"{r.dense_seconds * 1e3:.3g}", f"{r.chosen.seconds * 1e3:.3g}", f"{r.chosen.error:.2g}")
+            for r in self.regions
+        ]
+        other = f"{self.other_seconds * 1e3:.3g}"
+        total = ("total", "", f"{self.dense_seconds * 1e3:.3g}", f"{self.seconds * 1e3:.3g}", f"{self.error:.2g}")
+        headers = ("region", "density", "ms dense", "ms planned", "error")
+        table = tabulate([*rows, ("elsewhere", "", other, other, ""), total], headers, disable_numparse=True, colalign=_ALIGN)
+        wanted = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
+        reached = f"{self.speedup:.2f}x by predicted times of forward and backward, output off by {self.error:.2g}"
+        return f"{table}\n\n{f'planned for {wanted}' if wanted else 'not planned'}: {reached}"
+
+
+_ALIGN = ("left", *("right",) * 4)
+
+
+def combined(errors: Iterable[float]) -> float:
+    """The error of several regions at once: changes point anywhere, so their squares add."""
+    return math.sqrt(math.fsum(e * e for e in errors))
+
+
+def _region(entry: Mapping[str, Any]) -> PlannedRegion:
+    choices = tuple(Choice(**choice) for choice in entry["choices"])
+    region = PlannedRegion(entry["key"], tuple(entry["graphs"]), entry["facts"], entry["density"], choices)
+    if region.chosen.error < 0 or not 0 < region.density <= 1 or region.dense_seconds < 0:
+        raise ValueError(f"{region.key} has a negative figure")
+    return region

@@ -1,0 +1,101 @@
+"""Which density each region gets for a budget of time or of error, from what was measured of each.
+
+Moves go from dense towards sparse, each time the one that adds the least squared error for a second saved. Within a region only the lower
+convex hull of (seconds, squared error) matters, so the ratios rise along the way: the moves form one sequence, and every target is a
+prefix of it. Plans for rising targets are nested, the errors are the least that any plan of the same time has, and what a prefix saves
+beyond its target is part of one move: an exact search (the problem is a knapsack) could gain no more.
+
+The squared errors that choose are halfway between those measured and the mean of the regions of the kind at that density: measured ones
+are of one batch before training, too little to starve a region for. What a plan says of its error, and what `max_error` limits, is as
+measured. docs/quality.md has what such plans learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sptc.ir.plan import Choice, Plan, PlannedRegion, combined
+
+
+class PlanError(ValueError):
+    """No plan can be made: the target is malformed or out of reach."""
+
+
+def check_target(speedup: float | None, max_error: float | None) -> None:
+    """Raises PlanError unless exactly one target is given, and in its range."""
+    if (speedup is None) == (max_error is None):
+        raise PlanError("give exactly one of speedup and max_error")
+    if speedup is not None and not 1 < speedup < math.inf:
+        raise PlanError(f"speedup must be above 1, got {speedup}")
+    if max_error is not None and not 0 <= max_error < math.inf:
+        raise PlanError(f"max_error must be a number of at least 0, got {max_error}")
+
+
+def replan(
+    plan: Plan, *, speedup: float | None = None, max_error: float | None = None, squares: Mapping[tuple[str, float], float] | None = None
+) -> Plan:
+    """The plan for another target, by the figures of this one: as few moves as reach the speed-up, or as many as the error allows.
+
+    `squares` are the squared errors to choose by, of each region (by key) and density; without them `expected_squares`.
+
+    Raises:
+        PlanError: as `plan`, by which nothing is measured here.
+    """
+    check_target(speedup, max_error)
+    expected = expected_squares(plan.regions) if squares is None else squares
+    moves = sorted((move for region in plan.regions for move in _moves(region, expected)), key=lambda move: move[:2])
+    chosen = {region.key: region.choices[0] for region in plan.regions}
+
+    def time() -> float:
+        return plan.other_seconds + math.fsum(c.seconds for c in chosen.values())
+
+    dense = time()
+    for _, key, after in moves:
+        if speedup is not None and dense / time() >= speedup:
+            break
+        if max_error is not None and combined(c.error for c in {**chosen, key: after}.values()) > max_error:
+            break
+        chosen[key] = after
+    seconds = time()
+    if speedup is not None and dense / seconds < speedup:
+        raise PlanError(
+            f"a speed-up of {speedup:g} is out of reach: with every region at the density that is fastest it is {_down(dense / seconds)} "
+            f"(predicted; {plan.other_seconds / dense:.0%} of the dense time lies outside of attention and FFN)"
+        )
+    given = {"speedup": speedup, "max_error": max_error}
+    target = {key: float(value) for key, value in given.items() if value is not None}
+    return replace(plan, target=target, regions=tuple(replace(region, density=chosen[region.key].density) for region in plan.regions))
+
+
+def _down(value: float) -> str:
+    """Rounded so that the figure itself is within reach."""
+    return f"{math.floor(value * 100) / 100:.2f}"
+
+
+Move = tuple[float, str, Choice]  # squared error added for a second saved, key, where to
+
+
+def expected_squares(regions: Sequence[PlannedRegion]) -> dict[tuple[str, float], float]:
+    """Squared error to choose by, of each region (by key) and density: halfway from its own to the mean of the kind at that density."""
+    of_kind: dict[tuple[str, float], list[float]] = {}
+    for region in regions:
+        for choice in region.choices:
+            of_kind.setdefault((region.kind, choice.density), []).append(choice.error**2)
+    mean = {where: math.fsum(squares) / len(squares) for where, squares in of_kind.items()}
+    return {(r.key, c.density): (c.error**2 + mean[r.kind, c.density]) / 2 for r in regions for c in r.choices}
+
+
+def _moves(region: PlannedRegion, squares: Mapping[tuple[str, float], float]) -> list[Move]:
+    """The steps along the lower convex hull of one region, from dense on."""
+
+    def square(choice: Choice) -> float:
+        return squares[region.key, choice.density]
+
+    at, moves = region.choices[0], []
+    while faster := [c for c in region.choices if c.seconds < at.seconds]:
+        ratios = [(square(c) - square(at)) / (at.seconds - c.seconds) for c in faster]
+        ratio, _, at = min(zip(ratios, (c.seconds for c in faster), faster, strict=True), key=lambda step: step[:2])
+        moves.append((ratio, region.key, at))
+    return moves

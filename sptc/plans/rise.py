@@ -1,0 +1,216 @@
+"""Densities of FFNs by what they cost the model: measured layer by layer on the first batch, within `ffn.max_rise`.
+
+How much an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once dense, then
+once for each FFN and density with this one sparse, without gradients and without dropout, before the graph is compiled. In deep models
+neighbours are measured together: about a dozen groups bound the runs. A run's rise is the divergence of its predictions from the dense
+ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense model would rise by, without
+the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose sum stays within
+`ffn.max_rise` of the dense loss. Costs are FLOPs: times would make the choice the machine's.
+
+A weight's density is chosen once for a limit: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0
+chooses.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from tqdm import tqdm
+
+from sptc.ir.hint import optimization_hint
+from sptc.ir.plan import Choice, Plan, PlannedRegion
+from sptc.ir.region import Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
+from sptc.passes.decide.decisions import TRIED, at_density, left_out, measured, splits, through_units
+from sptc.passes.decide.key import region_keys
+from sptc.passes.graph.effects import alias_sets, written_by
+from sptc.passes.graph.frame import frames, input_index, outermost, parameter
+from sptc.passes.unit import Unit
+from sptc.plans.beside import Mixed, insert_beside, remove
+from sptc.plans.budget import replan
+
+log = logging.getLogger(__name__)
+
+_ROWS = 512  # at most, whose predictions are compared
+_GROUPS = 12
+_SILENT_SECONDS = 2.0
+
+_chosen: Any = WeakTensorKeyDictionary()  # down weight -> {(whether the context was told apart, what was allowed): density}
+
+
+def weigh(unit: Unit) -> Unit:
+    """The unit with the densities of its FFNs chosen, where options leave that to measurement; others are as decided."""
+    return _weighed(unit, _chosen, _agreed)
+
+
+def weigh_alone(unit: Unit) -> Unit:
+    """What `weigh` would do, without telling other ranks or a later compile."""
+    return _weighed(unit, WeakTensorKeyDictionary(_chosen), lambda chosen, text: (chosen, text))
+
+
+def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], tuple[list[float], str]]) -> Unit:
+    waiting = [r for d in unit.decisions if d.rewrite and isinstance(r := d.region, FfnRegion) and measured(unit, r)]
+    if not waiting:
+        return unit
+    weights = [_weight(unit, region) for region in waiting]
+    cases = [(splits(unit, region), unit.config.ffn_max_rise) for region in waiting]
+    known = [remembered.get(w, {}).get(case) for w, case in zip(weights, cases, strict=True) if w is not None]
+    if len(known) == len(waiting) and None not in known:
+        return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
+    if unit.config.ffn_max_rise == 0.0:
+        return _with(unit, dict.fromkeys(waiting, 1.0), "the loss may not rise at all (ffn.max_rise)")
+    reason = _obstacle(unit, weights)
+    if reason is not None:
+        return _with(unit, dict.fromkeys(waiting, 1.0), f"how much it may leave out can't be measured: {reason}; set ffn.density")
+    chosen, text = agreed(*_measure(unit, waiting))
+    for weight, case, density in zip(weights, cases, chosen, strict=True):
+        remembered[weight] = {**remembered.get(weight, {}), case: density}
+    return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
+
+
+def _weight(unit: Unit, region: FfnRegion) -> Tensor | None:
+    """The down weight itself, that the density is remembered by."""
+    frame = next(frame for frame in frames(unit.gm) if frame.gm.graph is region.y.graph)
+    index = input_index(outermost(parameter(region.down.weight), frame))
+    value = None if index is None else unit.example_inputs[index]
+    return value if isinstance(value, Tensor) else None
+
+
+def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
+    """Why the graph can't be run on the batch to see what its FFNs are worth."""
+    if not isinstance(unit.counted, Counted):
+        return unit.counted or "the graph computes no cross entropy"
+    if any(isinstance(x, FakeTensor) for x in unit.example_inputs):
+        return "the graph is compiled without its inputs' values"
+    if any(weight is None for weight in weights):
+        return "a down weight is computed in the graph"
+    for frame in frames(unit.gm):
+        written = [target for node in frame.gm.graph.nodes for target in written_by(node)]
+        aliases = alias_sets(frame.gm.graph) if written else {}
+        outer = {aliases[node] for node in frame.gm.graph.nodes if written and node.op in ("placeholder", "get_attr")}
+        if any(aliases[target] in outer for target in written):
+            return "the graph writes to its inputs"
+    return None
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Log-probabilities of the classes at rows that count, [rows, classes], and the loss there."""
+
+    logs: Tensor
+    loss: float
+
+
+def _measure(unit: Unit, regions: Sequence[FfnRegion]) -> tuple[list[float], str]:
+    """Densities in the order of `regions`, and what was measured, for the report."""
+    keys = region_keys(unit.regions)
+    candidates: dict[Region, tuple[Settings, ...]] = {
+        r: tuple(at_density(unit, r, density)[0] for density in TRIED[splits(unit, r)]) for r in regions
+    }
+    groups = {keys[group[0]]: group for group in grouped(unit, regions)}
+    runs = [(key, density) for key, group in groups.items() for density in TRIED[splits(unit, group[0])]]
+    beside = insert_beside(unit, candidates)
+    try:
+        dense = _run(unit, beside, {})
+        rises = {}
+        for key, density in tqdm(runs, "sptc measures FFNs", delay=_SILENT_SECONDS, leave=False, unit="run"):
+            settings = {keys[r]: at_density(unit, r, density)[0].density for r in groups[key]}
+            rises[key, density] = _divergence(dense, _run(unit, beside, settings))
+    finally:
+        remove(beside)
+
+    def flops(key: str, density: float) -> float:
+        costs = [at_density(unit, r, density)[1:] for r in groups[key]]
+        return math.fsum((dense if density == 1.0 else sparse).flops for dense, sparse in costs)
+
+    planned = []
+    for key, group in groups.items():
+        tried = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in TRIED[splits(unit, group[0])]]
+        planned.append(
+            PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *(c for c in tried if math.isfinite(c.error))))
+        )
+    allowed = unit.config.ffn_max_rise * dense.loss
+    squares = {(r.key, c.density): c.error**2 for r in planned for c in r.choices}
+    plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed), squares=squares)
+    log.info("FFN densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
+    chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
+    text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all FFNs so, before training"
+    return [chosen[region] for region in regions], text
+
+
+def grouped(unit: Unit, regions: Sequence[FfnRegion]) -> list[list[FfnRegion]]:
+    """Runs of neighbours whose tokens are told apart alike, `_GROUPS` if all are; the first, as a rule the most sensitive, is alone."""
+    groups: list[list[FfnRegion]] = []
+    size = max(1, math.ceil((len(regions) - 1) / (_GROUPS - 1)))
+    for i, region in enumerate(regions):
+        if i <= 1 or (i - 1) % size == 0 or splits(unit, region) != splits(unit, groups[-1][0]):
+            groups.append([])
+        groups[-1].append(region)
+    return groups
+
+
+def _run(unit: Unit, beside: Any, densities: Mapping[str, float]) -> _Predictions:
+    counted = unit.counted
+    assert isinstance(counted, Counted)
+    inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in unit.example_inputs]
+    devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        mixed = Mixed(unit.gm, beside, densities, frozenset({counted.logits, counted.target}))
+        mixed.run(*inputs)
+        return _predictions(mixed.seen[counted.logits], mixed.seen[counted.target], counted.ignored)
+
+
+def _predictions(logits: Tensor, target: Tensor, ignored: int) -> _Predictions:
+    target = target.reshape(-1)
+    rows = (target != ignored).nonzero().squeeze(1)
+    rows = rows[torch.arange(min(len(rows), _ROWS), device=rows.device) * len(rows) // max(1, min(len(rows), _ROWS))]
+    logs = logits.movedim(1, -1).flatten(0, -2)[rows].float().log_softmax(-1)
+    return _Predictions(logs, float(-logs.gather(1, target[rows, None]).mean()))
+
+
+def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
+    """KL(dense || sparse), the mean over rows."""
+    return max(0.0, float((dense.logs.exp() * (dense.logs - sparse.logs)).sum(-1).mean()))
+
+
+def _agreed(chosen: list[float], text: str) -> tuple[list[float], str]:
+    """What rank 0 chose, where there are several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return chosen, text
+    shared = [chosen, text]
+    dist.broadcast_object_list(shared)
+    return shared[0], shared[1]  # type: ignore[return-value]
+
+
+def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
+    """The unit with these densities; 1 leaves a region dense."""
+
+    def decided() -> Iterator[Decision]:
+        for decision in unit.decisions:
+            if isinstance(decision.region, LossRegion) or decision.region not in densities:
+                yield decision
+                continue
+            density = densities[decision.region]
+            assert isinstance(decision.region, FfnRegion)
+            through = through_units(unit, decision.region) if density == 1.0 else None
+            if through is not None:
+                text = f"gradients through fewer units, forward all of them; {reason}{left_out(through[0])}"
+                yield Decision(decision.region, True, text, *through)
+                continue
+            settings, dense, sparse = at_density(unit, decision.region, density)
+            assert isinstance(settings, UnitSettings)
+            pays = unit.config.decline == "never" or sparse.seconds < dense.seconds
+            kept = f"kept whole; {reason}" if density == 1.0 else f"{decision.reason}; {reason}"
+            if density == 1.0 and not settings.whole and pays:
+                kept += left_out(settings)
+            yield Decision(decision.region, density < 1.0 or (not settings.whole and pays), kept, settings, dense, sparse)
+
+    return replace(unit, decisions=tuple(decided()))

@@ -1,0 +1,187 @@
+"""Tokens whose FFN output nothing reads are left out, and only these: loss and every gradient are the dense ones in fp64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import sptc
+from sptc.passes.graph.row_axes import viewed
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
+from tests.passes.ffns import CLASSES, D, Gated
+
+LAYERS = 2
+
+
+def llama(**given: Any) -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=LAYERS, max_position_embeddings=64, **given))
+
+
+def gpt2() -> nn.Module:
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_inner=24, n_head=2, n_layer=LAYERS, vocab_size=50, n_positions=64, **off))
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def padded() -> dict[str, Tensor]:
+    """Padding on either side, prompts without labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (3, 13), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = mask[1, :4] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[2, :7] = labels[0, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def rows(compiled: Any) -> list[str]:
+    return [r.settings["rows"] for r in sptc.report(compiled).regions if r.kind == "ffn" and r.settings is not None]
+
+
+def assert_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], dynamic: bool | None = None, **options: Any) -> None:
+    reference = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend=without_inductor(**{**FULL, **options}), dynamic=dynamic)
+    loss, expected = compiled(**inputs)[0], reference(**inputs)[0]
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
+    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
+    assert rows(compiled) == want
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("logits", ["keep", "drop"])
+@pytest.mark.parametrize("how", ["plain", "cache", "checkpoints"])
+def test_padding_and_the_last_layer(how: str, logits: str) -> None:
+    torch.manual_seed(0)
+    model = llama(use_cache=how == "cache").train()
+    if how == "checkpoints":
+        model.gradient_checkpointing_enable()
+    last = "counted" if logits == "drop" else "visible"
+    assert_as_dense(model, padded(), ["visible", last], **{"loss.logits": logits})
+
+
+def test_other_spellings_and_lengths() -> None:
+    torch.manual_seed(0)
+    assert_as_dense(gpt2().train(), padded(), ["visible", "counted"], **{"loss.logits": "drop"})
+    assert_as_dense(llama(use_cache=False).train(), padded(), ["visible", "visible"], dynamic=True)
+
+
+def test_options() -> None:
+    torch.manual_seed(0)
+    assert_as_dense(llama(use_cache=False).train(), padded(), ["all", "all"], **{"ffn.padding": "compute", "loss.logits": "drop"})
+    inputs = padded()
+    inputs["labels"] = inputs["input_ids"].clone()  # padding counts: it is computed
+    assert_as_dense(llama(use_cache=False).train(), inputs, ["visible", "visible"])
+    del inputs["attention_mask"]
+    assert_as_dense(llama(use_cache=False).train(), inputs, ["all", "all"])
+
+
+THIN = {
+    "units": {"ffn.density": 0.75, "ffn.context_density": 0.25},
+    "units-alike": {"ffn.density": 0.5, "ffn.context_density": None},
+    "gradients": {"ffn.max_rise": 0.0, "ffn.gradient_density": 0.75, "ffn.gradient_context_density": 0.25},
+}
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("thin", THIN)
+def test_sparse_forms_leave_padding_out_as_well(thin: str, checkpoints: bool) -> None:
+    """Loss and gradients are those of the same form with padding computed."""
+    torch.manual_seed(0)
+    ids = torch.randint(50, (3, 8))
+    mask = torch.ones_like(ids)
+    mask[:, 4:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100  # 6 tokens count, 6 do not, 12 are padding: samples are whole multiples of the rows
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found = []
+    for padding in ("skip", "compute"):
+        torch.manual_seed(1)
+        model = llama(use_cache=False).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        options = {**THIN[thin], "ffn.padding": padding, "attention.enabled": False, "decline": "never"}
+        compiled = torch.compile(model, backend=without_inductor(**options))
+        loss = compiled(**inputs)[0]
+        found.append((loss, gradients(model, loss)))
+        assert rows(compiled) == ["visible" if padding == "skip" else "all"] * LAYERS
+        torch._dynamo.reset()
+    (loss, got), (expected, want) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, want)
+
+
+class Small(nn.Module):
+    """One attention over tokens behind an FFN and before another one; `how` says what else reads the first one's output."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.second, self.head = Gated(), Gated(), nn.Linear(D, CLASSES)
+        self.mix = nn.Conv1d(D, D, 3, padding=1)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        x = x + self.first(x)
+        seen = attention_mask[:, None, None, :].bool()
+        q = x.view(*x.shape[:2], 2, D // 2).transpose(1, 2)
+        k = q * q.mean(2, keepdim=True) if self.how == "mean" else q
+        if self.how == "unmasked":
+            seen = torch.ones_like(seen)
+        y = F.scaled_dot_product_attention(q, k, k, attn_mask=seen).transpose(1, 2).flatten(2)
+        if self.how == "conv":
+            y = y + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        y = x + y
+        y = y + self.second(y)
+        loss = F.cross_entropy(self.head(y).flatten(0, 1), labels.flatten())
+        if self.how == "aside":
+            loss = loss + 0.1 * x.square().mean()
+        return (loss, y) if self.how == "returned" else (loss,)
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        ("plain", ["visible", "counted"]),
+        ("mean", ["all", "counted"]),
+        ("unmasked", ["all", "counted"]),
+        ("conv", ["all", "counted"]),
+        ("aside", ["all", "counted"]),
+        ("returned", ["all", "all"]),
+    ],
+)
+def test_what_anything_else_reads_is_computed(how: str, want: list[str]) -> None:
+    torch.manual_seed(0)
+    inputs = padded()
+    inputs = {"x": torch.randn(3, 13, D), "labels": inputs["labels"].clamp(max=CLASSES - 1), "attention_mask": inputs["attention_mask"]}
+    model = Small(how)
+    reference = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    loss, expected = compiled(**inputs)[0], reference(**{**inputs, "x": inputs["x"].double()})[0]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
+    assert rows(compiled) == want
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows", "want"),
+    [
+        ((3, 13, 16), (39, 16), (0, 1), (0,)),
+        ((39, 16), (3, 13, 2, 8), (0,), (0, 1)),
+        ((3, 13, 16), (3, 13, 2, 8), (0, 1), (0, 1)),
+        ((3, 2, 13, 8), (3, 2, 13, 8), (0, 2), (0, 2)),
+        ((3, 2, 13, 8), (6, 13, 8), (0, 2), None),  # heads and batch merged
+        ((3, 13, 16), (3, 208), (0, 1), None),  # tokens and features merged
+        ((1, 13, 16), (13, 16), (1,), (0,)),
+        ((13, 16), (1, 13, 1, 16), (0,), (1,)),
+        ((13, 3, 16), (39, 16), (1, 0), None),  # in another order
+    ],
+)
+def test_rows_through_views(before: tuple[int, ...], after: tuple[int, ...], rows: tuple[int, ...], want: tuple[int, ...] | None) -> None:
+    assert viewed(before, after, rows) == want

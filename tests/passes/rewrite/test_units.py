@@ -1,0 +1,205 @@
+"""An FFN over fewer hidden units: its output and every gradient are those of a plain definition, in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import sptc
+from sptc.backend import compile_graph
+from sptc.codegen.ops.units import sample_tokens
+from sptc.config import Config
+from tests.models.compiled import assert_gradients_close, gradients, without_inductor
+from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
+
+ALL = {"decline": "never", "ffn.padding": "compute"}  # of the tokens, whatever reads them
+FORWARD_TOO = {"gradients_only": False, "rows": "all"}
+
+
+def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
+    """`ffn(of)`, the hidden units that are not among the `units` of the greatest energy over x[mask] set to 0."""
+    sample = sample_tokens(x, mask)
+    with torch.no_grad():
+        hidden, down = hidden_and_output(ffn, x[sample])
+        base = getattr(down, "base_layer", down)
+        columns = base.weight.square().sum(1 if isinstance(base, Conv1D) else 0)
+        energy = hidden.square().sum(0) * columns
+        kept = torch.zeros(HIDDEN, dtype=of.dtype).index_fill(0, energy.topk(units).indices, 1.0)
+    hidden, down = hidden_and_output(ffn, of)
+    return down(hidden * kept)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool) -> None:
+    model = model_of(ffn, adapted)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, **ALL}))
+    got = gradients(model, loss := compiled(x, labels))
+    (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None, **FORWARD_TOO}
+
+    h = reference.first(x.double()).flatten(0, 1)
+    expected = F.cross_entropy(reference.head(h + over_units(reference.ffn, h, None, 10, h)), labels.flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, gradients(reference, expected))
+
+
+@pytest.mark.parametrize("counted", ["some", "none", "all"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted: str) -> None:
+    model = model_of(ffn, True)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    if counted != "some":
+        labels = torch.full_like(labels, -100) if counted == "none" else labels.clamp(min=0)
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, **ALL}))
+    loss = compiled(x, labels)
+    # Where next to all tokens of the first batch count, they are all alike.
+    context = None if counted == "all" else 8
+    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": context, **FORWARD_TOO}
+
+    h = reference.first(x.double()).flatten(0, 1)
+    mask = (labels != -100).flatten()
+    y = torch.where(mask[:, None], over_units(reference.ffn, h, mask, 24, h), over_units(reference.ffn, h, ~mask, 8, h))
+    expected = F.cross_entropy(reference.head(h + y), labels.flatten())
+    if counted == "none":
+        assert loss.isnan() and expected.isnan()
+        return
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else in its body runs again in backward: the products on the chosen units do."""
+    model = model_of(Gated, True)
+    reference = copy.deepcopy(model)
+    inner = model.ffn.forward
+    model.ffn.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    ran: list[str] = []
+
+    def counting(gm: torch.fx.GraphModule, _: list) -> Callable:
+        ran.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(fw_compiler=counting, partition_fn=min_cut_rematerialization_partition)
+    x, labels = batch()
+    given = {**ALL, "ffn.density": 0.75, "ffn.context_density": 0.25}
+    options = Config.from_options(given)
+    compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, options, inner=lambda g, i, _: backend(g, i)))
+    got = gradients(model, compiled(x, labels))
+    assert ran.count("sptc.choose_units.default") == 2
+    plain = torch.compile(reference, backend=without_inductor(**given))
+    assert_gradients_close(got, gradients(reference, plain(x, labels)))
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool) -> None:
+    model = model_of(ffn, adapted)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    options = {"ffn.density": 1.0, "ffn.context_density": 1.0, **ALL}
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    got = gradients(model, compiled(x, labels))
+    assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"ffn": "rewritten", "loss": "rewritten"}
+    assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
+
+
+class Padded(nn.Module):
+    """Attention that hides padding, so that the graph tells which tokens are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.head = Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+        q = x[:, None]
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=attention_mask[:, None, None, :].bool())[:, 0]
+        return F.cross_entropy(self.head(y + self.ffn(y)).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("context", [None, 0.25])
+def test_padding_has_no_say(context: float | None) -> None:
+    torch.manual_seed(0)
+    model = Padded()
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    padding = torch.ones(2, 7, dtype=torch.int64)
+    padding[0, 4:] = 0
+    x = torch.where(padding[..., None] == 1, x, 100 * x)
+    labels = labels.masked_fill(padding == 0, -100)
+    options = {"ffn.density": 0.5, "ffn.context_density": context, **ALL, "attention.enabled": False}
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    got = gradients(model, loss := compiled(x, labels, padding))
+
+    q = x.double()[:, None]
+    y = F.scaled_dot_product_attention(q, q, q, attn_mask=padding[:, None, None, :].bool())[:, 0].flatten(0, 1)
+    counted, real = (labels != -100).flatten(), padding.flatten() == 1
+    if context is None:
+        out = over_units(reference.ffn, y, real, 16, y)
+    else:
+        parts = over_units(reference.ffn, y, counted, 16, y), over_units(reference.ffn, y, ~counted & real, 8, y)
+        out = torch.where(counted[:, None], *parts)
+    expected = F.cross_entropy(reference.head(y + out), labels.flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, gradients(reference, expected))
+
+
+def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> None:
+    kept: list[tuple[Any, ...]] = []
+
+    def forward(gm: torch.fx.GraphModule, _: list) -> Callable:
+        (output,) = gm.graph.find_nodes(op="output")
+        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if isinstance(node.meta.get("val"), Tensor))
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    given = Config.from_options({**ALL, "ffn.density": 0.75, "ffn.context_density": None})
+    model = model_of(Gated, True)
+    compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, given, inner=lambda g, i, _: backend(g, i)))
+    x, labels = batch(41)
+    compiled(x, labels).backward()
+    units = [shape for shape in kept if 24 in shape]
+    assert units == [(24,), (82, 24), (82, 24)], "which units, and the outputs of gate and up on them"
+
+
+class Flattened(Model):
+    """The loss's target is computed by sizes of its inputs."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x, n = self.first(x), labels.shape[0] * labels.shape[1]
+        return F.cross_entropy(self.head(x + self.ffn(x)).reshape(n, CLASSES), labels.reshape(n))
+
+
+def test_one_compile_serves_all_lengths_and_counts() -> None:
+    torch.manual_seed(0)
+    model = Flattened(Gated())
+    options = {"ffn.density": 1.0, "ffn.context_density": 0.25, **ALL}
+    compiled = torch.compile(model, backend=without_inductor(**options), dynamic=True)
+    for length in (13, 17, 23):
+        x, labels = batch(length)
+        reference = copy.deepcopy(model).double()
+        got = gradients(model, compiled(x, labels))
+        h, mask = reference.first(x.double()).flatten(0, 1), (labels != -100).flatten()
+        y = torch.where(mask[:, None], reference.ffn(h), over_units(reference.ffn, h, ~mask, 8, h))
+        assert_gradients_close(got, gradients(reference, F.cross_entropy(reference.head(h + y), labels.flatten())))
+    assert sptc.report(compiled).graphs == 1

@@ -1,0 +1,208 @@
+"""FFN densities by measurement: what is measured, what is chosen, and when nothing can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sptc
+from sptc.config import Config
+from sptc.model.capture import capture
+from sptc.passes import ANALYSIS
+from sptc.passes.runner import run
+from sptc.passes.unit import Unit
+from sptc.plans import rise
+from tests.models.compiled import without_inductor
+from tests.planning_device import DEVICE
+
+D, HIDDEN, CLASSES = 16, 64, 7
+OPTIONS = {"decline": "never", "attention.enabled": False, "ffn.max_rise": 0.02}
+
+
+class Ffn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Mixer(nn.Module):
+    """Tokens see those before them, so that the context matters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+class Model(nn.Module):
+    """Two FFNs; the second one adds next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(50, D), nn.Linear(D, CLASSES)
+        self.ffns, self.mixer = nn.ModuleList([Ffn(), Ffn()]), Mixer()
+        with torch.no_grad():
+            self.ffns[0].down.weight *= 10
+            self.ffns[1].down.weight *= 0.01
+
+    def logits(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for ffn in self.ffns:
+            x = x + ffn(x)
+            x = x + self.mixer(x)
+        return self.head(x)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(ids).flatten(0, 1), labels.flatten())
+
+
+def batch(length: int = 12, counted: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids, labels = (torch.randint(high, (3, length), generator=generator) for high in (50, CLASSES))
+    labels[:, : round(length * (1 - counted))] = -100
+    return ids, labels
+
+
+def densities(compiled: Any) -> list[float]:
+    return [r.density for r in sptc.report(compiled).regions if r.kind == "ffn"]
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many regions each measurement was of."""
+    seen: list[int] = []
+    measure = rise._measure
+    monkeypatch.setattr(rise, "_measure", lambda unit, regions: (seen.append(len(regions)), measure(unit, regions))[1])
+    return seen
+
+
+@pytest.mark.parametrize("counted, least", [(1.0, 0.5), (0.4, 0.125)])
+def test_what_the_model_needs_stays_and_what_it_does_not_goes(counted: float, least: float, measurements: list[int]) -> None:
+    model = Model()
+    compiled = torch.compile(model, backend=without_inductor(**OPTIONS))
+    compiled(*batch(counted=counted)).backward()
+    kept = densities(compiled)
+    assert kept[0] > kept[1] == least
+    assert all("measured" in r.reason for r in sptc.report(compiled).regions if r.kind == "ffn")
+    assert all(p.grad is not None for p in model.parameters())
+    for length in (9, 17):  # graphs for other lengths take what was chosen
+        compiled(*batch(length, counted)).backward()
+    assert measurements == [2] and set(densities(compiled)) == set(kept)
+    torch._dynamo.reset()
+    again = torch.compile(Model(), backend=without_inductor(**OPTIONS))
+    again(*batch(counted=counted))
+    assert measurements == [2, 2] and densities(again) == kept  # another model is measured for itself
+
+
+@pytest.mark.parametrize("allowed, expected", [(0.0, [1.0, 1.0]), (1e6, [0.5, 0.5])])
+def test_max_rise_is_the_limit(allowed: float, expected: list[float]) -> None:
+    compiled = torch.compile(Model(), backend=without_inductor(**{**OPTIONS, "ffn.max_rise": allowed}))
+    compiled(*batch())
+    assert densities(compiled) == expected
+
+
+def test_the_rise_is_the_divergence_at_the_tokens_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    divergence = rise._divergence
+    monkeypatch.setattr(rise, "_divergence", lambda *args: (seen.append(divergence(*args)), seen[-1])[1])
+    model, (ids, labels) = Model(), batch(counted=0.4)
+    torch.compile(model, backend=without_inductor(**OPTIONS))(ids, labels)
+    torch._dynamo.reset()
+
+    logits: list[Tensor] = []
+    head = model.head.register_forward_hook(lambda _, args, out: logits.append(out.detach()))
+    with torch.no_grad():
+        model(ids, labels)
+        for density in rise.TRIED[True]:  # of the first FFN alone
+            _Only(model, density)(ids, labels)
+    head.remove()
+    rows = (labels != -100).flatten()
+    dense, *sparse = [out.flatten(0, 1)[rows].double().log_softmax(-1) for out in logits]
+    expected = [float((dense.exp() * (dense - s)).sum(-1).mean()) for s in sparse]
+    assert seen[: len(expected)] == pytest.approx(expected, rel=1e-3)
+
+
+class _Only(nn.Module):
+    """The model with units of the first FFN left out for the context, by a definition of its own."""
+
+    def __init__(self, model: Model, density: float) -> None:
+        super().__init__()
+        self.model, self.units = model, round(density * HIDDEN)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        from sptc.codegen.ops.units import sample_tokens
+
+        m = self.model
+        context = (labels == -100).flatten()
+        x = m.tokens(ids)
+        h = F.gelu(m.ffns[0].up(x)).flatten(0, 1)
+        energy = h[sample_tokens(context, context)].square().sum(0) * m.ffns[0].down.weight.square().sum(0)
+        kept = torch.zeros(HIDDEN).index_fill(0, energy.topk(self.units).indices, 1.0)
+        y = m.ffns[0].down(torch.where(context[:, None], h * kept, h)).view_as(x)
+        x = x + y
+        x = x + m.mixer(x)
+        x = x + m.ffns[1](x)
+        return m.head(x + m.mixer(x))
+
+
+class NoLoss(Model):
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return self.logits(ids)
+
+
+class Counting(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(ids, labels)
+
+
+@pytest.mark.parametrize("model, says", [(NoLoss, "no cross entropy"), (Counting, "writes to its inputs")])
+def test_without_a_measurement_ffns_stay_whole_and_say_so(model: type[Model], says: str) -> None:
+    compiled = torch.compile(made := model(), backend=without_inductor(**OPTIONS))
+    compiled(*batch())
+    assert densities(compiled) == [1.0, 1.0]
+    assert all(says in r.reason and "set ffn.density" in r.reason for r in sptc.report(compiled).regions if r.kind == "ffn")
+    if model is Counting:
+        assert int(made.calls) == 1
+
+
+def test_explaining_changes_nothing(measurements: list[int]) -> None:
+    model = Model()
+    random = torch.get_rng_state()
+    report = sptc.explain(model, batch(), OPTIONS)
+    assert torch.equal(torch.get_rng_state(), random)
+    compiled = torch.compile(model, backend=without_inductor(**OPTIONS))
+    compiled(*batch())
+    assert measurements == [2, 2] and densities(compiled) == [r.density for r in report.regions if r.kind == "ffn"]
+
+
+def test_deep_models_are_measured_in_groups() -> None:
+    units: list[Unit] = []
+    model = nn.Sequential(*(Ffn() for _ in range(30)))
+    config = Config.from_options(OPTIONS)
+    capture(model, torch.randn(2, 3, D), lambda gm, inputs: units.append(run(Unit(gm, tuple(inputs), config, DEVICE), ANALYSIS)))
+    (unit,) = units
+    groups = rise.grouped(unit, unit.regions)
+    assert [region for group in groups for region in group] == list(unit.regions) and len(unit.regions) == 30
+    assert len(groups) <= 12 and len(groups[0]) == 1 and {len(group) for group in groups[1:-1]} == {3}
+    assert [len(group) for group in rise.grouped(unit, unit.regions[:5])] == [1] * 5
+
+
+def test_another_limit_is_another_choice() -> None:
+    """What was chosen for a model under one limit is not taken under another: with none allowed, the forward pass is dense."""
+    model = Model()
+    for allowed, expected in ((1e6, [0.5, 0.5]), (0.0, [1.0, 1.0])):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=without_inductor(**{**OPTIONS, "ffn.max_rise": allowed}))
+        compiled(*batch())
+        assert densities(compiled) == expected
