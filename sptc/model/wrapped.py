@@ -27,6 +27,6 @@ def refuse_wrapped_model() -> None:
     trainer = None if frame is None else frame.f_locals.get("self")
     if isinstance(getattr(trainer, "model", None), OptimizedModule):
         raise ConfigError(
-            f"{type(trainer).__name__} can't save a model that torch.compile wrapped: an adapter's file would be empty. Compile it in place: "
-            'model.compile(backend="spt", options=...), not model = torch.compile(model, backend="spt", options=...)'
+            f"{type(trainer).__name__} can't save a model that torch.compile wrapped: an adapter's file would be empty. Compile it in "
+            'place: model.compile(backend="spt", options=...), not model = torch.compile(model, backend="spt", options=...)'
         )

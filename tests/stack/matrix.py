@@ -32,6 +32,13 @@ SPARSE = {
     "ffn.context_density": 0.5,
 }
 
+PAPER = {
+    **{key: SPARSE[key] for key in SPARSE if "density" not in key},
+    "ffn.selector": "router",
+    "attention.selector": "pq",
+    "ffn.blocks": 4,
+}
+
 Kind = Literal["eager", "exact", "sparse"]
 
 

@@ -6,14 +6,16 @@ import contextlib
 import unittest.mock
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import sptc
 from tests.stack.loop import loop
-from tests.stack.matrix import Run
+from tests.stack.matrix import PAPER, Run
 from tests.stack.models import batch, llama, lora
 
 ROWS = 4
@@ -151,3 +153,32 @@ def accelerated(run: Run) -> None:
             optimizer.step()
             optimizer.zero_grad()
         run.losses.append(loss.item())
+
+
+def prepared(run: Run, shard: bool) -> None:
+    """The paper's option: each rank prepares with its own rows, and all start from the state of rank 0."""
+    model = lora(llama())
+    inputs = share(batch(ROWS))
+    if run.sparse:
+        sptc.prepare(model, inputs, run.options)
+        state = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if ".spt." in name])
+        states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
+        dist.all_gather(states, state)
+        assert all(other.equal(state) for other in states)
+    if not shard:
+        run.train(model)
+        run.compile_in_place(model)
+        loop(run, model, None if alone() else DistributedDataParallel(model), inputs)
+        return
+    for layer in layers(model):
+        run.compile_in_place(layer)
+        if not alone():
+            fully_shard(layer)
+    if not alone():
+        fully_shard(model)
+        with pytest.raises(ValueError, match="before fully_shard"):
+            sptc.prepare(model, inputs, PAPER)
+    if run.compiled is not None:
+        run.compiled = model
+    run.train(model)
+    loop(run, model, None, inputs)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.stack.matrix import Cell, check_exact, check_sparse, rows, run_script
+from tests.stack.matrix import PAPER, Cell, check_exact, check_sparse, rows, run_script
 from tests.stack.parallel import (
     accelerated,
     accumulated,
     compiled_between,
     compiled_inside,
     compiled_outside,
+    prepared,
     sharded,
     sharded_accumulated,
     split,
@@ -53,6 +54,8 @@ CELLS = (
     Cell("FSDP2, activation checkpointing", partial(sharded, where="layer", checkpoints=True), 2),
     Cell("FSDP2, gradient accumulation", sharded_accumulated, 2),
     Cell("accelerate: Accelerator().prepare", accelerated),
+    Cell("DDP, the paper's option", partial(prepared, shard=False), options=PAPER, tolerance=None),
+    Cell("FSDP2, the paper's option", partial(prepared, shard=True), 2, options=PAPER, tolerance=None),
 )
 
 

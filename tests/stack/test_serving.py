@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import sptc
 from sptc.paper.state import ExportError
 from tests.stack.loop import loop
-from tests.stack.matrix import SPARSE, Run
+from tests.stack.matrix import PAPER, SPARSE, Run
 from tests.stack.models import batch, llama, lora
 from tests.stack.results import record_verdict
-from tests.stack.test_trainer import PAPER, trainer
+from tests.stack.test_trainer import trainer
 
 SERVE = """
 import sys, warnings

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sptc
 from tests.models.zoo import documents
-from tests.stack.matrix import SPARSE, Cell, Run, check, rows
+from tests.stack.matrix import PAPER, SPARSE, Cell, Run, check, rows
 from tests.stack.models import batch, examples, llama, lora
 from tests.stack.results import record, record_verdict
 
@@ -139,12 +139,6 @@ def prepared(run: Run) -> None:
 
 
 HOOK = "transformers' hook on the embedding, which reentrant checkpoints need, ends a graph before the layers"
-PAPER = {
-    **{key: SPARSE[key] for key in SPARSE if "density" not in key},
-    "ffn.selector": "router",
-    "attention.selector": "pq",
-    "ffn.blocks": 4,
-}
 
 CELLS = (
     Cell("model.compile in place", in_place, fast=True),
