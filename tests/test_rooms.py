@@ -23,6 +23,7 @@ MAY = {
     "sptc.model": {"sptc.config", "sptc.paper.state", "sptc.reports.report"},
     "sptc.paper": {"sptc.config", "sptc.ir"},
     "sptc.paper.prepare": {"sptc.backend", "sptc.model", "sptc.passes", "sptc.reports.report"},
+    "sptc.paper.saved": {"sptc.device.cache"},
     "sptc.paper.trial": {"sptc.passes"},
     "sptc.plans": {"sptc.backend", "sptc.config", "sptc.ir", "sptc.model", "sptc.passes"},
     "sptc.reports": {"sptc.config", "sptc.ir", "sptc.passes"},

@@ -224,9 +224,8 @@ def check_sparse(cell: Cell, run: Outcome, error: float | None) -> Facts:
     if cell.falls:
         third = max(1, len(run.losses) // 3)
         assert sum(run.losses[-third:]) < sum(run.losses[:third]), f"the loss did not fall: {run.losses}"
-    return Facts(
-        f"{rewritten.total()} of {rewritten.total() + dense.total()}", run.compiles, error, (*says, *([cell.why] if cell.why else []))
-    )
+    counts = ", ".join(f"{rewritten[kind]} {kind}" for kind in REGIONS if rewritten[kind] or dense[kind])
+    return Facts(counts, run.compiles, error, (*says, *([cell.why] if cell.why else [])))
 
 
 def said(report: sptc.Report, kind: str, part: str) -> str:
