@@ -45,7 +45,7 @@ def page(results: str) -> str:
 def _table(cells: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(_escaped(text) for text in _row(cell)) + " |" for cell in sorted(cells, key=lambda cell: cell["order"])]
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))  # a cell of several tests that found the same is one row
 
 
 def _row(cell: dict[str, Any]) -> tuple[str, ...]:

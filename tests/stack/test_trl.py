@@ -129,6 +129,15 @@ MIXED = (9, 13, 7, 11)
 
 CELLS = (
     Cell("SFTTrainer", sft, 3, why=OUTSIDE, needs="trl"),
+    Cell(
+        "SFTTrainer, default densities",
+        sft,
+        3,
+        {"attention": 2},
+        {"ffn": "set ffn.density"},
+        options={"decline": "never"},
+        needs="trl",
+    ),
     Cell("SFTTrainer, completion-only loss", partial(sft, completion=True), 3, needs="trl"),
     Cell("SFTTrainer, packing", partial(sft, lengths=MIXED, max_length=24, packing=True), 3, needs="trl"),
     Cell("SFTTrainer, padding_free", partial(sft, lengths=MIXED, max_length=None, padding_free=True), 6, needs="trl"),
