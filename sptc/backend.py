@@ -24,6 +24,7 @@ from sptc.device.fingerprint import fingerprint
 from sptc.ir.plan import Plan
 from sptc.model.compiled import CompiledGraph
 from sptc.model.recompiles import limit_note
+from sptc.model.wrapped import refuse_wrapped_model
 from sptc.passes import ANALYSIS, PIPELINE, REWRITING
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
@@ -92,6 +93,7 @@ def captured_unit(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config, inner: Inner = inductor) -> CompiledGraph:
     """Run the passes on one captured graph and compile the result with `inner`."""
+    refuse_wrapped_model()
     dump = Dump.of(config)
     try:
         unit = captured_unit(gm, example_inputs, config)

@@ -75,7 +75,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"sptc", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     expected = {Path("sptc", *(path.parts[1:] if path.parts[0] == "sptc" else path.parts)).as_posix() for path in SOURCES}
     native = {f"sptc/{path.relative_to(ROOT).as_posix()}" for suffix in ("cpp", "h") for path in (ROOT / "codegen").rglob(f"*.{suffix}")}
-    assert native and {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected | native
+    assert native and {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected | native | {"sptc/py.typed"}
 
 
 FACTORY = """

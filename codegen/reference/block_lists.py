@@ -13,8 +13,9 @@ from typing import overload
 import torch
 from torch import SymInt, Tensor
 
+from sptc.ir.sample import POOLED_QUERIES
+
 STATISTICS_ROWS = 256  # of a head over the whole batch: enough for 16 codewords a step, and cheap beside attention
-_LONGEST_RUN = 16  # queries that share a mean: a sixteenth of the products of exact scores
 
 
 @overload
@@ -33,7 +34,7 @@ def statistics_stride(batch: int, length: int) -> int:
 
 def query_run(query_block: int) -> int:
     """Queries of a tile that the pooled selector stands for by their mean: the largest divisor of `query_block` up to 16."""
-    return max(run for run in range(1, min(query_block, _LONGEST_RUN) + 1) if query_block % run == 0)
+    return max(run for run in range(1, min(query_block, POOLED_QUERIES) + 1) if query_block % run == 0)
 
 
 def owned_blocks(n: int | SymInt, m: int | SymInt, query_block: int, key_block: int) -> int | SymInt:

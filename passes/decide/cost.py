@@ -16,22 +16,25 @@ import torch
 
 from sptc.device.costs import DeviceCosts
 from sptc.ir.region import AttentionSettings, Cost, FfnSettings, UnitSettings
-from sptc.ir.sample import LEAST, SHARE
+from sptc.ir.sample import LEAST, POOLED_QUERIES, SHARE
 
 Size = Any  # an int or a sympy expression
 
-# Passes over an array of [tokens, hidden] or [queries, keys]: reads and writes of elements, each product's operands included.
-_DENSE_ATTENTION_PASSES = (8, 10)  # matmul, scale, mask, softmax, matmul as single operators: forward, backward
-_DENSE_HIDDEN_PASSES = (2, 3)  # for each up projection, and the same again for the activation's result
-_BLOCK_OPS = 4  # around the product of a projection with the rows of one block
-_SMALL_OPS = 20  # that a rewrite adds around its operators: routing, casts, reshapes
-_LOADING = 48  # rows whose products take as long as bringing the weights near: a block with few tokens is slow
-_CAUSAL_MASK = 1.2  # time of sparse attention with a causal mask over that without one
-_CAUSAL_STEP = 512  # keys at a time in the fused kernel: what it computes above the diagonal
-_POOLED_QUERIES = 16  # of a tile whose mean stands for them when blocks are chosen
-_DENSE_LOGITS_PASSES, _LOGITS_PASSES = 8, 7  # reads and writes of a logit in fp32, forward and backward, products included
-_WIDE = 4  # bytes of a logit in fp32
-_SOFTMAX = 32  # of a score, in multiply-adds: rates were measured for heads of 64, and heads of 32 are not twice as fast
+# Constants of the model. They were counted from the operators, or fitted on a CPU so that the model agreed with the measured times of
+# attention and FFNs within a quarter. `python -m bench.attention` and `python -m bench.ffn` measure such times.
+
+# How often each element of an array is read or written between memory and processor: (forward, backward).
+_DENSE_ATTENTION_PASSES = (8, 10)  # scores [queries, keys] of attention that is spelled out: matmul, scale, mask, softmax, matmul
+_DENSE_HIDDEN_PASSES = (2, 3)  # hidden values [tokens, hidden], for each up projection and once more for the activation's result
+_DENSE_LOGITS_PASSES, _LOGITS_PASSES = 8, 7  # logits [rows, classes], forward and backward together: dense, and in chunks
+_WIDE = 4  # bytes of a logit: the loss is computed in fp32
+
+_BLOCK_OPS = 4  # small operators around the product of a projection with the rows of one block of a routed FFN
+_SMALL_OPS = 20  # small operators that a rewrite adds around its own: routing, casts, reshapes
+_LOADING = 48  # rows; bringing a block's weights near takes as long as multiplying this many rows with them
+_CAUSAL_MASK = 1.2  # ratio of times of sparse attention, with a causal mask to without one
+_CAUSAL_STEP = 512  # keys; fused attention works on so many at a time, so it computes that much above the diagonal
+_SOFTMAX = 32  # multiply-adds; what the softmax of one score takes (rates were measured with heads of 64)
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCos
         codewords = 16 * _ceil(s.d, 8)
         products = vectors * codewords * s.d
         return 2 * products, 4 * vectors * (s.d + codewords), products / device.coded  # in fp32 whatever the dtype
-    pairs = s.b * s.h * _ceil(s.n, sympy.Min(settings.query_block, _POOLED_QUERIES)) * s.m
+    pairs = s.b * s.h * _ceil(s.n, sympy.Min(settings.query_block, POOLED_QUERIES)) * s.m
     return 2 * pairs * s.d, 4 * (vectors * s.d + pairs), pairs * s.d * device.sparse_slowdown(s.dtype)[0] / device.pooled
 
 

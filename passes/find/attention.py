@@ -18,7 +18,7 @@ from torch.fx import Node
 from sptc.ir.region import AttentionRegion, Found, Refusal
 from sptc.passes.find.attention_operands import Operand, grouped, key_of, merged_heads, query_of, split_heads, without_empty
 from sptc.passes.find.lookalike import Flow, between_products
-from sptc.passes.graph.boundary import Breach, breach, disturbance
+from sptc.passes.graph.boundary import breach, disturbance
 from sptc.passes.graph.pattern import (
     COPIES,
     EINSUM,
@@ -34,7 +34,7 @@ from sptc.passes.graph.pattern import (
     value,
 )
 from sptc.passes.graph.site import site_of
-from sptc.passes.mask.mask import MASKED, Frame, MaskInput, Refused, read_mask
+from sptc.passes.mask.mask import MASKED, Layout, MaskInput, Refused, read_mask
 from sptc.passes.mask.reader import Reader
 
 FUSED = "aten.scaled_dot_product_attention.default"
@@ -343,13 +343,14 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
     k, v = _ungroup(k, v, shape(q)[1])
     _check(draft, q, k.node, v.node)
     (b, h, n, _), m = shape(q), shape(k.node)[2]
-    layouts = {3: Frame(b, h, n, m, merged=True), 4: Frame(b, h, n, m)}
+    layouts = {3: Layout(b, h, n, m, merged=True), 4: Layout(b, h, n, m)}
     for given, sizes in draft.masks:
         if len(sizes) not in layouts or (len(sizes) == 4 and not same_size(sizes[1], h)):
             raise Refused("rank", given.node, f"{given.node.name} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
     mask = read_mask([(given, layouts[len(sizes)]) for given, sizes in draft.masks], layouts[4], draft.is_causal, outer)
     passed = (*draft.q.passed, *k.passed, *v.passed)
-    _refuse(breach(draft.nodes, draft.y) or disturbance(passed, draft.y))
+    if (found := breach(draft.nodes, draft.y) or disturbance(passed, draft.y)) is not None:
+        raise Refused(found.rule, found.node, found.reason)
     nodes = frozenset(_with_exclusive(draft.nodes, passed))
     return AttentionRegion(q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes))
 
@@ -383,11 +384,6 @@ def _check(draft: Draft, q: Node, k: Node, v: Node) -> None:
     h, h_kv = shape(q)[1], shape(k)[1]
     if not (same_size(h, h_kv) or (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0)):
         raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
-
-
-def _refuse(found: Breach | None) -> None:
-    if found is not None:
-        raise Refused(found.rule, found.node, found.reason)
 
 
 def _with_exclusive(nodes: set[Node], passed: Iterable[Node]) -> set[Node]:

@@ -6,6 +6,7 @@ elementwise operators; it is never matched against a list of known activations.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from sptc.ir.region import FfnRegion, Found, Lora, Projection, Refusal
@@ -258,8 +260,18 @@ def _stranger(node: Node, walk: _Walk) -> frozenset[Node]:
     if _is_unit_parameter(node):
         walk.refuse("activation", node, f"{node.name} gives each hidden unit a parameter of its own inside the activation")
     else:
-        walk.refuse("operand", node, f"{node.name} enters the activation and is computed by no projection of the input")
+        walk.refuse("operand", node, f"{node.name} enters the activation and is computed by {_computer(node)}")
     return frozenset()
+
+
+def _computer(node: Node) -> str:
+    """What computes a value that no projection does: a call that is kept whole has a name that tells quantized weights."""
+    while node.target is operator.getitem:
+        (node, _) = node.args  # type: ignore[assignment]
+    if node.op != "call_function" or (isinstance(node.target, OpOverload) and node.target.namespace in ("aten", "prims")):
+        return "no projection of the input"
+    name = node.target.__name__ if not isinstance(node.target, OpOverload) else str(node.target)
+    return f"{name}, a call that is kept as it is, as those on quantized weights are"
 
 
 def _spelled(nodes: set[Node]) -> str:

@@ -1,4 +1,8 @@
-"""Is a set of nodes a closed region? Only its output is used outside, nothing it reads changes under it, and no mode switches inside it."""
+"""Whether a set of nodes can be replaced by one operator.
+
+Such a set is closed: only its output is used by other nodes, no operator writes to what it reads while it runs, and neither autocast nor
+grad mode is switched inside it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from sptc.passes.graph.pattern import is_mode_change, op
 
 @dataclass(frozen=True)
 class Breach:
-    """Why a set of nodes is not a closed region."""
+    """A reason why a set of nodes is not closed, for people."""
 
     rule: str  # "escapes", "mutated" or "mode-boundary"
     node: Node
@@ -21,11 +25,13 @@ class Breach:
 
 
 def breach(nodes: Collection[Node], y: Node, leaving: Collection[Node] = (), casts: bool = False) -> Breach | None:
-    """Why `nodes` can't be replaced by one operator that stands where `y` stands; None when they can.
+    """The first reason why `nodes` can't be replaced by one operator at the place of `y`; None if there is none.
 
     Args:
-        leaving: users outside that don't count.
-        casts: autocast may switch inside, since the operator's operands are cast to its dtype explicitly.
+        nodes: the set, all of one graph.
+        y: the output of the set, its last node.
+        leaving: nodes outside of the set that may use what is inside.
+        casts: whether autocast may be switched inside the set. That is so where the operator's operands are cast to its dtype explicitly.
     """
     inside = frozenset(nodes)
     return _escape(inside, y, leaving) or _switch(inside, y, casts) or _mutation(inside, y)
@@ -74,10 +80,15 @@ def _mutation(inside: frozenset[Node], y: Node) -> Breach | None:
 
 
 def disturbance(seen_through: Collection[Node], y: Node) -> Breach | None:
-    """Why an operator that stands where `y` stands can't read what `seen_through` were computed from; None when it can.
+    """The first reason why `seen_through` can't be skipped; None if there is none.
 
-    Each of them read its arguments where it stood: from there to `y`, nothing may be written to these arguments or to what it computed,
-    and gradients may not be switched on or off.
+    A region may use the inputs of some earlier nodes (a view, a cast, a scale) in place of their outputs. Its operator then reads these
+    inputs later than the earlier nodes did, at the place of `y`. In between, no node may write to these inputs or outputs, and gradients
+    may not be switched on or off.
+
+    Args:
+        seen_through: the earlier nodes.
+        y: the output of the region.
     """
     steps = list(_between(frozenset(seen_through), y))
     if not seen_through or not any(written_by(node) or _switches_gradients(node) for node in steps):

@@ -20,7 +20,7 @@ from sptc.passes.graph.pattern import requires_grad, same_size, shape
 from sptc.passes.mask import terms
 from sptc.passes.mask.reader import Reader
 from sptc.passes.mask.rules import At
-from sptc.passes.mask.terms import ZERO, Choice, Linear, Number, Truth, Unreadable
+from sptc.passes.mask.terms import ZERO, Cases, Linear, Number, Truth, Unreadable
 
 MASKED = -1e4
 MAX_ATOMS = 48  # a longer predicate costs more than the tensor it replaces
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Frame:
+class Layout:
     """The scores: sizes of batch, heads, queries and keys, and whether batch and heads are one dimension, [b * h, n, m]."""
 
     b: Any
@@ -68,7 +68,7 @@ class MaskInput:
 
 
 def read_mask(
-    inputs: Sequence[tuple[MaskInput, Frame]], frame: Frame, is_causal: bool = False, outer: Mapping[Node, Node] | None = None
+    inputs: Sequence[tuple[MaskInput, Layout]], frame: Layout, is_causal: bool = False, outer: Mapping[Node, Node] | None = None
 ) -> Mask:
     """The conjunction of `inputs`.
 
@@ -82,7 +82,7 @@ def read_mask(
         Refused: two biases, a bias with a gradient ("bias-gradient"), or a layout that no operand has ("mask").
     """
     reader = Reader(outer)
-    *_, q, k = Frame(frame.b, frame.h, frame.n, frame.m).positions()
+    *_, q, k = Layout(frame.b, frame.h, frame.n, frame.m).positions()
     parts = [_Part(terms.compare("<=", k, q))] if is_causal else []
     parts += [_read(reader, given, layout) for given, layout in inputs]
     allowed = terms.conjunction(*(part.allowed for part in parts))
@@ -123,7 +123,7 @@ class _Part:
     merged: bool = False  # the bias is [b * h, 1 or n, m]
 
 
-def _read(reader: Reader, given: MaskInput, layout: Frame) -> _Part:
+def _read(reader: Reader, given: MaskInput, layout: Layout) -> _Part:
     try:
         term = reader.argument(given.node, layout.positions())
         if sum(1 for _ in terms.atoms(term)) > MAX_ATOMS:
@@ -136,8 +136,8 @@ def _read(reader: Reader, given: MaskInput, layout: Frame) -> _Part:
         return _whole(given, layout)
 
 
-def _whole(given: MaskInput, layout: Frame) -> _Part:
-    """The tensor as it is."""
+def _whole(given: MaskInput, layout: Layout) -> _Part:
+    """The mask as a tensor operand, because it can't be read."""
     merged = layout.merged and given.how == "add" and _unmerges(given.node, layout)
     if (layout.merged and not merged) or given.how == "drop":
         raise Refused("mask", given.node, f"the mask {given.node.name} neither reads as a predicate nor broadcasts to the scores")
@@ -148,15 +148,15 @@ def _whole(given: MaskInput, layout: Frame) -> _Part:
     return _Part(bias=given.node, merged=merged)
 
 
-def _unmerges(node: Node, layout: Frame) -> bool:
-    """Whether a tensor is [b * h, 1 or n, m], and so a view of one that broadcasts to [b, h, n, m]."""
+def _unmerges(node: Node, layout: Layout) -> bool:
+    """Whether a tensor has the shape [b * h, 1 or n, m]. It then is a view of one that broadcasts to [b, h, n, m]."""
     own = shape(node)
     if len(own) != 3 or not isinstance(layout.h, int):
         return False
     return same_size(own[0], layout.b * layout.h) and (same_size(own[1], 1) or same_size(own[1], layout.n)) and same_size(own[2], layout.m)
 
 
-def _added(number: Number, given: MaskInput, layout: Frame) -> _Part:
+def _added(number: Number, given: MaskInput, layout: Layout) -> _Part:
     allowed, bias = _masking(terms.multiply(Linear(given.factor), number))
     if bias is None:
         return _Part(allowed)
@@ -168,12 +168,15 @@ def _added(number: Number, given: MaskInput, layout: Frame) -> _Part:
 
 
 def _masking(number: Number) -> tuple[Truth, Element | None]:
-    """(where the added number does not mask, the bias that it is there: None for nothing).
+    """Split a number that is added to a score into a mask and a bias.
+
+    Returns:
+        Where the score stays visible, and the element that is added to it there; None if nothing is added.
 
     Raises:
-        Unreadable: the number is something else.
+        Unreadable: the number is neither.
     """
-    if isinstance(number, Choice):
+    if isinstance(number, Cases):
         vanishing = number.condition == _unequal(number.other, ZERO)
         then, then_bias = _masking(number.then)
         other, other_bias = (True, None) if vanishing else _masking(number.other)
@@ -201,7 +204,7 @@ def _masking(number: Number) -> tuple[Truth, Element | None]:
 
 
 def _flag(element: Element, factor: float, constant: float) -> Truth:
-    """Where constant + factor * flag does not mask, for an integer that flags with 1 and 0."""
+    """Where constant + factor * flag leaves a score visible. The flag is an element of an integer tensor of ones and zeros."""
     unset, _ = _masking(Linear(constant))
     set_, _ = _masking(Linear(constant + factor))
     return terms.select(terms.compare("!=", terms.linear(element), ZERO), set_, unset)
@@ -214,8 +217,8 @@ def _unequal(a: Number, b: Number) -> Truth | None:
         return None
 
 
-def _broadcasts(element: Element, frame: Frame) -> bool:
-    """Whether the element's tensor, as it is, broadcasts to [b, h, n, m] with the element at (b, h, q, k)."""
+def _broadcasts(element: Element, frame: Layout) -> bool:
+    """Whether the element's tensor broadcasts to [b, h, n, m], and the element is that at (b, h, q, k)."""
     sizes = (frame.b, frame.h, frame.n, frame.m)
     own = shape(element.position)
     if len(own) > 4:
@@ -231,7 +234,7 @@ def _joint(element: Element) -> bool:
     return {"q", "k"} <= names
 
 
-def _is_causal(conjunct: Truth, frame: Frame) -> bool:
+def _is_causal(conjunct: Truth, frame: Layout) -> bool:
     """Whether the conjunct is k <= q + (m - n)."""
     if not isinstance(conjunct, Binary) or conjunct.operator not in MIRROR:
         return False

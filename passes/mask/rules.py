@@ -58,7 +58,7 @@ def converted(term: Term, kind: torch.dtype | None) -> Term:
 
 
 def _integral(number: Number) -> bool:
-    if isinstance(number, terms.Choice):
+    if isinstance(number, terms.Cases):
         return _integral(number.then) and _integral(number.other)
     coefficients = (number.constant, *(c for _, c in number.terms))
     floating = any(isinstance(atom, Element) and terms.floating(atom) for atom, _ in number.terms)

@@ -1,7 +1,7 @@
 """What the mask reader computes with: numbers and truths over positions, simplified as they are built.
 
 The language is that of `sptc/ir/predicate.py`. A truth is one of its conditions, or a bool. A number is a `Linear` combination of indices,
-sizes, tensor elements, quotients and remainders, or a `Choice` between two numbers. While a mask is read, what an element is taken of is
+sizes, tensor elements, quotients and remainders, or a `Cases` between two numbers. While a mask is read, what an element is taken of is
 the graph's node and a size is a `SizeOf`; `mask.py` numbers both in the end. Linear parts cancel, comparisons that hold for every position
 become True, choices between equal values disappear.
 """
@@ -19,8 +19,8 @@ import torch
 from torch.fx import Node
 
 from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Literal, Size, negated, operands, walk
-from sptc.ir.intervals import Interval, Intervals
 from sptc.passes.graph.pattern import dtype
+from sptc.passes.mask.bounds import EVERYWHERE
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -31,7 +31,6 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
 }
 _MAX_CHOICES = 32
-_MOST = 1 << 63  # no integer of a tensor is larger
 
 
 class Unreadable(Exception):
@@ -87,7 +86,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Cases:
     """`then` where `condition` holds, else `other`."""
 
     condition: Truth
@@ -95,7 +94,7 @@ class Choice:
     other: Number
 
 
-Number = Linear | Choice
+Number = Linear | Cases
 Truth = bool | Expression
 Term = Number | Truth
 
@@ -139,17 +138,17 @@ def linear_of(tree: Expression) -> Linear:
 
 def _combine(f: Callable[[Linear, Linear], Number], a: Number, b: Number) -> Number:
     """`f` under the choices of both."""
-    if isinstance(a, Choice):
-        if isinstance(b, Choice) and b.condition == a.condition:
+    if isinstance(a, Cases):
+        if isinstance(b, Cases) and b.condition == a.condition:
             return choose(a.condition, _combine(f, a.then, b.then), _combine(f, a.other, b.other))
         return choose(a.condition, _combine(f, a.then, b), _combine(f, a.other, b))
-    if isinstance(b, Choice):
+    if isinstance(b, Cases):
         return choose(b.condition, _combine(f, a, b.then), _combine(f, a, b.other))
     return f(a, b)
 
 
 def _choices(a: Number) -> int:
-    return 1 + _choices(a.then) + _choices(a.other) if isinstance(a, Choice) else 0
+    return 1 + _choices(a.then) + _choices(a.other) if isinstance(a, Cases) else 0
 
 
 def _sum(a: Linear, b: Linear) -> Linear:
@@ -230,7 +229,7 @@ def choose(condition: Truth, then: Number, other: Number) -> Number:
     first = _only_first(condition)
     if first is not None and isinstance(other, Linear) and _at_zero(other, first) == then:
         return other
-    choice = Choice(condition, then, other)
+    choice = Cases(condition, then, other)
     if _choices(choice) > _MAX_CHOICES:
         raise Unreadable("too many cases")
     return choice
@@ -250,38 +249,11 @@ def _at_zero(value: Linear, index: Index) -> Linear | None:
     return Linear(value.constant, tuple((atom, c) for atom, c in value.terms if atom != index))
 
 
-class _Everywhere(Intervals[int]):
-    """Bounds over all positions."""
-
-    def constant(self, value: int | bool) -> int:
-        return value
-
-    def leaf(self, tree: Expression) -> Interval[int]:
-        match tree:
-            case Index(_, limit):
-                return Interval(0, _MOST if limit is None else limit - 1)
-            case Size():
-                return Interval(0, _MOST)
-        return Interval(-_MOST, _MOST)
-
-    def sign(self, value: int) -> int:
-        return value
-
-    def positive(self, value: int) -> bool | None:
-        return value > 0 or None
-
-    def remainders(self, low: int, high: int, divisor: int) -> tuple[int, int]:
-        return (low % divisor, high % divisor) if low // divisor == high // divisor else (0, divisor - 1)
-
-
-_EVERYWHERE = _Everywhere()
-
-
 def bounds(a: Number) -> tuple[int, int]:
     """The least and greatest value, inclusive. Coefficients are integers."""
-    if isinstance(a, Choice):
+    if isinstance(a, Cases):
         return min(bounds(a.then)[0], bounds(a.other)[0]), max(bounds(a.then)[1], bounds(a.other)[1])
-    interval = _EVERYWHERE.number(a.tree())
+    interval = EVERYWHERE.number(a.tree())
     assert interval is not None  # divisors are positive literals
     return interval.low, interval.high
 
@@ -303,9 +275,9 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
     if size is not None and isinstance(b, Linear) and operator in ("<", "<=", ">", ">="):
         sides = compare(operator, size, b), compare(operator, negate(size), b)
         return conjunction(*sides) if operator in ("<", "<=") else disjunction(*sides)
-    if isinstance(a, Choice):
+    if isinstance(a, Cases):
         return select(a.condition, compare(operator, a.then, b), compare(operator, a.other, b))
-    if isinstance(b, Choice):
+    if isinstance(b, Cases):
         return select(b.condition, compare(operator, a, b.then), compare(operator, a, b.other))
     if a.is_constant and b.is_constant:
         return _COMPARE[operator](a.constant, b.constant)
@@ -316,7 +288,7 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
     ):
         raise Unreadable("a comparison of what is not an integer")
     comparison = _comparison(operator, difference)
-    settled = _EVERYWHERE.truth(comparison)
+    settled = EVERYWHERE.truth(comparison)
     return True if settled.certain else False if settled.nowhere else comparison
 
 
@@ -337,7 +309,7 @@ def _comparison(operator: str, value: Linear) -> Binary:
 
 def _absolute_operand(a: Number) -> Number | None:
     """x, if `a` is |x|."""
-    if isinstance(a, Choice) and isinstance(a.then, Linear) and a.other == negate(a.then) and a.condition == _comparison(">=", a.then):
+    if isinstance(a, Cases) and isinstance(a.then, Linear) and a.other == negate(a.then) and a.condition == _comparison(">=", a.then):
         return a.then
     return None
 
@@ -384,12 +356,12 @@ def select(condition: Truth, then: Truth, other: Truth) -> Truth:
 
 def as_number(term: Term) -> Number:
     """True is 1 and False 0."""
-    return term if isinstance(term, Linear | Choice) else choose(term, ONE, ZERO)
+    return term if isinstance(term, Linear | Cases) else choose(term, ONE, ZERO)
 
 
 def as_truth(term: Term) -> Truth:
     """Whether a number is not zero."""
-    return compare("!=", term, ZERO) if isinstance(term, Linear | Choice) else term
+    return compare("!=", term, ZERO) if isinstance(term, Linear | Cases) else term
 
 
 def conjuncts(truth: Truth) -> tuple[Truth, ...]:
@@ -404,7 +376,7 @@ def atoms(term: Term) -> Iterator[Expression]:
             return
         case Linear(_, terms):
             trees = [atom for atom, _ in terms]
-        case Choice(condition, then, other):
+        case Cases(condition, then, other):
             for part in (condition, then, other):
                 yield from atoms(part)
             return

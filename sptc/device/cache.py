@@ -85,12 +85,12 @@ def _made(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`, so that readers see the old file or the new one, and several processes may do so at once."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path`, so that readers see the old file or the new one, and several processes may do so at once."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix + ".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

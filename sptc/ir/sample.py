@@ -1,3 +1,4 @@
-"""The tokens that energies of hidden units are measured on: N // SHARE + LEAST of N, at most all. Chosen by codegen, priced by passes."""
+"""How much is looked at to choose what is kept: codegen takes so much, passes price it."""
 
-SHARE, LEAST = 16, 64
+SHARE, LEAST = 16, 64  # energies of hidden units are measured on N // SHARE + LEAST of N tokens, at most all
+POOLED_QUERIES = 16  # at most so many queries share a mean, which stands for them when blocks of keys are chosen

@@ -82,7 +82,7 @@ def report(model: Callable[..., Any]) -> Report:
             "model.compile(backend='spt'), a deepcopy anew, and run it once before asking for its report (sptc.explain needs no compile)"
         )
     first: dict[Any, int] = {}  # by frame and parameters
-    keys = [(at[0], frozenset(map(id, graph.live_parameters()))) for at, graph in sorted(found.items())]
+    keys = [(at[0], at[2], frozenset(map(id, found[at].live_parameters()))) for at in sorted(found)]
     same = [first.setdefault(key, i) for i, key in enumerate(keys)]
     notes = [note for code in codes if (note := limit_note(code)) is not None]
     root = model._orig_mod if isinstance(model, OptimizedModule) else innermost_fn(model)
@@ -100,13 +100,16 @@ def compiled_graphs(model: Callable[..., Any]) -> list[CompiledGraph]:
     return [found[at] for at in sorted(found)]
 
 
-def _compiled(model: Callable[..., Any]) -> tuple[dict[tuple[int, int], CompiledGraph], set[types.CodeType]]:
-    """The graphs of `model` by (frame, compile of the frame), and the code objects that were looked at."""
+_At = tuple[int, int, int]  # which frame, which compile of it, and which of the graphs that DDPOptimizer made of that
+
+
+def _compiled(model: Callable[..., Any]) -> tuple[dict[_At, CompiledGraph], set[types.CodeType]]:
+    """The graphs of `model` by when they were compiled, and the code objects that were looked at."""
     seen: set[types.CodeType] = set()
     root: Callable[..., Any] = innermost_fn(model)
     backend = _backend(model)
     starts: list[Any] = []
-    own: dict[tuple[int, int], CompiledGraph] = {}
+    own: dict[_At, CompiledGraph] = {}
     if isinstance(model, OptimizedModule):
         root = model._orig_mod
         starts = [model.forward]  # a container of torch.nn is compiled through a wrapper that all containers share
@@ -147,7 +150,7 @@ def _backend(model: Callable[..., Any]) -> Any:
     return None if callback is None else innermost_backend(callback)
 
 
-def _graphs(function: Any, backend: Any, seen: set[types.CodeType]) -> Iterator[tuple[tuple[int, int], CompiledGraph]]:
+def _graphs(function: Any, backend: Any, seen: set[types.CodeType]) -> Iterator[tuple[_At, CompiledGraph]]:
     """(when it was compiled, graph) for a frame, what a decorator wraps in it, and the frames that go on after its graph breaks."""
     function = innermost_fn(function)
     if hasattr(function, "__wrapped__"):
@@ -162,17 +165,21 @@ def _graphs(function: Any, backend: Any, seen: set[types.CodeType]) -> Iterator[
         for name in entry.code.co_names:
             target: Any = function.__globals__.get(name)
             if name.startswith("__compiled_fn_"):
-                for graph in _behind(target):
-                    yield (entry.compile_id.frame_id or 0, entry.compile_id.frame_compile_id or 0), graph
+                for i, graph in enumerate(_behind(target)):
+                    yield (entry.compile_id.frame_id or 0, entry.compile_id.frame_compile_id or 0, i), graph
             elif name.startswith("__resume_at_"):
                 yield from _graphs(target, backend, seen)
 
 
 def _behind(function: Any) -> Iterator[CompiledGraph]:
-    """The compiled graph that a global of Dynamo's calls: for weights with a `__torch_function__` of their own it is held in a closure."""
+    """The compiled graphs that a global of Dynamo's calls. For weights with a `__torch_function__` of their own it is held in a closure;
+    DDPOptimizer makes a module that calls one for each bucket of gradients."""
     function = innermost_fn(function)
     if isinstance(function, CompiledGraph):
         yield function
+    elif isinstance(splits := getattr(function, "__self__", None), nn.Module):
+        for module in splits.modules():
+            yield from (held for held in vars(module).values() if isinstance(held, CompiledGraph))
     elif isinstance(function, types.FunctionType):
         for held in inspect.getclosurevars(function).nonlocals.values():
             if callable(held):

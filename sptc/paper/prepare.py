@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch._dynamo
+import torch.distributed as dist
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
@@ -42,10 +44,11 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
         model.compile(backend="spt", options=paper)
 
     The example batch runs twice through the model, without gradients: the first run finds the regions and fits the start of their state,
-    the second one checks that the state reaches them. Random state and buffers are restored. Regions that are refused get no state, nor do
-    those that a plan keeps dense; the report tells which. Times have no say: a model gets the same state on every machine. Code that was
-    compiled before is forgotten, since Dynamo does not notice new hooks. A prepared model computes in eager mode what it did before; its
-    `state_dict` has new entries under `spt`: load a checkpoint of it into a prepared model.
+    the second one checks that the state reaches them. Random state and buffers are restored. Regions that are refused get no state, nor
+    do those that a plan keeps dense; the report tells which. Under torch.distributed every rank calls it, and all get the state of rank
+    0. Times have no say: a model gets the same state on every machine. Code that was compiled before is forgotten, since Dynamo does not
+    notice new hooks. A prepared model computes in eager mode what it did before; its `state_dict` has new entries under `spt`: load a
+    checkpoint of it into a prepared model.
 
     On a PeftModel the state becomes part of what the adapter saves. To load it, prepare the fresh model before or after PEFT loads it:
 
@@ -83,6 +86,7 @@ def prepare(model: nn.Module, example_inputs: Any, options: Mapping[str, Any] | 
     trial, check = Trial(model, judge), Check(judge)
     capture(model, example_inputs, trial.on_graph)
     states = _states(trial, DenseNotice())
+    _agree(states)
     _attach(model, states)
     try:
         capture(model, example_inputs, check.on_graph)
@@ -122,6 +126,9 @@ def _check(model: nn.Module) -> None:
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if isinstance(model, parallel) or type(model).__name__ == "FullyShardedDataParallel":
         raise PrepareError(f"prepare the model before {type(model).__name__} wraps it, so that the new parameters are synchronised too")
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    if sharding is not None and any(isinstance(module, sharding.FSDPModule) for module in model.modules()):
+        raise PrepareError("prepare the model before fully_shard, so that the new parameters are sharded and synchronised too")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise PrepareError("a scripted module can't be prepared; prepare the Python module it was made from")
     if any(p.is_meta for p in model.parameters()):
@@ -141,6 +148,15 @@ def _states(trial: Trial, notice: DenseNotice) -> dict[str, TrainableState]:
             slots[next(names) if isinstance(sample.slot, Router) else key] = sample.slot
         states[owner] = TrainableState(slots, notice)
     return states
+
+
+def _agree(states: Mapping[str, TrainableState]) -> None:
+    """Under torch.distributed all ranks start from the state of rank 0: each was fitted to a batch of its own, and a wrapper that shards
+    parameters would make a mixture of them."""
+    if dist.is_available() and dist.is_initialized():
+        for state in states.values():
+            for tensor in state.tensors():
+                dist.broadcast(tensor.detach(), 0)
 
 
 def _attach(model: nn.Module, states: Mapping[str, TrainableState]) -> None:

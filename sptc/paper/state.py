@@ -142,6 +142,10 @@ class DenseNotice:
             )
 
 
+class ExportError(RuntimeError):
+    """A prepared model is exported: what it trained would be left out."""
+
+
 class TrainableState(nn.Module):
     """The submodule `spt` of an owner: its slots by name, in the order of the mark's tensors."""
 
@@ -194,6 +198,11 @@ def mark_output(module: nn.Module, args: Any, output: Any) -> Any:
     if not torch.compiler.is_compiling():
         module.spt.notice.say(module)  # type: ignore[union-attr, operator]
         return None
+    if torch.compiler.is_exporting():
+        raise ExportError(
+            "a model prepared by sptc can't be exported: backend 'spt' alone computes its routers and codebooks, and without them it is "
+            "another model; sptc.detach(model) takes them away (save them before) and gives back the plain model, which can be exported"
+        )
     state: Any = module.spt
     if getattr(state, "disable_adapters", False):  # PEFT's wrapper: what it wraps is not part of the base model either
         return None

@@ -19,13 +19,13 @@ from sptc.codegen.triton.launchers.attention_tiles import BACKWARD_KV, BACKWARD_
 from sptc.codegen.triton.launchers.inverted import inverted_lists
 from sptc.codegen.triton.launchers.mask import KernelMask
 from sptc.codegen.triton.launchers.precision import product_precision
+from sptc.codegen.triton.launchers.sizes import side, strided
 from sptc.codegen.triton.run.launch import Argument, launch
 from sptc.codegen.triton.spec import Constant, KernelSpec
 from sptc.codegen.triton.target import KERNEL_DTYPES, target_of
 from sptc.codegen.triton.tuning.tiling import Table
 
 _LOG2_E = 1.4426950408889634
-_SMALLEST = 16  # tl.dot takes no smaller matrices
 
 
 def forward(
@@ -64,7 +64,7 @@ def backward(
     need_q, need_k, need_v = need
     grad_q, grad_k, grad_v = (x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k, v), need, strict=True))
     delta = torch.empty_like(lse)
-    incoming = _strided("grad_out", _rows(grad_out.to(q.dtype)), "bhn")
+    incoming = strided("grad_out", _rows(grad_out.to(q.dtype)), "bhn")
     incoming |= {"lse_ptr": lse.contiguous(), "delta_ptr": delta, "scale": scale}
     if need_q or need_k:  # without need_q for delta alone
         _by_lists(call, BACKWARD_Q, {"NEED_Q": need_q}, incoming | {"out_ptr": out.contiguous(), "grad_q_ptr": grad_q})
@@ -126,8 +126,8 @@ class _Call:
     @functools.cached_property
     def tile_facts(self) -> dict[str, int]:
         return {
-            "head_dim": _padded(self.q.shape[3]),
-            "value_dim": _padded(self.v.shape[3]),
+            "head_dim": side(self.q.shape[3]),
+            "value_dim": side(self.v.shape[3]),
             "itemsize": self.q.element_size() * (2 if self._precision == "tf32x3" else 1),  # each operand is split into two
             "rows": self.rows,
             "key_block": self.key_block,
@@ -152,14 +152,14 @@ class _Call:
             "KEY_BLOCK": self.key_block,
             "HEAD_DIM": self.q.shape[3],
             "VALUE_DIM": self.v.shape[3],
-            "BLOCK_D": _padded(self.q.shape[3]),
-            "BLOCK_V": _padded(self.v.shape[3]),
+            "BLOCK_D": side(self.q.shape[3]),
+            "BLOCK_V": side(self.v.shape[3]),
             "PRECISION": self._precision,
         }
 
     def arguments(self) -> dict[str, Argument]:
         """Arguments of all three templates."""
-        known = self.mask.arguments() | _strided("q", self.q, "bhn") | _strided("k", self.k, "bhm") | _strided("v", self.v, "bhm")
+        known = self.mask.arguments() | strided("q", self.q, "bhn") | strided("k", self.k, "bhm") | strided("v", self.v, "bhm")
         known |= {"scale_log2": self.scale * _LOG2_E, "h_kv": self.k.shape[1], "n": self.q.shape[2], "m": self.k.shape[2]}
         if self.seed is not None and self.drops:
             known |= {
@@ -216,18 +216,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _strided(name: str, x: Tensor, axes: str) -> dict[str, Argument]:
-    values: dict[str, Argument] = {f"{name}_ptr": x}
-    return values | {f"{name}_stride_{axis}": stride for axis, stride in zip(axes, x.stride(), strict=False)}
-
-
-def _padded(size: int) -> int:
-    return max(_SMALLEST, 1 << (size - 1).bit_length())
-
-
 def _cut(block: int, length: int) -> int:
     """A tile size of at most `block` that is not far more than `length`."""
-    return min(block, _padded(max(length, 1)))
+    return min(block, side(max(length, 1)))
 
 
 def _warps(warps: int, block: int, full: int) -> int:

@@ -11,66 +11,20 @@ import math
 import operator
 from dataclasses import dataclass, replace
 
-import sympy
 import torch
 from torch import Tensor
 
 from sptc.codegen.reference.block_lists import block_count, list_width, query_run, statistics_stride
 from sptc.codegen.triton.launchers.mask import KernelMask
 from sptc.codegen.triton.launchers.precision import full_precision, product_precision
+from sptc.codegen.triton.launchers.selection_tiles import ENCODE, LOGSUMEXP, MEANS, PAIRS, SCORES, STATISTICS, VISIBLE
+from sptc.codegen.triton.launchers.sizes import SMALLEST, padded, side, strided
 from sptc.codegen.triton.run.launch import Argument, launch
 from sptc.codegen.triton.spec import Constant, KernelSpec
 from sptc.codegen.triton.target import target_of
-from sptc.codegen.triton.tuning.tiling import Table, Tiling
 from sptc.ir.predicate import parse
 
 _LONGEST_CHUNK = 4096  # blocks that a program ranks at a time: 64-bit keys of more would not stay in registers
-_MATRIX_SIDE = 16  # the least that a matrix product takes
-
-_ROWS, _COLUMNS, _WIDTH, _WORDS = sympy.symbols("ROWS COLUMNS WIDTH WORDS")
-_WARPS, _STAGES, _WARP, _ITEM = sympy.symbols("num_warps num_stages warp_size itemsize")
-_THREADS = _WARPS * _WARP
-_FIXED = 40  # registers for addresses, masks and loop counters
-
-ENCODE = Table(
-    "encode_histogram",
-    {"": (Tiling.of(4, 2, ROWS=128), Tiling.of(4, 2, ROWS=64), Tiling.of(8, 2, ROWS=256))},
-    shared_memory=4 * (_ROWS + _WORDS) * _WIDTH + 4 * _ROWS * _WORDS,
-    registers=_FIXED + (_ROWS * _WIDTH + 3 * _ROWS * _WORDS) / _THREADS,
-)
-STATISTICS = Table(
-    "code_statistics",
-    {"": (Tiling.of(4, 1, ROWS=64), Tiling.of(4, 1, ROWS=32))},
-    shared_memory=4 * (_ROWS + _WORDS) * _WIDTH + 8 * _ROWS * _WORDS,
-    registers=_FIXED + (_ROWS * _WIDTH + _WORDS * _WIDTH + 3 * _ROWS * _WORDS) / _THREADS,
-)
-VISIBLE = Table("visible_keys", {"": (Tiling.of(4, 1, KEYS=512),)}, sympy.Integer(0), sympy.Integer(_FIXED))
-PAIRS = Table(
-    "allowed_pairs",
-    {"": (Tiling.of(4, 1, ROWS=64, COLUMNS=64), Tiling.of(4, 1, ROWS=32, COLUMNS=32))},
-    shared_memory=4 * _ROWS * _COLUMNS / 4,
-    registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS,
-)
-MEANS = Table(
-    "run_means",
-    {"": (Tiling.of(4, 1, ROWS=64), Tiling.of(4, 1, ROWS=32))},
-    shared_memory=4 * _ROWS * _WIDTH,
-    registers=_FIXED + 2 * _ROWS * _WIDTH / _THREADS,
-)
-_HELD = _ITEM**2 / 2 * (_ROWS + _COLUMNS) * _WIDTH / (4 * _THREADS)  # registers of a product's operands: three products split fp32 in two
-# There are few runs, so few rows: they have to keep a whole device busy.
-LOGSUMEXP = Table(
-    "pooled_logsumexp",
-    {"": (Tiling.of(4, 2, ROWS=32, COLUMNS=64), Tiling.of(4, 2, ROWS=64, COLUMNS=64), Tiling.of(4, 1, ROWS=16, COLUMNS=32))},
-    shared_memory=_ITEM * _WIDTH * (_ROWS + _STAGES * _COLUMNS),
-    registers=_FIXED + 2 * _ROWS * _COLUMNS / _THREADS + _HELD,
-)
-SCORES = Table(
-    "pooled_scores",
-    {"": (Tiling.of(4, 2, ROWS=64, COLUMNS=64), Tiling.of(4, 2, ROWS=128, COLUMNS=64), Tiling.of(4, 1, ROWS=16, COLUMNS=32))},
-    shared_memory=_ITEM * _WIDTH * (_STAGES * _ROWS + _COLUMNS) + 4 * _ROWS * _COLUMNS,
-    registers=_FIXED + 3 * _ROWS * _COLUMNS / _THREADS + _HELD,
-)
 
 
 @dataclass(frozen=True)
@@ -93,8 +47,8 @@ def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[i
     that the blocks a tile owns are at most half of the keys it keeps; but not below 16, the least that a matrix product takes.
     """
     kept = max(1, math.ceil(density * m))
-    key_block = min(64, max(_MATRIX_SIDE, _power_of_two_within(kept // 4)))
-    query_block = min(128, max(_MATRIX_SIDE, _power_of_two_within(kept // 2 if own else kept)))
+    key_block = min(64, max(SMALLEST, _power_of_two_within(kept // 4)))
+    query_block = min(128, max(SMALLEST, _power_of_two_within(kept // 2 if own else kept)))
     return min(query_block, max(n, 1)), min(key_block, max(m, 1))
 
 
@@ -202,8 +156,8 @@ def _allowed_pairs(mask: KernelMask, sizes: _Sizes) -> _Rows:
     pairs = torch.empty((rows, heads, sizes.tiles, sizes.blocks), dtype=torch.bool, device=sizes.device)
     tiling = PAIRS.choose(target_of(sizes.device)).values()
     runs = {
-        "TILE_ROWS": min(_padded(sizes.query_block), tiling["ROWS"]),
-        "BLOCK_COLUMNS": min(_padded(sizes.key_block), tiling["COLUMNS"]),
+        "TILE_ROWS": min(padded(sizes.query_block), tiling["ROWS"]),
+        "BLOCK_COLUMNS": min(padded(sizes.key_block), tiling["COLUMNS"]),
     }
     tile_groups = block_count(sizes.tiles, tiling["ROWS"] // runs["TILE_ROWS"])
     block_groups = block_count(sizes.blocks, tiling["COLUMNS"] // runs["BLOCK_COLUMNS"])
@@ -238,11 +192,11 @@ def _histograms(x: Tensor, words: Tensor, visible: _Rows | None, step: int, size
     length = x.shape[2]
     runs = block_count(length, step)
     histogram = torch.empty((sizes.b, sizes.h_kv, runs, subspaces * codewords), dtype=torch.float32, device=x.device)
-    padded = {"WORDS": _side(codewords), "WIDTH": _side(size)}
-    tiling = ENCODE.choose(target_of(x.device), **padded).values()
-    run_rows = min(_padded(step), tiling["ROWS"])
+    facts = {"WORDS": side(codewords), "WIDTH": side(size)}
+    tiling = ENCODE.choose(target_of(x.device), **facts).values()
+    run_rows = min(padded(step), tiling["ROWS"])
     constants: dict[str, Constant] = {
-        **padded,
+        **facts,
         "STEP": step,
         "GROUP": x.shape[1] // sizes.h_kv,
         "SUBSPACES": subspaces,
@@ -253,7 +207,7 @@ def _histograms(x: Tensor, words: Tensor, visible: _Rows | None, step: int, size
         "PRECISION": full_precision(x.device),  # codewords differ by little
     }
     arguments = {
-        **_strided("x", x),
+        **strided("x", x, "bhnd"),
         "words_ptr": words,
         "histogram_ptr": histogram,
         "length": length,
@@ -269,12 +223,12 @@ def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, size
     """code_sums fp32 [h_kv, M, E, d / M] and code_counts fp32 [h_kv, M, E]."""
     h_kv, subspaces, codewords, size = words.shape
     sums, counts = torch.empty_like(words), torch.empty(words.shape[:3], dtype=torch.float32, device=q.device)
-    padded = {"WORDS": _side(codewords), "WIDTH": _side(size)}
+    facts = {"WORDS": side(codewords), "WIDTH": side(size)}
     q_step, k_step = statistics_stride(sizes.b, sizes.n), statistics_stride(sizes.b, sizes.m)
     _launch(
         "code_statistics",
         {
-            **padded,
+            **facts,
             "GROUP": sizes.group,
             "SUBSPACES": subspaces,
             "CODEWORDS": codewords,
@@ -282,12 +236,12 @@ def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, size
             "VISIBLE": visible is not None,
             "PRECISION": full_precision(q.device),
         },
-        STATISTICS.choose(target_of(q.device), **padded).values(),
+        STATISTICS.choose(target_of(q.device), **facts).values(),
         (subspaces, h_kv, 1),
         q.device,
         {
-            **_strided("q", q),
-            **_strided("k", k),
+            **strided("q", q, "bhnd"),
+            **strided("k", k, "bhnd"),
             "words_ptr": words,
             "sums_ptr": sums,
             "counts_ptr": counts,
@@ -304,9 +258,9 @@ def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, size
 
 def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: float, sizes: _Sizes) -> Tensor:
     """fp32 [b, h_kv, tiles, blocks]: softmax of the means of runs of queries against visible keys, summed over runs, group and keys."""
-    target, size, width, run = target_of(q.device), sizes.d, _side(sizes.d), query_run(sizes.query_block)
+    target, size, width, run = target_of(q.device), sizes.d, side(sizes.d), query_run(sizes.query_block)
     facts = {"WIDTH": width, "itemsize": k.element_size()}
-    runs, run_rows = block_count(sizes.n, run), _padded(run)
+    runs, run_rows = block_count(sizes.n, run), padded(run)
     means = torch.empty((sizes.b, sizes.h, runs, size), dtype=k.dtype, device=q.device)
     tiling = MEANS.choose(target, **facts).values()
     _launch(
@@ -315,7 +269,7 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
         tiling,
         (block_count(runs, tiling["ROWS"] // run_rows), sizes.h, sizes.b),
         q.device,
-        {**_strided("q", q), "means_ptr": means, "queries": sizes.n, "runs": runs},
+        {**strided("q", q, "bhnd"), "means_ptr": means, "queries": sizes.n, "runs": runs},
     )
     lse = torch.empty((sizes.b, sizes.h, runs), dtype=torch.float32, device=q.device)
     runs_per_tile = sizes.query_block // run
@@ -330,7 +284,7 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
     }
     arguments = {
         "means_ptr": means,
-        **_strided("k", k),
+        **strided("k", k, "bhnd"),
         **({} if visible is None else visible.arguments("visible")),
         **pairs.arguments("pairs"),
         "lse_ptr": lse,
@@ -343,7 +297,7 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
     _launch("pooled_logsumexp", constants, tiling, (block_count(runs, tiling["ROWS"]), sizes.h, sizes.b), q.device, arguments)
     scores = torch.empty((sizes.b, sizes.h_kv, sizes.tiles, sizes.blocks), dtype=torch.float32, device=q.device)
     tiling = SCORES.choose(target, **facts).values()
-    tile_rows, block_columns = min(_padded(runs_per_tile), tiling["ROWS"]), min(_padded(sizes.key_block), tiling["COLUMNS"])
+    tile_rows, block_columns = min(padded(runs_per_tile), tiling["ROWS"]), min(padded(sizes.key_block), tiling["COLUMNS"])
     tile_groups = block_count(sizes.tiles, tiling["ROWS"] // tile_rows)
     block_groups = block_count(sizes.blocks, tiling["COLUMNS"] // block_columns)
     _launch(
@@ -362,7 +316,7 @@ def _choose(scores: Tensor, pairs: _Rows, width: int, own: bool, sizes: _Sizes) 
     lists = (sizes.b, sizes.h_kv, sizes.tiles)
     ids = torch.empty((*lists, width), dtype=torch.int32, device=sizes.device)
     counts = torch.empty(lists, dtype=torch.int32, device=sizes.device)
-    chunk = min(max(_padded(sizes.blocks), _MATRIX_SIDE), _LONGEST_CHUNK)
+    chunk = min(max(padded(sizes.blocks), SMALLEST), _LONGEST_CHUNK)
     farthest = 4 * (sizes.n + sizes.m) + 2 * (sizes.query_block + sizes.key_block) + 1
     _launch(
         "choose_blocks",
@@ -412,24 +366,9 @@ def _of_mask(mask: KernelMask, *names: str) -> dict[str, Constant]:
     return {name: constants[name] for name in names}
 
 
-def _strided(name: str, x: Tensor) -> dict[str, Argument]:
-    """Pointer and strides of x [b, h, length, d]."""
-    return {f"{name}_ptr": x} | {f"{name}_stride_{axis}": stride for axis, stride in zip("bhnd", x.stride(), strict=True)}
-
-
 def _first_row_if_alike(x: Tensor) -> Tensor:
     """An operand without the copies of its row along queries that broadcasting made."""
     return x[..., :1, :] if x.dim() > 1 and x.stride(-2) == 0 else x if x.dim() > 1 else x.view(1, -1)
-
-
-def _padded(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()
-
-
-def _side(size: int) -> int:
-    """`size` as a side of a matrix product."""
-    return max(_MATRIX_SIDE, _padded(size))
 
 
 def _power_of_two_within(size: int) -> int:

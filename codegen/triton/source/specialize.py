@@ -10,6 +10,7 @@ import ast
 import builtins
 import copy
 import functools
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +63,16 @@ def specialize(spec: KernelSpec) -> str:
     helpers.add_calls(kernel, spec.template)
     functions = [*helpers.functions.values(), kernel]
     imports = ["import triton", "import triton.language as tl"]
-    body = "\n\n\n".join(ast.unparse(ast.fix_missing_locations(function)) for function in functions)
+    body = "\n\n\n".join(map(_text, functions))
     if "libdevice." in body:
         imports.append("from triton.language.extra import libdevice")
     return "\n".join(imports) + "\n\n\n" + body + "\n"
+
+
+def _text(function: ast.FunctionDef) -> str:
+    """The source of a decorated function; a long signature takes several lines."""
+    decorator, signature, *body = ast.unparse(ast.fix_missing_locations(function)).split("\n")
+    return "\n".join([decorator, *textwrap.wrap(signature, 120, subsequent_indent=" " * 8, break_long_words=False), *body])
 
 
 def _constants_of(function: ast.FunctionDef) -> set[str]:

@@ -112,6 +112,12 @@ def global_tokens():
     return (k < 2) | (q < 2) | ((k <= q) & (k > q - 3))
 
 
+def first_and_last():
+    """At the bounds of the positions, where what is known of them must be exact."""
+    q, k = positions()
+    return (k == 0) | (k >= N - 1) | ((q < N - 1) & (k < N) & (q >= 0) & (k <= q))
+
+
 def by_where():
     q, k = positions()
     return torch.where(k > q, MIN, torch.zeros(()))
@@ -135,6 +141,7 @@ POSITIONS = {
     flipped: "(k + q) >= 12",
     exclusive_or: None,
     global_tokens: "((k < 2) | (q < 2)) | ((k <= q) & (k > (q - 3)))",
+    first_and_last: "((k == 0) | (k >= 12)) | ((q < 12) & (k <= q))",
     by_where: "k <= q",
     filled_in_place: "k <= q",
 }

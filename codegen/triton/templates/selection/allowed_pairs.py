@@ -8,41 +8,12 @@ from sptc.codegen.triton.templates.language import allowed, holds_nowhere, holds
 
 @triton.jit
 def allowed_pairs(
-    pairs_ptr,
-    queries,
-    keys,
-    tiles,
-    blocks,
-    T: many("TENSORS"),
-    T_STRIDE: many("STRIDES"),
-    S: many("SIZES"),
-    mask_ptr,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_q,
-    mask_stride_k,
-    bias_ptr,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_q,
-    bias_stride_k,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    PREDICATE: tl.constexpr,
-    BY_RANGE: tl.constexpr,
-    READS_TENSORS: tl.constexpr,
-    MASK: tl.constexpr,
-    BIAS: tl.constexpr,
-    BIAS_LEAST: tl.constexpr,
-    TENSORS: tl.constexpr,
-    STRIDES: tl.constexpr,
-    SIZES: tl.constexpr,
-):
+    pairs_ptr, queries, keys, tiles, blocks, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"), mask_ptr, mask_stride_b,
+    mask_stride_h, mask_stride_q, mask_stride_k, bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PREDICATE: tl.constexpr, BY_RANGE: tl.constexpr, READS_TENSORS: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, BIAS_LEAST: tl.constexpr, TENSORS: tl.constexpr, STRIDES: tl.constexpr, SIZES: tl.constexpr,
+):  # fmt: skip
     """pairs bool [1 or b, 1 or h_kv, tiles, blocks]: some head of the group allows some element of the pair.
 
     A program decides ROWS / TILE_ROWS tiles times COLUMNS / BLOCK_COLUMNS blocks. Elements are visited TILE_ROWS by BLOCK_COLUMNS of each

@@ -6,17 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def ranking_keys(
-    scores_at,
-    pairs_at,
-    block,
-    blocks,
-    first,
-    last,
-    NEAR_BITS: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
+    scores_at, pairs_at, block, blocks, first, last, NEAR_BITS: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
     OWN: tl.constexpr,
-):
+):  # fmt: skip
     """int64, distinct, in the order of preference: by score, then by nearness; -1 for a block that is not allowed.
 
     `first` and `last` are the key positions of the tile's first and last query.
@@ -38,24 +30,10 @@ def ranking_keys(
 
 @triton.jit
 def choose_blocks(
-    scores_ptr,
-    pairs_ptr,
-    pairs_stride_b,
-    pairs_stride_h,
-    ids_ptr,
-    counts_ptr,
-    queries,
-    keys,
-    tiles,
-    blocks,
-    width,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    OWN: tl.constexpr,
-    NEAR_BITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    scores_ptr, pairs_ptr, pairs_stride_b, pairs_stride_h, ids_ptr, counts_ptr, queries, keys, tiles, blocks, width,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, OWN: tl.constexpr, NEAR_BITS: tl.constexpr, CHUNK: tl.constexpr,
     SINGLE: tl.constexpr,
-):
+):  # fmt: skip
     """ids int32 [b, h_kv, tiles, width], ascending, zeros after the first counts int32 [b, h_kv, tiles].
 
     scores fp32 [b, h_kv, tiles, blocks], finite; pairs bool [1 or b, 1 or h_kv, tiles, blocks]. With OWN the blocks that hold the position

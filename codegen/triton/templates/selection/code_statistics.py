@@ -8,37 +8,11 @@ from sptc.codegen.triton.templates.selection.codewords import nearest_codeword
 
 @triton.jit
 def code_statistics(
-    q_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    q_stride_d,
-    k_ptr,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    words_ptr,
-    visible_ptr,
-    visible_stride_b,
-    visible_stride_h,
-    sums_ptr,
-    counts_ptr,
-    batches,
-    q_samples,
-    q_step,
-    k_samples,
-    k_step,
-    GROUP: tl.constexpr,
-    SUBSPACES: tl.constexpr,
-    CODEWORDS: tl.constexpr,
-    SIZE: tl.constexpr,
-    VISIBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_ptr, k_stride_b, k_stride_h, k_stride_n, k_stride_d, words_ptr,
+    visible_ptr, visible_stride_b, visible_stride_h, sums_ptr, counts_ptr, batches, q_samples, q_step, k_samples, k_step,
+    GROUP: tl.constexpr, SUBSPACES: tl.constexpr, CODEWORDS: tl.constexpr, SIZE: tl.constexpr, VISIBLE: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """sums fp32 [h_kv, SUBSPACES, CODEWORDS, SIZE] and counts fp32 [h_kv, SUBSPACES, CODEWORDS].
 
     Queries 0, q_step, 2 * q_step, ... of each sequence count, q_samples of them, and visible keys likewise. A program adds up all samples

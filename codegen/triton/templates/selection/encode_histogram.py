@@ -8,30 +8,11 @@ from sptc.codegen.triton.templates.selection.codewords import nearest_codeword
 
 @triton.jit
 def encode_histogram(
-    x_ptr,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    x_stride_d,
-    words_ptr,
-    visible_ptr,
-    visible_stride_b,
-    visible_stride_h,
-    histogram_ptr,
-    length,
-    runs,
-    STEP: tl.constexpr,
-    GROUP: tl.constexpr,
-    SUBSPACES: tl.constexpr,
-    CODEWORDS: tl.constexpr,
-    SIZE: tl.constexpr,
-    VISIBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN_ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x_ptr, x_stride_b, x_stride_h, x_stride_n, x_stride_d, words_ptr, visible_ptr, visible_stride_b, visible_stride_h, histogram_ptr,
+    length, runs, STEP: tl.constexpr, GROUP: tl.constexpr, SUBSPACES: tl.constexpr, CODEWORDS: tl.constexpr, SIZE: tl.constexpr,
+    VISIBLE: tl.constexpr, ROWS: tl.constexpr, RUN_ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """histogram fp32 [b, h_kv, runs, SUBSPACES * CODEWORDS] of x [b, h_kv * GROUP, length, SUBSPACES * SIZE].
 
     A run is STEP vectors of each head of a group; the last one may be shorter. words fp32 [h_kv, SUBSPACES, CODEWORDS, SIZE], contiguous.

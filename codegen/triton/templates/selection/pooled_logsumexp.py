@@ -6,33 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def pooled_logsumexp(
-    means_ptr,
-    k_ptr,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    visible_ptr,
-    visible_stride_b,
-    visible_stride_h,
-    pairs_ptr,
-    pairs_stride_b,
-    pairs_stride_h,
-    lse_ptr,
-    runs,
-    keys,
-    blocks,
-    scale_log2,
-    RUNS_PER_TILE: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    VISIBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    means_ptr, k_ptr, k_stride_b, k_stride_h, k_stride_n, k_stride_d, visible_ptr, visible_stride_b, visible_stride_h, pairs_ptr,
+    pairs_stride_b, pairs_stride_h, lse_ptr, runs, keys, blocks, scale_log2, RUNS_PER_TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, VISIBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """lse fp32 [b, h, runs] in powers of two: not finite for a run without keys to choose, or whose mean or logits are not finite.
 
     means [b, h, runs, SIZE], contiguous; k [b, h_kv, keys, SIZE]; visible bool [1 or b, 1 or h_kv, keys]; pairs bool [1 or b, 1 or h_kv,

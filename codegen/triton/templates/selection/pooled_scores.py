@@ -6,37 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def pooled_scores(
-    means_ptr,
-    k_ptr,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
-    visible_ptr,
-    visible_stride_b,
-    visible_stride_h,
-    pairs_ptr,
-    pairs_stride_b,
-    pairs_stride_h,
-    lse_ptr,
-    scores_ptr,
-    runs,
-    keys,
-    tiles,
-    blocks,
-    scale_log2,
-    RUNS_PER_TILE: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    VISIBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    means_ptr, k_ptr, k_stride_b, k_stride_h, k_stride_n, k_stride_d, visible_ptr, visible_stride_b, visible_stride_h, pairs_ptr,
+    pairs_stride_b, pairs_stride_h, lse_ptr, scores_ptr, runs, keys, tiles, blocks, scale_log2, RUNS_PER_TILE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VISIBLE: tl.constexpr, ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """scores fp32 [b, h_kv, tiles, blocks] from means [b, h, runs, SIZE], k [b, h_kv, keys, SIZE] and lse fp32 [b, h, runs].
 
     visible bool [1 or b, 1 or h_kv, keys]; pairs bool [1 or b, 1 or h_kv, tiles, blocks]. A program scores ROWS / TILE_ROWS tiles against

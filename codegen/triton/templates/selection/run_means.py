@@ -6,20 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def run_means(
-    q_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    q_stride_d,
-    means_ptr,
-    queries,
-    runs,
-    RUN: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN_ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    q_ptr, q_stride_b, q_stride_h, q_stride_n, q_stride_d, means_ptr, queries, runs, RUN: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, RUN_ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """means [b, h, runs, SIZE] of q [b, h, queries, SIZE]: of each RUN queries, of fewer at the end.
 
     A program takes ROWS / RUN_ROWS runs. RUN_ROWS and WIDTH are RUN and SIZE padded to powers of two.

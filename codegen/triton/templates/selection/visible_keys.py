@@ -8,23 +8,10 @@ from sptc.codegen.triton.templates.language import allowed, many
 
 @triton.jit
 def visible_keys(
-    visible_ptr,
-    keys,
-    T: many("TENSORS"),
-    T_STRIDE: many("STRIDES"),
-    S: many("SIZES"),
-    mask_ptr,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_k,
-    GROUP: tl.constexpr,
-    KEYS: tl.constexpr,
-    PREDICATE: tl.constexpr,
-    MASK: tl.constexpr,
-    TENSORS: tl.constexpr,
-    STRIDES: tl.constexpr,
-    SIZES: tl.constexpr,
-):
+    visible_ptr, keys, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"), mask_ptr, mask_stride_b, mask_stride_h,
+    mask_stride_k, GROUP: tl.constexpr, KEYS: tl.constexpr, PREDICATE: tl.constexpr, MASK: tl.constexpr, TENSORS: tl.constexpr,
+    STRIDES: tl.constexpr, SIZES: tl.constexpr,
+):  # fmt: skip
     """visible bool [1 or b, 1 or h_kv, keys]: some head of the group sees the key.
 
     The predicate does not look at q. mask bool [b, h, keys] by strides: what the tensor operands show to some query.

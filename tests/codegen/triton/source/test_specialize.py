@@ -160,6 +160,7 @@ def test_helpers_see_the_constants_and_are_passed_what_they_read(template):
     assert parameters(source) == ["out", "n", "S_0", "S_1"] and parameters(source, "twice") == ["x", "BLOCK", "S_0", "S_1", "CAREFUL"]
     assert "twice(at, n, S_0, S_1, CAREFUL=True) + 16" in source and "x + x * other(BLOCK) * 16 + sum_of(S_0, S_1)" in source
     assert source.index("def other") < source.index("def sum_of") < source.index("def twice") < source.index("def probe")
+    assert max(len(line) for line in source.splitlines()) <= 140
     assert "extra" not in source and "philox_keep" not in source
     without = specialize(KernelSpec.of("probe", {"BLOCK": 32, "DROPPED": False, "SIZES": 0}))
     assert parameters(without) == ["out", "n"] and parameters(without, "sum_of") == []

@@ -1,0 +1,64 @@
+"""docs/stack.md, made of the lines that a run of the cells wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """# What works with what
+
+Made by `make test-stack` and `make stack-table` from what each cell found; not edited by hand. A cell is a training script on a model of
+two layers, on a CPU. It runs eagerly, compiled at density 1, and compiled sparse, and asserted of it is:
+
+- regions are rewritten, as many as the table says, in the graphs that train;
+- the loss falls, and every trained tensor moves;
+- at density 1 the gradients of the first step are those of eager mode (of one process): the table has the largest error, relative to the
+  largest gradient of the parameter, or to a hundredth of the model's;
+- the table's number of graphs is within the bound of the cell, and Dynamo's recompile limit is not met but where a sentence says so.
+
+A cell that does not train says what a user sees. Sentences are those of the report, or of the error.
+"""
+COLUMNS = ("", "outcome", "regions rewritten", "graphs", "error at density 1", "what sptc says")
+
+
+class IncompleteError(ValueError):
+    """A cell failed or was skipped: there is nothing to write down."""
+
+
+def page(results: str) -> str:
+    """The page, from the results of a whole run.
+
+    Raises:
+        IncompleteError: a cell has not passed.
+    """
+    cells = [json.loads(line) for line in Path(results).read_text().splitlines()]
+    bad = [f"{cell['group']}: {cell['name']} ({cell['outcome']})" for cell in cells if cell["outcome"] != "passed"]
+    if bad:
+        raise IncompleteError("these cells did not pass: " + "; ".join(bad))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(cell["group"], []).append(cell)
+    return HEAD + "".join(f"\n## {name}\n\n{_table(group)}\n" for name, group in sorted(groups.items()))
+
+
+def _table(cells: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_escaped(text) for text in _row(cell)) + " |" for cell in sorted(cells, key=lambda cell: cell["order"])]
+    return "\n".join(dict.fromkeys(lines))  # a cell of several tests that found the same is one row
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+    error = cell.get("error")
+    return (
+        cell["name"],
+        cell.get("verdict", "works"),
+        cell.get("rewritten", ""),
+        str(cell.get("compiles", "")),
+        "" if error is None else f"{error:.0e}",
+        "; ".join(cell.get("says", ())),
+    )
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
