@@ -29,7 +29,7 @@ VARIANTS = {
     # The loss alone, which is exact.
     "loss": Variant("loss", "spt", {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop"}),
     # And attention at 1/8, and FFNs at 1/4 for tokens whose label does not count.
-    "spt": Variant("spt", "spt", {"loss.logits": "drop", "ffn.density": 1.0, "ffn.context_density": 0.25}),
+    "spt": Variant("spt", "spt", {"loss.logits": "drop", "attention.density": 0.125, "ffn.density": 1.0, "ffn.context_density": 0.25}),
 }
 
 

@@ -24,12 +24,13 @@ SHAPES: dict[str, tuple[str, int, int]] = {  # a factory, sequences, tokens of e
 }
 
 BOTH = "both"
+_EIGHTH = {"attention.density": 0.125}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "attention 1/8": {"ffn.enabled": False},
+    "attention 1/8": {**_EIGHTH, "ffn.enabled": False},
     "FFN 1/2": {"attention.enabled": False, "ffn.density": 0.5, "ffn.context_density": None},
-    BOTH: {"ffn.density": 0.5, "ffn.context_density": None},
-    "both, context 1/4": {"ffn.density": 1.0, "ffn.context_density": 0.25},
-    "both, context 1/8": {"ffn.density": 1.0, "ffn.context_density": 0.125},
+    BOTH: {**_EIGHTH, "ffn.density": 0.5, "ffn.context_density": None},
+    "both, context 1/4": {**_EIGHTH, "ffn.density": 1.0, "ffn.context_density": 0.25},
+    "both, context 1/8": {**_EIGHTH, "ffn.density": 1.0, "ffn.context_density": 0.125},
 }
 HEADERS = ("shape", "tokens", "best dense", "ms", "density 1", "variant", "faster", "quartiles", "by processor", "step's MiB", "compile s")
 

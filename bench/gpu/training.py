@@ -36,8 +36,8 @@ class Way:
 
 
 # Densities are given: those that would be measured on random weights say nothing.
-CONTEXT = {"ffn.density": 1.0, "ffn.context_density": 0.25}
-HALF = {"ffn.density": 0.5, "ffn.context_density": None}
+CONTEXT = {"attention.density": 0.125, "ffn.density": 1.0, "ffn.context_density": 0.25}
+HALF = {"attention.density": 0.125, "ffn.density": 0.5, "ffn.context_density": None}
 NEVER, AUTO = {"decline": "never"}, {"decline": "auto"}
 
 WAYS = (
@@ -45,7 +45,7 @@ WAYS = (
     Way("spt never, context 1/4", {**NEVER, **CONTEXT}),
     Way("spt auto, context 1/4", {**AUTO, **CONTEXT}),
     Way("spt never, units 1/2", {**NEVER, **HALF}),
-    Way("spt never, router", {**NEVER, "ffn.selector": "router"}),
+    Way("spt never, router", {**NEVER, "attention.density": 0.125, "ffn.selector": "router"}),
     Way("Inductor, CUDA graphs", graphs=True),
     Way("spt never, units 1/2, CUDA graphs", {**NEVER, **HALF}, graphs=True),
     Way("spt auto, context 1/4, CUDA graphs", {**AUTO, **CONTEXT}, graphs=True),
