@@ -53,7 +53,9 @@ class Config:
         "ffn.gradient_context_density", None, "the same for tokens whose label does not count; None: as for all"
     )
     ffn_padding: Literal["skip", "compute"] = _option(
-        "ffn.padding", "skip", "with gradients, tokens whose FFN output nothing reads: padding; 'skip' leaves them out, which is exact"
+        "ffn.padding",
+        "skip",
+        "with gradients, tokens whose FFN output nothing reads: padding; 'skip' is exact but for what is returned of padding itself",
     )
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(

@@ -55,7 +55,10 @@ def folders(tmp_path_factory):
 def test_explain_a_factory(factory, capsys):
     assert main(["explain", f"{factory}:ffn", "--option", "decline=never", "--option", "ffn.density=0.5", "--json"]) == 0
     (region,) = json.loads(capsys.readouterr().out)["regions"]
-    assert region["settings"] == {"hidden": 64, "units": 32, "context": None, "gradients_only": False} and region["status"] == "rewritten"
+    assert (
+        region["settings"] == {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all"}
+        and region["status"] == "rewritten"
+    )
 
 
 @pytest.mark.parametrize("name, kinds", [("llama", ["attention", "ffn"]), ("bert", ["attention", "ffn", "ffn"])])
@@ -72,7 +75,7 @@ def test_explain_a_saved_model(folders, capsys, name, kinds):
     assert [b / t for t, b in zip(training, batch, strict=True)] == [3.0, 3.0]
 
 
-OPTIONS = ["--option", "decline=never", "--option", "ffn.density=0.5"]
+OPTIONS = ["--option", "decline=never", "--option", "attention.density=0.5", "--option", "ffn.density=0.5"]
 
 
 def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, capsys, monkeypatch):

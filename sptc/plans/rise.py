@@ -143,7 +143,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
     try:
         dense = _run(unit, beside, {})
         rises = {}
-        for key, density in tqdm(runs, "sptc measures densities", delay=_SILENT_SECONDS, leave=False, unit="run"):
+        for key, density in tqdm(runs, "sptc measures densities", delay=_SILENT_SECONDS, leave=False, unit="run", disable=None):
             settings = {keys[r]: at_density(unit, r, density)[0].density for r in groups[key]}
             rises[key, density] = _divergence(dense, _run(unit, beside, settings))
     finally:

@@ -49,7 +49,7 @@ def main(graph, inputs, options, autocast):
     half = autocast is not None or any(torch.is_tensor(x) and x.dtype in (torch.bfloat16, torch.float16) for x in inputs)
     allowed, bad = 5e-2 if half else 1e-3, False
     want = step(graph, inputs, autocast)
-    whole = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "ffn.context_density": None}
+    whole = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "ffn.context_density": None, "ffn.padding": "compute"}
     forms: dict[str, tuple] = {"inductor": ("inductor", None), "spt at density 1": ("spt", whole), "spt": ("spt", options or None)}
     for name, (backend, given) in forms.items():
         torch._dynamo.reset()
