@@ -14,7 +14,7 @@ from sptc.ir.region import FfnRegion, Projection, UnitSettings
 from sptc.passes.find.counted import fits
 from sptc.passes.graph.build import Builder, aten
 from sptc.passes.rewrite.token_lists import Tokens
-from sptc.passes.rewrite.units import Units, energy_of, merged, placed
+from sptc.passes.rewrite.units import Units, counted_first, energy_of, merged, placed
 from sptc.passes.rewrite.write_ffn import Ffn
 
 ops = torch.ops.sptc
@@ -25,8 +25,10 @@ def rewrite_gradients(region: FfnRegion, settings: UnitSettings, tokens: Tokens,
 
     `again`: what gradients go through is computed from x once more, as in a checkpoint, where the dense values are not there any more.
     """
-    b, computed = Builder(region.y), tokens.computed
-    whole = _Whole(b, tokens.order)
+    b = Builder(region.y)
+    apart, left_out = settings.context is not None, tokens.order is not None
+    rows = counted_first(b, tokens) if apart and left_out else tokens.order
+    whole = _Whole(b, rows)
     value = Ffn(region, whole).output()
     first: list[Node] = []
 
@@ -37,13 +39,14 @@ def rewrite_gradients(region: FfnRegion, settings: UnitSettings, tokens: Tokens,
         return gradient
 
     if settings.context is None:
-        gradient = through(tokens.order, None, computed.sample if fits(computed.padded, region) else None, settings.units)
+        gradient = through(rows, None, tokens.sample if not left_out and fits(tokens.padded, region) else None, settings.units)
     else:
-        counted = through(tokens.counted, computed.counted, computed.counted_sample, settings.units)
-        context = through(tokens.context, computed.context, computed.context_sample, settings.context)
-        gradient = merged(b, tokens, counted, context) if tokens.order is None else b.call(aten.cat.default, [counted, context])
+        places = tokens.among or tokens
+        counted = through(tokens.counted, places.counted, places.counted_sample, settings.units)
+        context = through(tokens.context, places.context, places.context_sample, settings.context)
+        gradient = b.call(aten.cat.default, [counted, context]) if left_out else merged(b, tokens, counted, context)
     value = b.call(ops.after.default, b.call(aten.detach.default, value), first)
-    return placed(b, region, tokens, b.call(ops.with_gradient_of.default, value, gradient))
+    return placed(b, region, rows, b.call(ops.with_gradient_of.default, value, gradient))
 
 
 class _Whole(Units):

@@ -24,19 +24,14 @@ ops = torch.ops.sptc
 class Tokens:
     """Nodes of one graph; None: not known, or not asked for. Rows are numbers, int64, of N tokens in all."""
 
-    order: Node | None = None  # the rows that are computed, those that count first; None: all, as they are
+    order: Node | None = None  # the rows that are computed; None: all
     counted: Node | None = None  # rows of the tokens that count, [c]
     context: Node | None = None  # rows of the others that are computed
     counted_sample: Node | None = None  # rows that the energies of the former are measured on
     context_sample: Node | None = None
     sample: Node | None = None  # of all tokens that are no padding
     padded: tuple[Any, ...] = ()  # sizes of the input that tells padding
-    among: Tokens | None = None  # the same rows as places in `order`
-
-    @property
-    def computed(self) -> Tokens:
-        """The rows as places among those that are computed."""
-        return self.among or self
+    among: Tokens | None = None  # where rows are left out: those that count and the others as places in `counted`, then `context`
 
     def through(self, move: Callable[[Node], Node]) -> Tokens:
         """The same as nodes of another graph."""
@@ -88,12 +83,11 @@ def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
         names = ("counted", "context", "counted_sample", "context_sample")
         every_token = replace(every_token, **dict(zip(names, (b.item(lists, 0), b.item(lists, 1), *samples), strict=True)))
         if read is not None:
-            made["visible"] = _visible(b, every_token, b.call(ops.rows_where.default, b.call(aten.logical_and.default, others, read)))
+            made["visible"] = _visible(b, every_token, mask, b.call(aten.logical_and.default, others, read))
         if "counted" in kinds:
-            counted = every_token.counted
-            made["counted"] = Tokens(order=counted, counted=counted, sample=every_token.counted_sample, among=Tokens())
+            made["counted"] = Tokens(order=every_token.counted, sample=every_token.counted_sample)
     elif read is not None:
-        made["visible"] = replace(every_token, order=b.call(ops.rows_where.default, read), among=Tokens())
+        made["visible"] = replace(every_token, order=b.call(ops.rows_where.default, read))
     return TokenLists(mask, {"all": every_token, **made})
 
 
@@ -104,16 +98,17 @@ def _and_first(b: Builder, real: Node) -> Node:
     return b.call(aten.cat.default, [b.call(aten.ones_like.default, first), rest], 1)
 
 
-def _visible(b: Builder, every: Tokens, context: Node) -> Tokens:
-    """Those that are no padding, count, or are the first of a sequence; `context` are the rows of those that do not count."""
+def _visible(b: Builder, every: Tokens, mask: Node, others: Node) -> Tokens:
+    """Those that count, by `mask`, and the others that are read."""
     assert every.counted is not None
-    counted = every.counted
-    ones, others = b.call(aten.ones_like.default, counted), b.call(aten.ones_like.default, context)
-    # Sizes are data: places are counted up, since an arange would have sizes of its own.
-    place = b.call(aten.sub.Tensor, b.call(aten.cumsum.default, b.call(aten.cat.default, [ones, others]), 0), 1)
+    counted, context = every.counted, b.call(ops.rows_where.default, others)
+    # Sizes are data: places are counted up, since an arange would have sizes of its own. And all of them together have a size of their own,
+    # not the sum of two, of which a graph for backward that is given nothing else could not tell the parts.
+    order = b.call(ops.rows_where.default, b.call(aten.logical_or.default, mask, others))
+    ones, rest = b.call(aten.ones_like.default, counted), b.call(aten.ones_like.default, context)
+    place = b.call(aten.sub.Tensor, b.call(aten.cumsum.default, b.call(aten.cat.default, [ones, rest]), 0), 1)
     first = b.call(aten.sub.Tensor, b.call(aten.cumsum.default, ones, 0), 1)
-    rest = b.call(aten.add.Tensor, b.call(aten.sub.Tensor, b.call(aten.cumsum.default, others, 0), 1), b.size(counted, 0))
+    second = b.call(aten.add.Tensor, b.call(aten.sub.Tensor, b.call(aten.cumsum.default, rest, 0), 1), b.size(counted, 0))
     counts = b.call(aten.lt.Scalar, place, b.size(counted, 0))
     samples = (b.call(ops.sample_tokens.default, counts, of) for of in (counts, b.call(aten.logical_not.default, counts)))
-    among = Tokens(None, first, rest, *samples)
-    return replace(every, order=b.call(aten.cat.default, [counted, context]), context=context, among=among)
+    return replace(every, order=order, context=context, among=Tokens(None, first, second, *samples))

@@ -24,24 +24,30 @@ def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> 
     if settings.context is None or settings.all_units:
         sample = tokens.sample if settings.rows == "counted" or fits(tokens.padded, region) else None
         y = Ffn(region, Units(b, tokens.order, _chosen(b, region, sample, settings.units))).output()
-        return placed(b, region, tokens, y)
+        return placed(b, region, tokens.order, y)
     counted = Ffn(region, Units(b, tokens.counted, _chosen(b, region, tokens.counted_sample, settings.units))).output()
     context = Ffn(region, Units(b, tokens.context, _chosen(b, region, tokens.context_sample, settings.context))).output()
-    y = merged(b, tokens, counted, context) if tokens.order is None else b.call(aten.cat.default, [counted, context])
-    return placed(b, region, tokens, y)
+    if tokens.order is None:
+        return placed(b, region, None, merged(b, tokens, counted, context))
+    return placed(b, region, counted_first(b, tokens), b.call(aten.cat.default, [counted, context]))
+
+
+def counted_first(b: Builder, tokens: Tokens) -> Node:
+    """Rows of the tokens that count, then those of the others that are computed."""
+    return b.call(aten.cat.default, [tokens.counted, tokens.context])
 
 
 def merged(b: Builder, tokens: Tokens, counted: Node, context: Node) -> Node:
-    """Rows of the tokens that count and of the others, in the order of the tokens."""
-    both, order = b.call(aten.cat.default, [counted, context]), b.call(aten.cat.default, [tokens.counted, tokens.context])
-    return b.call(aten.index_copy.default, b.call(aten.empty_like.default, both), 0, order, both)
+    """Rows of the tokens that count and of all others, in the order of the tokens."""
+    both = b.call(aten.cat.default, [counted, context])
+    return b.call(aten.index_copy.default, b.call(aten.empty_like.default, both), 0, counted_first(b, tokens), both)
 
 
-def placed(b: Builder, region: FfnRegion, tokens: Tokens, y: Node) -> Node:
-    """Outputs of the rows that are computed as the region's output: those of the other tokens are zeros."""
-    if tokens.order is not None:
+def placed(b: Builder, region: FfnRegion, rows: Node | None, y: Node) -> Node:
+    """Outputs of some rows (None: all) as the region's output: those of the other tokens are zeros."""
+    if rows is not None:
         zeros = b.call(aten.new_zeros.default, y, [b.size(b.rows(region.x), 0), shape(y)[-1]])
-        y = b.call(aten.index_copy.default, zeros, 0, tokens.order, y)
+        y = b.call(aten.index_copy.default, zeros, 0, rows, y)
     return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
 
 
