@@ -1,12 +1,14 @@
 """Which tokens' rows of an FFN's output anything reads: those that no one does need no FFN, and nothing but them changes.
 
 Values are followed backwards from what the graph is for. A loss reads the tokens whose label counts; attention reads, of keys and values,
-those that its mask does not hide as padding; what treats every token alike reads the rows that are read of it; everything else reads all.
-So in a batch that is padded, FFNs are for the tokens that are no padding, and after the last attention for those that count alone.
+those that its mask does not hide as padding; a product with the mask, as in a mean over tokens, reads these as well, and a classifier the
+first of each sequence; what treats every token alike reads the rows that are read of it; everything else reads all. So in a batch that is
+padded, FFNs are for the tokens that are no padding, and after the last attention for those that count alone.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
@@ -18,8 +20,8 @@ from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Regi
 from sptc.passes.find.counted import fits
 from sptc.passes.find.padding import hiding, padding_mask
 from sptc.passes.graph.frame import Frame, frames, operands
-from sptc.passes.graph.pattern import op, shape
-from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of, tensors
+from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, op, same_size, shape
+from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of
 from sptc.passes.unit import Unit
 
 
@@ -28,7 +30,7 @@ class _Read(IntEnum):
 
     NONE = 0
     COUNTED = 1
-    VISIBLE = 2  # those that are no padding, and those that count
+    VISIBLE = 2  # those that are no padding, those that count, and the first of each sequence
     ALL = 3
 
 
@@ -36,13 +38,14 @@ _NAMES: Mapping[_Read, Rows] = {_Read.COUNTED: "counted", _Read.VISIBLE: "visibl
 
 
 def read_rows(unit: Unit) -> dict[Region, Rows]:
-    """For each FFN whose tokens are those of the labels, the rows of its output that are read; {} where labels are not known.
+    """For each FFN whose tokens are those of the padding mask, or of the labels, the rows of its output that are read.
 
     Logits that the graph returns beside its loss, and caches of keys and values, are taken to be read where no padding is.
     """
-    if not isinstance(unit.counted, Counted):
+    counted, padding = unit.counted if isinstance(unit.counted, Counted) else None, padding_mask(unit)
+    if padding is None and counted is None:
         return {}
-    reader = _Reader(unit, unit.counted)
+    reader = _Reader(unit, counted, padding)
     reader.follow(reader.frames[0])
     reader.read(reader.frames[0])
     return {region: _NAMES[reader.needs[region.y]] for region in unit.regions if isinstance(region, FfnRegion) and region.y in reader.needs}
@@ -56,11 +59,13 @@ class _Reader:
         needs: what is read of a value.
     """
 
-    def __init__(self, unit: Unit, counted: Counted) -> None:
+    def __init__(self, unit: Unit, counted: Counted | None, padding: Node | None) -> None:
         self.frames = list(frames(unit.gm))
         self.axes: dict[Node, Axes | None] = {}
         self.needs: dict[Node, _Read] = {}
-        self._counted, self._padding = counted, padding_mask(unit)
+        self._padding = padding
+        self._lead = shape(padding) if counted is None or padding is not None else counted.lead
+        self._counts = counted is not None and same_size(math.prod(counted.lead), math.prod(self._lead))  # of the same tokens
         self._beside = _Read.ALL if self._padding is None else _Read.VISIBLE  # of what the graph returns beside its loss
         self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
         self._by_graph = {frame.gm.graph: frame for frame in self.frames}
@@ -101,7 +106,7 @@ class _Reader:
     def _follow_region(self, region: Region | LossRegion) -> None:
         if isinstance(region, FfnRegion):
             lead = shape(region.y)[:-1]
-            if fits(self._counted.lead, region) and fits(shape(self._padding) or self._counted.lead, region):
+            if fits(self._lead, region):
                 self.axes[region.y] = rows_of(lead, range(len(lead)))
             elif region.x in self.axes:
                 self.axes[region.y] = None
@@ -132,9 +137,35 @@ class _Reader:
         if user in self._by_call:
             inner = [placeholder for placeholder, outer in operands(self._by_call[user]).items() if outer is node]
             return max((self.needs.get(placeholder, _Read.NONE) for placeholder in inner), default=_Read.ALL)
-        if self.axes.get(user) is None or self.axes[node] is None:
-            return _Read.NONE if not tensors(user) and not user.users else _Read.ALL
-        return self.needs[user]
+        rows = self.axes[node]
+        if rows is None:
+            return _Read.ALL
+        if self._padding is not None and (self._takes_first(user, rows) or self._masks(user, node, rows)):
+            return min(_Read.VISIBLE, self.needs.get(user, _Read.VISIBLE))
+        return _Read.ALL if self.axes.get(user) is None else self.needs[user]
+
+    def _takes_first(self, user: Node, rows: Axes) -> bool:
+        """Whether a node is the first token of each sequence."""
+        return op(user) == "aten.select.int" and len(rows) == len(self._lead) and tuple(user.args[1:]) == (rows[-1], 0)
+
+    def _masks(self, user: Node, node: Node, rows: Axes) -> bool:
+        """Whether a node is a product with the padding mask, token by token: 0 at padding whatever stands there."""
+        if op(user) != "aten.mul.Tensor":
+            return False
+        for factor in user.args:
+            mask = self._rows_of_mask(factor) if isinstance(factor, Node) and factor is not node else None
+            if mask is not None and tuple(dim - len(shape(factor)) for dim in mask) == tuple(dim - len(shape(node)) for dim in rows):
+                return True
+        return False
+
+    def _rows_of_mask(self, node: Node) -> Axes | None:
+        """The rows of what is the padding mask in another shape or dtype; None for anything else."""
+        if node is self._padding:
+            return rows_of(shape(node), range(len(shape(node))))
+        if not (op(node) in TRANSPARENT or op(node) in VIEWS or op(node) == "aten.expand.default"):
+            return None
+        rows = self._rows_of_mask(node.args[0])  # type: ignore[arg-type]
+        return None if rows is None else axes_after(node, {node.args[0]: rows})  # type: ignore[dict-item]
 
     def _by_output(self, node: Node, frame: Frame) -> _Read:
         if frame.call is None:
@@ -144,7 +175,7 @@ class _Reader:
         return max((self.needs.get(user, _Read.ALL) for user in outside), default=_Read.NONE)
 
     def _by_region(self, region: Region | LossRegion, node: Node) -> _Read:
-        if self.axes[node] is None:
+        if self.axes[node] is None or (isinstance(region, LossRegion) and not self._counts):
             return _Read.ALL
         if isinstance(region, FfnRegion):
             entering = {region.x, *(up.lora.low for up in region.ups if up.lora is not None)}

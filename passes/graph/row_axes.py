@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from sptc.ir.hint import optimization_hint
 from sptc.passes.graph.elementwise import elementwise
-from sptc.passes.graph.pattern import COPIES, VIEWS, argument, op, same_size, shape, value
+from sptc.passes.graph.pattern import COPIES, VIEWS, argument, op, same_size, shape
 
 Axes = tuple[int, ...]
 
@@ -158,9 +158,3 @@ def _groups(before: Sequence[Any], after: Sequence[Any]) -> Iterator[tuple[list[
             else:
                 return
         yield source, target
-
-
-def tensors(node: Node) -> bool:
-    """Whether a node's value is a tensor, or several."""
-    found = value(node)
-    return isinstance(found, torch.Tensor) or (isinstance(found, list | tuple) and any(isinstance(v, torch.Tensor) for v in found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -56,8 +57,10 @@ def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
     every = list(settings)
     by_units = [s for s in every if isinstance(s, UnitSettings) and not s.whole]
     kinds = {s.rows for s in by_units}
-    split = any(s.context is not None for s in by_units) or bool(kinds - {"all"})
     padding = padding_mask(unit) if by_units else None
+    # Rows that are read hold the tokens that count, if these are told apart at all.
+    known = isinstance(unit.counted, Counted) and (padding is None or same_size(math.prod(unit.counted.lead), math.prod(shape(padding))))
+    split = any(s.context is not None for s in by_units) or "counted" in kinds or ("visible" in kinds and known)
     mask = None
     if split or any(isinstance(s, FfnSettings) and s.keep for s in every):
         assert isinstance(unit.counted, Counted)
@@ -68,30 +71,41 @@ def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
         return TokenLists(None, {"all": Tokens()})
     b = Builder(anchor, like)
     every_token = Tokens()
-    visible = None if padding is None else b.call(aten.reshape.default, b.call(aten.ne.Scalar, padding, 0), [-1])
-    if visible is not None:
+    read = visible = None
+    if padding is not None:
+        real = b.call(aten.ne.Scalar, padding, 0)
+        visible = b.call(aten.reshape.default, real, [-1])
         every_token = Tokens(sample=b.call(ops.sample_tokens.default, visible, visible), padded=shape(padding))
-    if mask is None or not split:
-        return TokenLists(mask, {"all": every_token})
-    lists = b.call(ops.split_tokens.default, mask)
-    context = b.call(aten.logical_not.default, mask)
-    if visible is not None and same_size(shape(visible)[0], shape(mask)[0]):
-        context = b.call(aten.logical_and.default, context, visible)
-    samples = (b.call(ops.sample_tokens.default, mask, of) for of in (mask, context))
-    names = ("counted", "context", "counted_sample", "context_sample")
-    every_token = replace(every_token, **dict(zip(names, (b.item(lists, 0), b.item(lists, 1), *samples), strict=True)))
-    made: dict[Rows, Tokens] = {"all": every_token}
-    assert every_token.counted is not None
-    if "visible" in kinds:
-        made["visible"] = _visible(b, every_token, b.call(ops.rows_where.default, context))
-    if "counted" in kinds:
-        counted = every_token.counted
-        made["counted"] = Tokens(order=counted, counted=counted, sample=every_token.counted_sample, among=Tokens())
-    return TokenLists(mask, made)
+        if "visible" in kinds:
+            read = b.call(aten.reshape.default, _and_first(b, real), [-1])
+    made: dict[Rows, Tokens] = {}
+    if mask is not None and split:
+        lists = b.call(ops.split_tokens.default, mask)
+        others = b.call(aten.logical_not.default, mask)
+        hidden = visible is not None and same_size(shape(visible)[0], shape(mask)[0])
+        context = b.call(aten.logical_and.default, others, visible) if hidden else others
+        samples = (b.call(ops.sample_tokens.default, mask, of) for of in (mask, context))
+        names = ("counted", "context", "counted_sample", "context_sample")
+        every_token = replace(every_token, **dict(zip(names, (b.item(lists, 0), b.item(lists, 1), *samples), strict=True)))
+        if read is not None:
+            made["visible"] = _visible(b, every_token, b.call(ops.rows_where.default, b.call(aten.logical_and.default, others, read)))
+        if "counted" in kinds:
+            counted = every_token.counted
+            made["counted"] = Tokens(order=counted, counted=counted, sample=every_token.counted_sample, among=Tokens())
+    elif read is not None:
+        made["visible"] = replace(every_token, order=b.call(ops.rows_where.default, read), among=Tokens())
+    return TokenLists(mask, {"all": every_token, **made})
+
+
+def _and_first(b: Builder, real: Node) -> Node:
+    """A mask [batch, tokens] that holds the first token of each sequence as well: classifiers read it, wherever padding is."""
+    first = b.call(aten.slice.Tensor, real, 1, 0, 1)
+    rest = b.call(aten.slice.Tensor, real, 1, 1)
+    return b.call(aten.cat.default, [b.call(aten.ones_like.default, first), rest], 1)
 
 
 def _visible(b: Builder, every: Tokens, context: Node) -> Tokens:
-    """Those that are no padding, or count."""
+    """Those that are no padding, count, or are the first of a sequence; `context` are the rows of those that do not count."""
     assert every.counted is not None
     counted = every.counted
     ones, others = b.call(aten.ones_like.default, counted), b.call(aten.ones_like.default, context)

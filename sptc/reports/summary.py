@@ -35,7 +35,7 @@ _MORE = 'print(sptc.report(model)) or TORCH_LOGS="+sptc" shows more'
 _Weight = Callable[[], nn.Parameter | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself alone: references to weights compare by what they refer to
 class _Graph:
     """A graph of a first step."""
 

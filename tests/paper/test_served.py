@@ -15,7 +15,7 @@ import sptc
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES
 
-OPTIONS = {"decline": "never", "ffn.context_density": 0.25}
+OPTIONS = {"decline": "never", "attention.density": 0.125, "ffn.context_density": 0.25}
 
 
 def adapted() -> tuple[Any, dict[str, Tensor]]:

@@ -91,8 +91,8 @@ def test_data_is_plain_and_adds_up():
     assert data["totals"]["flops_before"] == sum(r["flops_before"] for r in data["regions"]) > 0
     assert data["totals"]["flops_after"] == sum(r["flops_after"] for r in data["regions"])
     assert [r["settings"] for r in data["regions"]] == [
-        {"hidden": 64, "units": 32, "context": None, "gradients_only": False},
-        {"hidden": 32, "units": 16, "context": None, "gradients_only": False},
+        {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all"},
+        {"hidden": 32, "units": 16, "context": None, "gradients_only": False, "rows": "all"},
     ]
     assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide", "weigh_alone"]
 
@@ -300,11 +300,11 @@ class Masked(nn.Module):
 
 def test_what_an_unread_mask_loses_is_a_note():
     q, causal = torch.randn(1, 2, 64, 8, requires_grad=True), torch.ones(64, 64, dtype=torch.bool).tril()
-    lost = "could not be read and stays a tensor"
-    (note,) = explain(Masked(), (q, causal), NEVER).notes
+    lost, options = "could not be read and stays a tensor", {**NEVER, "attention.density": 0.125}
+    (note,) = explain(Masked(), (q, causal), options).notes
     assert note.startswith(f"the mask of 1 attention region ((root)) {lost}")
-    (note,) = explain(Masked(), (q, torch.zeros(64, 64).masked_fill(~causal, -torch.inf)), NEVER).notes
+    (note,) = explain(Masked(), (q, torch.zeros(64, 64).masked_fill(~causal, -torch.inf)), options).notes
     assert lost in note
-    assert explain(Masked(), (q,), NEVER).notes == ()
+    assert explain(Masked(), (q,), options).notes == ()
     assert explain(Masked(), (q, causal), {**NEVER, "attention.density": 1.0}).notes == ()
     assert explain(Masked(), (q, causal), {"attention.enabled": False}).notes == ()

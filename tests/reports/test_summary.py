@@ -101,6 +101,16 @@ def test_another_size_is_a_second_step_and_no_other_model(said):
     assert len(said()) == 1 and "1 of 1 regions" in said()[0][1]
 
 
+def test_graphs_that_look_alike_are_told_apart(said):
+    """As after a reset, when Dynamo's numbers begin anew while an earlier model still waits for its second step."""
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = compiled(Ffn(), **NEVER)
+        model(rows())
+    model(rows())
+    assert len(said()) == 1
+
+
 def test_all_graphs_of_a_step_are_one_model_and_many_are_a_warning_that_names_breaks(said):
     model = compiled(Pieces(), **NEVER)
     model(rows())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import sptc
 from sptc.passes.graph.row_axes import viewed
@@ -71,6 +71,39 @@ def test_other_spellings_and_lengths() -> None:
     torch.manual_seed(0)
     assert_as_dense(gpt2().train(), padded(), ["visible", "counted"], **{"loss.logits": "drop"})
     assert_as_dense(llama(use_cache=False).train(), padded(), ["visible", "visible"], dynamic=True)
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": LAYERS, "vocab_size": 50}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**sizes, **off, num_labels=3, max_position_embeddings=64))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_classifier_reads_the_first_token(dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    inputs = {**padded(), "labels": torch.tensor([0, 2, 1])}  # the first token of the second sequence is padding, and read
+    assert_as_dense(bert().train(), inputs, ["visible", "visible"], dynamic=dynamic)
+
+
+class Mean(nn.Module):
+    """The mean of the tokens that are no padding, or of all."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked, self.bert, self.head = masked, bert().bert, nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor]:
+        y = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).expand(y.shape).to(y.dtype)
+        mean = (y * mask).sum(1) / mask.sum(1) if self.masked else y.mean(1)
+        return (F.cross_entropy(self.head(mean), labels),)
+
+
+@pytest.mark.parametrize(("masked", "want"), [(True, "visible"), (False, "all")])
+def test_a_mean_reads_what_its_mask_leaves(masked: bool, want: str) -> None:
+    torch.manual_seed(0)
+    assert_as_dense(Mean(masked).train(), {**padded(), "labels": torch.tensor([0, 2, 1])}, [want] * LAYERS)
 
 
 def test_options() -> None:
