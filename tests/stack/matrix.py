@@ -32,6 +32,8 @@ SPARSE = {
     "ffn.context_density": 0.5,
 }
 
+MEASURED = {"decline": "never", "max_rise": 1.0}  # the default densities, of random weights that would bear little
+
 PAPER = {
     **{key: SPARSE[key] for key in SPARSE if "density" not in key},
     "ffn.selector": "router",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,12 @@ def _table(cells: list[dict[str, Any]]) -> str:
 
 
 def _row(cell: dict[str, Any]) -> tuple[str, ...]:
-    error = cell.get("error")
+    error, rewritten = cell.get("error"), cell.get("rewritten", "")
+    dense = rewritten and all(count == "0" for count in re.findall(r"\d+", rewritten))
     return (
         cell["name"],
-        cell.get("verdict", "works"),
-        cell.get("rewritten", ""),
+        cell.get("verdict", "trains, all of it dense" if dense else "works"),
+        rewritten,
         str(cell.get("compiles", "")),
         "" if error is None else f"{error:.0e}",
         "; ".join(cell.get("says", ())),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.stack.matrix import PAPER, Cell, check_exact, check_sparse, rows, run_script
+from tests.stack.matrix import MEASURED, PAPER, Cell, check_exact, check_sparse, rows, run_script
 from tests.stack.parallel import (
     accelerated,
     accumulated,
@@ -48,7 +48,7 @@ CELLS = (
     Cell("DDP, activation checkpointing", partial(compiled_inside, checkpoints=True)),
     Cell("DDP, static_graph", partial(compiled_inside, static_graph=True)),
     Cell("DDP, gradient accumulation under no_sync", accumulated),
-    Cell("DDP, measured densities", compiled_inside, options={"decline": "never"}),
+    Cell("DDP, measured densities", compiled_inside, regions={"ffn": 2}, options=MEASURED),
     Cell("FSDP2, each layer compiled", partial(sharded, where="layer"), 2),
     Cell("FSDP2, the model compiled", partial(sharded, where="model"), 8),
     Cell("FSDP2, activation checkpointing", partial(sharded, where="layer", checkpoints=True), 2),

@@ -107,7 +107,7 @@ CELLS = (
     tuner("VeRA", causal("Vera", target_modules=["up_proj", "gate_proj"]), "a parameter of its own inside the activation"),
     Cell("LoHa", partial(with_config, config=causal("LoHa", target_modules=MLP, r=2)), 16, LAYER_BY_LAYER, {"break": "Data-dependent"}),
     Cell("DoRA", partial(with_lora, use_dora=True), 32, LAYER_BY_LAYER, {"break": "Unsupported"}),
-    Cell("target_parameters", partial(with_lora, **EXPERTS), 16, LAYER_BY_LAYER, {"break": "parametrize", "note": "recompile_limit"}),
+    Cell("target_parameters", partial(with_lora, **EXPERTS), 16, DENSE_FFN, {"break": "parametrize", "note": "recompile_limit"}),
 )
 
 

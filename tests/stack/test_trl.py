@@ -123,8 +123,8 @@ def grpo(run: Run) -> None:
     torch.testing.assert_close(*scores)
 
 
-OUTSIDE = "TRL computes the loss in an operator of its own, outside of the graph: give `ffn.density`; it holds for all tokens"
-EXACT_FORWARD = {"decline": "never", "attention.enabled": False, "ffn.max_rise": 0, "ffn.gradient_density": 0.5}
+OUTSIDE = "TRL computes the loss in an operator of its own, outside of the graph: give densities; they hold for all tokens"
+EXACT_FORWARD = {"decline": "never", "attention.enabled": False, "max_rise": 0, "ffn.gradient_density": 0.5}
 MIXED = (9, 13, 7, 11)
 
 CELLS = (
@@ -133,8 +133,8 @@ CELLS = (
         "SFTTrainer, default densities",
         sft,
         3,
-        {"attention": 2},
-        {"ffn": "set ffn.density"},
+        {},
+        {"attention": "set attention.density", "ffn": "and ffn.density"},
         options={"decline": "never"},
         needs="trl",
     ),
