@@ -160,19 +160,13 @@ CELLS = (
     Cell("save every k steps, resume_from_checkpoint", resumed, compiles=2, fast=True),
     Cell("logits dropped", in_place, options={**SPARSE, "loss.logits": "drop"}),
     Cell("the paper's option, sptc.prepare", prepared, options=PAPER, tolerance=None),
+    Cell("by Inductor", in_place, inductor=True),
 )
 
 
 @pytest.mark.parametrize("cell", rows("Hugging Face Trainer", CELLS))
 def test_trainer(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     record(record_property, check(cell, tmp_path))
-
-
-@pytest.mark.stack
-@pytest.mark.xfail(strict=True, reason="Inductor: sizes of the tokens that count are not bound in the backward graph (u0 + u1)")
-def test_by_inductor(tmp_path: Path) -> None:
-    """To become a cell of the table."""
-    check(Cell("by Inductor", in_place, inductor=True), tmp_path)
 
 
 def fails(script: Callable[[], None]) -> BaseException:
