@@ -65,7 +65,8 @@ class _Reader:
         self.needs: dict[Node, _Read] = {}
         self._padding = padding
         self._lead = shape(padding) if counted is None or padding is not None else counted.lead
-        self._counts = counted is not None and same_size(math.prod(counted.lead), math.prod(self._lead))  # of the same tokens
+        same = counted is not None and same_size(math.prod(counted.lead), math.prod(self._lead))
+        self._labelled = counted.rows_of if counted is not None and same else None  # what labels are of, if they are of these tokens
         self._beside = _Read.ALL if self._padding is None else _Read.VISIBLE  # of what the graph returns beside its loss
         self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
         self._by_graph = {frame.gm.graph: frame for frame in self.frames}
@@ -81,7 +82,7 @@ class _Reader:
         """Find the rows of every value of a graph, given those of its inputs."""
         for node in frame.gm.graph.nodes:
             region = self._inside.get(node)
-            if region is not None:
+            if region is not None and not isinstance(region, LossRegion):
                 if node is region.y:
                     self._follow_region(region)
             elif node in self._by_call:
@@ -103,7 +104,7 @@ class _Reader:
         known = {n: rows for n in node.all_input_nodes if (rows := self.axes.get(n)) is not None}
         self.axes[node] = axes_after(node, known) if known else None
 
-    def _follow_region(self, region: Region | LossRegion) -> None:
+    def _follow_region(self, region: Region) -> None:
         if isinstance(region, FfnRegion):
             lead = shape(region.y)[:-1]
             if fits(self._lead, region):
@@ -117,6 +118,11 @@ class _Reader:
         """Whether the tokens of an operand of attention, if it depends on them, are its batch and length."""
         sizes = shape(operand)
         return len(sizes) == 4 and self.axes.get(operand, rows_of(sizes, (0, 2))) == rows_of(sizes, (0, 2))
+
+    def _in_order(self, node: Node) -> bool:
+        """Whether a value's tokens lie in the order of its dimensions: lists of tokens are of those."""
+        rows = self.axes.get(node)
+        return rows is not None and rows == tuple(sorted(rows))
 
     def read(self, frame: Frame) -> None:
         """Find what is read of every value that follows from an FFN, last first."""
@@ -145,8 +151,11 @@ class _Reader:
         return _Read.ALL if self.axes.get(user) is None else self.needs[user]
 
     def _takes_first(self, user: Node, rows: Axes) -> bool:
-        """Whether a node is the first token of each sequence."""
-        return op(user) == "aten.select.int" and len(rows) == len(self._lead) and tuple(user.args[1:]) == (rows[-1], 0)
+        """Whether a node is the first token of each sequence, and not of other parts of the batch, in which a view sees its tokens."""
+        if op(user) != "aten.select.int" or len(rows) != len(self._lead) or tuple(user.args[1:]) != (rows[-1], 0):
+            return False
+        sizes = shape(user.args[0])  # type: ignore[arg-type]
+        return all(same_size(sizes[dim], size) for dim, size in zip(rows, self._lead, strict=True))
 
     def _masks(self, user: Node, node: Node, rows: Axes) -> bool:
         """Whether a node is a product with the padding mask, token by token: 0 at padding whatever stands there."""
@@ -175,11 +184,11 @@ class _Reader:
         return max((self.needs.get(user, _Read.ALL) for user in outside), default=_Read.NONE)
 
     def _by_region(self, region: Region | LossRegion, node: Node) -> _Read:
-        if self.axes[node] is None or (isinstance(region, LossRegion) and not self._counts):
+        if self.axes[node] is None or (isinstance(region, LossRegion) and not (self._labelled and self._in_order(self._labelled))):
             return _Read.ALL
         if isinstance(region, FfnRegion):
             entering = {region.x, *(up.lora.low for up in region.ups if up.lora is not None)}
-            return self.needs.get(region.y, _Read.ALL) if node in entering else _Read.ALL
+            return self.needs.get(region.y, _Read.ALL) if node in entering and self._in_order(node) else _Read.ALL
         if isinstance(region, LossRegion):
             lora = region.projection.lora
             if node is not region.projection.x and (lora is None or node is not lora.low):

@@ -94,8 +94,8 @@ def _counted(gm: fx.GraphModule, losses: Sequence[Node]) -> Counted:
         raise _NotCounted("the loss is of a single label")
     chain = _from_inputs(gm, target)
     known = [*gm.graph.find_nodes(op="placeholder"), *chain]
-    undo, lead = _undo(logits, known)
-    return Counted(logits, target, ignored, chain, undo, lead)
+    undo, lead, rows_of = _undo(logits, known)
+    return Counted(logits, target, ignored, chain, undo, lead, rows_of)
 
 
 def _from_inputs(gm: fx.GraphModule, target: Node) -> tuple[Node, ...]:
@@ -128,8 +128,8 @@ def _random(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[Any, ...]]:
-    """The steps from the rows of the loss's input back to those of what the logits were before views and slices, and their sizes then."""
+def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[Any, ...], Node]:
+    """The steps from the rows of the loss's input back to those of what the logits were before views and slices, their sizes then, and it."""
     node, rows, projected = logits, Rows(known), False
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         name, source = op(node), node.args[0]
@@ -140,4 +140,4 @@ def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[
         elif not rows.back(node):
             break
         node = source
-    return tuple(rows.steps), rows.lead(node)
+    return tuple(rows.steps), rows.lead(node), node

@@ -273,6 +273,7 @@ class Counted:
     chain: tuple[Node, ...]  # what computes the target from inputs, in order
     undo: tuple[Step, ...]  # from the rows of the loss to those of the tokens
     lead: tuple[Any, ...]  # sizes of the mask then
+    rows_of: Node  # what has these rows, in this order
 
 
 @dataclass(frozen=True)

@@ -193,13 +193,62 @@ def test_what_anything_else_reads_is_computed(how: str, want: list[str]) -> None
     torch.manual_seed(0)
     inputs = padded()
     inputs = {"x": torch.randn(3, 13, D), "labels": inputs["labels"].clamp(max=CLASSES - 1), "attention_mask": inputs["attention_mask"]}
-    model = Small(how)
+    assert_small_as_dense(Small(how), inputs, want)
+
+
+class Turned(nn.Module):
+    """An FFN on rows without dimensions; then the sequence comes first, for what normalizes it, for another FFN, and for the loss."""
+
+    def __init__(self, another: bool) -> None:
+        super().__init__()
+        self.another = another
+        self.first, self.second, self.norm, self.head = Gated(), Gated(), nn.LayerNorm(D), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor]:
+        y = self.first(x.flatten(0, 1)).view(x.shape).transpose(0, 1)
+        y = self.norm(self.second(y) if self.another else y)
+        return (F.cross_entropy(self.head(y).flatten(0, 1), labels.flatten()),)
+
+
+@pytest.mark.parametrize(("another", "want"), [(False, ["all"]), (True, ["all", "counted"])])
+def test_labels_in_another_order_than_the_tokens_do_not_tell_which_are_read(another: bool, want: list[str]) -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(CLASSES, (5, 3)).masked_fill(torch.arange(15).view(5, 3) % 4 < 2, -100)
+    assert_small_as_dense(Turned(another), {"x": torch.randn(3, 5, D), "labels": labels}, want, **{"loss.logits": "drop"})
+
+
+class Halves(nn.Module):
+    """A classifier that reads the first token of each half of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.head = Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        b, n, _ = x.shape
+        x = x + self.ffn(x)
+        q = x.view(b, n, 2, D // 2).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=attention_mask[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+        mean = (y * attention_mask[..., None]).sum(1).mean()
+        return (F.cross_entropy(self.head(x.view(2 * b, n // 2, D)[:, 0]), labels) + mean,)
+
+
+def test_a_first_token_of_parts_of_a_sequence_may_be_padding() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, 5:] = 0
+    inputs = {"x": torch.randn(3, 12, D), "labels": torch.randint(CLASSES, (6,)), "attention_mask": mask}
+    assert_small_as_dense(Halves(), inputs, ["all"])
+
+
+def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], **options: Any) -> None:
     reference = copy.deepcopy(model).double()
-    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    compiled = torch.compile(model, backend=without_inductor(**{**FULL, **options}))
     loss, expected = compiled(**inputs)[0], reference(**{**inputs, "x": inputs["x"].double()})[0]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_gradients_close(gradients(model, loss), gradients(reference, expected))
     assert rows(compiled) == want
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
