@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Region, Rows
 from sptc.passes.find.counted import fits
-from sptc.passes.find.padding import hiding, padding_mask
+from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_mask
 from sptc.passes.graph.frame import Frame, frames, operands
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, op, same_size, shape
 from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of
@@ -197,6 +197,7 @@ class _Reader:
         found = [self.needs.get(region.y, _Read.ALL)] if node is region.q else []
         if node in self._keys[region]:
             hides = self._padding is not None and hiding(region, self._by_graph) is self._padding
+            hides = hides and (first_is_seen(region) or not averages(region))
             found.append(_Read.VISIBLE if hides and self._lies(node) else _Read.ALL)
         return max(found, default=_Read.ALL)
 

@@ -129,7 +129,7 @@ def _random(node: Node) -> bool:
 
 
 def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[Any, ...], Node]:
-    """The steps from the rows of the loss's input back to those of what the logits were before views and slices, their sizes then, and it."""
+    """The steps from the rows of the loss's input back to those of what it was before views and slices, their sizes then, and that node."""
     node, rows, projected = logits, Rows(known), False
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         name, source = op(node), node.args[0]

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from sptc.ir.predicate import Binary, Element, Index, Literal, parse
 from sptc.ir.region import AttentionRegion
 from sptc.passes.graph.frame import Frame, frames, input_index, outermost
-from sptc.passes.graph.pattern import shape
+from sptc.passes.graph.pattern import argument, dtype, op, same_size, shape
 from sptc.passes.unit import Unit
 
 
@@ -29,7 +29,31 @@ def visible_share(unit: Unit) -> float | None:
     values = None if index is None else unit.example_inputs[index]
     if not isinstance(values, torch.Tensor) or isinstance(values, FakeTensor):
         return None
-    return float((values != 0).double().mean())
+    real = values != 0
+    return float((real | ~real[:, :1] if averages_padding(unit) else real).double().mean())
+
+
+def averages(region: AttentionRegion) -> bool:
+    """Whether a query that sees no key may get an average over all of them, hidden ones included: what a finite constant in a mask does.
+
+    The operator, given a boolean mask, returns zeros for it.
+    """
+    mask = argument(region.y, 3, "attn_mask") if op(region.y) == "aten.scaled_dot_product_attention.default" else None
+    return not isinstance(mask, Node) or dtype(mask) != torch.bool
+
+
+def averages_padding(unit: Unit) -> bool:
+    """Whether some attention that hides padding averages over all keys for a query that sees none."""
+    by_graph = {frame.gm.graph: frame for frame in frames(unit.gm)}
+    padding = padding_mask(unit)
+    return any(hiding(r, by_graph) is padding and averages(r) for r in unit.regions if isinstance(r, AttentionRegion))
+
+
+def first_is_seen(region: AttentionRegion) -> bool:
+    """Whether every query may see the first key, unless it is padding: keys are hidden as padding or by causality, and by nothing else."""
+    mask = region.mask
+    ahead = mask.causal and same_size(shape(region.q)[-2], shape(region.k)[-2])
+    return mask.boolean is None and mask.bias is None and len(parse(mask.predicate).conjuncts) == 1 + ahead
 
 
 def hiding(region: AttentionRegion, by_graph: Mapping[Graph, Frame]) -> Node | None:

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from sptc.ir.region import Counted, FfnSettings, Rows, Settings, UnitSettings
 from sptc.passes.find.counted import insert_mask
-from sptc.passes.find.padding import padding_mask
+from sptc.passes.find.padding import averages_padding, padding_mask
 from sptc.passes.graph.build import Builder, aten
 from sptc.passes.graph.pattern import same_size, shape
 from sptc.passes.unit import Unit
@@ -72,7 +72,7 @@ def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
         visible = b.call(aten.reshape.default, real, [-1])
         every_token = Tokens(sample=b.call(ops.sample_tokens.default, visible, visible), padded=shape(padding))
         if "visible" in kinds:
-            read = b.call(aten.reshape.default, _and_first(b, real), [-1])
+            read = b.call(aten.reshape.default, _and_all_unseen(b, real) if averages_padding(unit) else _and_first(b, real), [-1])
     made: dict[Rows, Tokens] = {}
     if mask is not None and split:
         lists = b.call(ops.split_tokens.default, mask)
@@ -82,11 +82,11 @@ def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
         samples = (b.call(ops.sample_tokens.default, mask, of) for of in (mask, context))
         names = ("counted", "context", "counted_sample", "context_sample")
         every_token = replace(every_token, **dict(zip(names, (b.item(lists, 0), b.item(lists, 1), *samples), strict=True)))
-        if read is not None:
+        if read is not None and known:
             made["visible"] = _visible(b, every_token, mask, b.call(aten.logical_and.default, others, read))
         if "counted" in kinds:
             made["counted"] = Tokens(order=every_token.counted, sample=every_token.counted_sample)
-    elif read is not None:
+    if read is not None and "visible" not in made:
         made["visible"] = replace(every_token, order=b.call(ops.rows_where.default, read))
     return TokenLists(mask, {"all": every_token, **made})
 
@@ -96,6 +96,11 @@ def _and_first(b: Builder, real: Node) -> Node:
     first = b.call(aten.slice.Tensor, real, 1, 0, 1)
     rest = b.call(aten.slice.Tensor, real, 1, 1)
     return b.call(aten.cat.default, [b.call(aten.ones_like.default, first), rest], 1)
+
+
+def _and_all_unseen(b: Builder, real: Node) -> Node:
+    """A mask [batch, tokens] that holds all of a sequence whose first token is padding: queries may see nothing there, and average all."""
+    return b.call(aten.logical_or.default, real, b.call(aten.logical_not.default, b.call(aten.slice.Tensor, real, 1, 0, 1)))
 
 
 def _visible(b: Builder, every: Tokens, mask: Node, others: Node) -> Tokens:

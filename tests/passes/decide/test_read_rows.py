@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import sptc
 from sptc.passes.graph.row_axes import viewed
@@ -194,6 +203,44 @@ def test_what_anything_else_reads_is_computed(how: str, want: list[str]) -> None
     inputs = padded()
     inputs = {"x": torch.randn(3, 13, D), "labels": inputs["labels"].clamp(max=CLASSES - 1), "attention_mask": inputs["attention_mask"]}
     assert_small_as_dense(Small(how), inputs, want)
+
+
+def test_a_query_that_sees_nothing_may_average_padding() -> None:
+    """Before the first token of a sequence padded on the left stands one whose label counts, and whose keys are all hidden by finfo.min."""
+    torch.manual_seed(0)
+    model, found = llama(use_cache=False, attn_implementation="eager", initializer_range=0.3).train(), []
+    for padding in ("skip", "compute"):
+        compiled = torch.compile(model, backend=without_inductor(**FULL, **{"ffn.padding": padding, "attention.enabled": False}))
+        loss = compiled(**padded())[0]
+        found.append((loss, gradients(model, loss)))
+        assert rows(compiled) == ["visible" if padding == "skip" else "all"] * LAYERS
+        torch._dynamo.reset()
+    (loss, got), (expected, want) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, want)
+
+
+class BartLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"d_model": 16, "encoder_layers": LAYERS, "decoder_layers": 1, "vocab_size": 50, "max_position_embeddings": 64}
+        sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("ffn_dim", 24), ("attention_heads", 2))}
+        self.bart = BartForConditionalGeneration(BartConfig(**sizes, use_cache=False, dropout=0.0))
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor]:
+        return (self.bart(**inputs).loss,)
+
+
+def test_labels_of_other_tokens_than_the_padded_ones() -> None:
+    """Of a decoder, shorter than its encoder: its own FFNs tell tokens apart while padding is left out of the encoder's."""
+    torch.manual_seed(0)
+    model, inputs = BartLoss().train(), padded()
+    inputs["labels"] = inputs["input_ids"][:, :7].masked_fill(torch.arange(7) > 4, -100)
+    options = {**FULL, "ffn.context_density": 0.5, "attention.enabled": False}
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    compiled(**inputs)[0].backward()
+    assert rows(compiled) == ["visible"] * LAYERS + ["all"]
+    torch._dynamo.reset()
 
 
 class Turned(nn.Module):
