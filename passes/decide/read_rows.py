@@ -21,6 +21,7 @@ from sptc.passes.find.counted import fits
 from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_mask
 from sptc.passes.graph.frame import Frame, frames, operands
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, op, same_size, shape
+from sptc.passes.graph.poles import pole_at_zero
 from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of
 from sptc.passes.unit import Unit
 
@@ -102,7 +103,8 @@ class _Reader:
                 self._cached.add(node)
             return
         known = {n: rows for n in node.all_input_nodes if (rows := self.axes.get(n)) is not None}
-        self.axes[node] = axes_after(node, known) if known else None
+        # Rows that are left out are zeros: what would make NaN of them reads all, since a product with 0 leaves NaN as it is.
+        self.axes[node] = axes_after(node, known) if known and not pole_at_zero(node, known) else None
 
     def _follow_region(self, region: Region) -> None:
         if isinstance(region, FfnRegion):

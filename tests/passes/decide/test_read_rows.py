@@ -288,6 +288,34 @@ def test_a_first_token_of_parts_of_a_sequence_may_be_padding() -> None:
     assert_small_as_dense(Halves(), inputs, ["all"])
 
 
+class Normed(nn.Module):
+    """The masked mean of rows that are divided by their length, with an epsilon or without one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.ffn, self.scale, self.head = how, Gated(), nn.Parameter(torch.ones(D)), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        q = x.view(*x.shape[:2], 2, D // 2).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, q, q, attn_mask=attention_mask[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+        y = self.scale * self.ffn(x)
+        square = y.square().sum(-1, keepdim=True)
+        if self.how == "inside":
+            y = y * (square + 1e-6).rsqrt()
+        elif self.how == "none":
+            y = y * square.rsqrt()
+        else:  # finite, but for the gradient of the scale
+            y = y / (square.sqrt() + 1e-6)
+        return (F.cross_entropy(self.head((y * attention_mask[..., None]).sum(1)), labels),)
+
+
+@pytest.mark.parametrize(("how", "want"), [("inside", "visible"), ("none", "all"), ("outside", "all")])
+def test_zeros_in_place_of_rows_become_no_nan(how: str, want: str) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 13, D), "labels": torch.tensor([0, 2, 1]), "attention_mask": padded()["attention_mask"]}
+    assert_small_as_dense(Normed(how), inputs, [want])
+
+
 def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], **options: Any) -> None:
     reference = copy.deepcopy(model).double()
     compiled = torch.compile(model, backend=without_inductor(**{**FULL, **options}))
