@@ -41,7 +41,7 @@ _NAMES: Mapping[_Read, Rows] = {_Read.COUNTED: "counted", _Read.VISIBLE: "visibl
 def read_rows(unit: Unit) -> dict[Region, Rows]:
     """For each FFN whose tokens are those of the padding mask, or of the labels, the rows of its output that are read.
 
-    Logits that the graph returns beside its loss, and caches of keys and values, are taken to be read where no padding is.
+    Logits that the graph returns beside its loss, and caches of keys and values there, are taken to be read where no padding is.
     """
     counted, padding = unit.counted if isinstance(unit.counted, Counted) else None, padding_mask(unit)
     if padding is None and counted is None:
@@ -77,7 +77,8 @@ class _Reader:
         self._dropped = unit.config.loss_logits == "drop" and unit.config.loss_enabled
         attentions = [r for r in unit.regions if isinstance(r, AttentionRegion)]
         self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
-        self._cached = set().union(*self._keys.values())
+        # A graph without labels may end at a graph break, behind which keys are read by anything.
+        self._cached = set() if counted is None else set().union(*self._keys.values())
 
     def follow(self, frame: Frame) -> None:
         """Find the rows of every value of a graph, given those of its inputs."""

@@ -316,6 +316,27 @@ def test_zeros_in_place_of_rows_become_no_nan(how: str, want: str) -> None:
     assert_small_as_dense(Normed(how), inputs, [want])
 
 
+class Broken(nn.Module):
+    """Keys are used again behind a graph break, without a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.head = Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        q, k = (y.view(*x.shape[:2], 2, D // 2).transpose(1, 2) for y in (x, self.ffn(x)))
+        y = F.scaled_dot_product_attention(q, k, k, attn_mask=attention_mask[:, None, None, :].bool())
+        torch._dynamo.graph_break()
+        y = y + F.scaled_dot_product_attention(y, k, k)
+        return (F.cross_entropy(self.head(y.transpose(1, 2).flatten(2)[:, 0]), labels),)
+
+
+def test_keys_may_be_read_behind_a_graph_break() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 13, D), "labels": torch.tensor([0, 2, 1]), "attention_mask": padded()["attention_mask"]}
+    assert_small_as_dense(Broken(), inputs, ["all"])
+
+
 def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], **options: Any) -> None:
     reference = copy.deepcopy(model).double()
     compiled = torch.compile(model, backend=without_inductor(**{**FULL, **options}))
