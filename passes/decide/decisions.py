@@ -6,9 +6,8 @@ compiles once for either side of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import sympy
 import torch
@@ -35,9 +34,6 @@ from sptc.ir.region import (
 )
 from sptc.passes.decide.constraints import guardable, lower_bound
 from sptc.passes.decide.cost import (
-    AttentionShape,
-    FfnShape,
-    Size,
     Work,
     dense_attention,
     dense_ffn,
@@ -52,12 +48,12 @@ from sptc.passes.decide.loss import decide_loss
 from sptc.passes.decide.operand_dtypes import misfit
 from sptc.passes.decide.planned import planned_densities
 from sptc.passes.decide.read_rows import read_rows
+from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
 from sptc.passes.find.padding import visible_share
-from sptc.passes.graph.pattern import argument, dtype, op, requires_grad, shape
+from sptc.passes.graph.pattern import shape
 from sptc.passes.unit import Unit
 
-_LENGTH = sympy.Symbol("length", positive=True, integer=True)
 _LONGEST = 1 << 24
 _ROUTED_DENSITY, _PQ_DENSITY = 1 / 2, 1 / 8  # the paper's, of "auto"
 _TRIED_KEYS = (1 / 4, 1 / 8)
@@ -116,9 +112,9 @@ def enabled(unit: Unit, region: Region) -> bool:
 
 def at_density(unit: Unit, region: Region, density: float) -> tuple[Settings, Cost, Cost]:
     """How a region would become sparse at a density, and what it costs dense and sparse at the sizes of the example."""
-    length = _length(region)
+    length = length_of(region)
     settings, dense, sparse = _forms(unit, region, density, length)
-    here = {_LENGTH: length.hint}
+    here = {LENGTH: length.hint}
     return settings, dense.at(here), sparse.at(here)
 
 
@@ -132,26 +128,26 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
     rows = unit.read.get(region, "all")
     context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
     settings = UnitSettings(region.hidden, units, context, gradients_only=True, rows=rows)
-    length = _length(region)
-    shape = _ffn_shape(region, unit.states.get(region), length)
+    length = length_of(region)
+    shape = ffn_shape(region, unit.states.get(region), length)
     if settings.all_units or not shape.needs_hidden:
         return None
-    here = {_LENGTH: length.hint}
+    here = {LENGTH: length.hint}
     fewer = replace(shape, tokens=shape.tokens * _share(unit, rows))
     return settings, dense_ffn(shape, unit.device).at(here), ffn_through_units(fewer, settings, unit.device).at(here)
 
 
-def _forms(unit: Unit, region: Region, density: float, length: _Length) -> tuple[Settings, Work, Work]:
+def _forms(unit: Unit, region: Region, density: float, length: Length) -> tuple[Settings, Work, Work]:
     state = unit.states.get(region)
     if isinstance(region, FfnRegion):
-        ffn = _ffn_shape(region, state, length)
+        ffn = ffn_shape(region, state, length)
         if routes(unit, region):
             routed = _ffn_settings(unit, region, state, density)
             return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
         kept = _unit_settings(unit, region, density)
         fewer = replace(ffn, tokens=ffn.tokens * _share(unit, kept.rows))
         return kept, dense_ffn(ffn, unit.device), ffn_over_units(fewer, kept, unit.device)
-    attention, settings = _attention_shape(region, length), _attention_settings(unit, region, state, density)
+    attention, settings = attention_shape(region, length), _attention_settings(unit, region, state, density)
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
 
@@ -163,9 +159,9 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         trained: gradients are recorded there.
         logits: its output is what a rewritten loss computes by itself.
     """
-    length = _length(region)
+    length = length_of(region)
     settings, dense, sparse = _forms(unit, region, uniform_density(unit, region) if planned is None else planned, length)
-    here = {_LENGTH: length.hint}
+    here = {LENGTH: length.hint}
     costs = dense.at(here), sparse.at(here)
     if not enabled(unit, region):
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
@@ -205,50 +201,12 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-@dataclass(frozen=True)
-class _Length:
-    """What a region's cost varies with: tokens of an FFN, queries of attention, or the first other symbolic size."""
-
-    size: int | torch.SymInt
-    hint: int
-
-    def __call__(self, size: int | torch.SymInt) -> Size:
-        """A size as an expression in the length; symbols other than the length's are fixed at their hints."""
-        if isinstance(size, int):
-            return size
-        if isinstance(self.size, torch.SymInt):
-            own, expression = self.size.node.expr, size.node.expr
-            if own == expression:
-                return _LENGTH
-            if own.is_Symbol and expression.has(own):
-                others = {
-                    s: optimization_hint(size.node.shape_env.create_symintnode(s, hint=None)) for s in expression.free_symbols - {own}
-                }
-                return expression.xreplace({**others, own: _LENGTH})
-        return optimization_hint(size)
-
-
-def _length(region: Region) -> _Length:
-    if isinstance(region, FfnRegion):
-        size = math.prod(shape(region.x)[:-1])
-        return _Length(size, optimization_hint(size))
-    b, h, n, _ = _four(shape(region.q))
-    m = shape(region.k)[-2]
-    symbolic = [size for size in (n, m, b, h) if isinstance(size, torch.SymInt)]
-    size = symbolic[0] if symbolic else n
-    return _Length(size, optimization_hint(size))
-
-
-def _four(sizes: tuple[int | torch.SymInt, ...]) -> tuple[int | torch.SymInt, ...]:
-    return sizes if len(sizes) == 4 else (1, *sizes)
-
-
-def _pays(unit: Unit, dense: Work, sparse: Work, length: _Length) -> tuple[bool, str]:
+def _pays(unit: Unit, dense: Work, sparse: Work, length: Length) -> tuple[bool, str]:
     """Whether sparse is faster, and for a symbolic length from where on.
 
     Where the user's constraints allow no guard that would tell the two sides apart, the example's side is taken for all lengths.
     """
-    difference = sympy.lambdify(_LENGTH, sparse.seconds - dense.seconds, modules="math")
+    difference = sympy.lambdify(LENGTH, sparse.seconds - dense.seconds, modules="math")
     if not isinstance(length.size, torch.SymInt) or has_free_unbacked_symbols(length.size):  # nothing can be guarded on data
         return bool(difference(length.hint) < 0), ""
     border = crossover(difference, length.hint)
@@ -376,42 +334,4 @@ def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None
         config.attention_query_block or query_block,
         config.attention_key_block or key_block,
         "pq" if isinstance(state, CodebookState) else "pooled",
-    )
-
-
-def _attention_shape(region: AttentionRegion, length: _Length) -> AttentionShape:
-    b, h, n, d = (length(size) for size in _four(shape(region.q)))
-    _, h_kv, m, d_v = (length(size) for size in _four(shape(region.v)))
-    kernels = [node for node in region.nodes if op(node) == "aten.scaled_dot_product_attention.default"]
-    trains = requires_grad(region.y)
-    return AttentionShape(
-        *(b, h, h_kv, n, m, d, d_v),
-        dtype=dtype(region.y),
-        fused=bool(kernels),
-        halved=bool(kernels) and argument(kernels[0], 5, "is_causal", False) is True,
-        own=region.mask.causal,
-        need=(trains and requires_grad(region.q), trains and requires_grad(region.k), trains and requires_grad(region.v)),
-    )
-
-
-def _ffn_shape(region: FfnRegion, state: State | None, length: _Length) -> FfnShape:
-    trains, tokens = requires_grad(region.y), math.prod(shape(region.x)[:-1])
-    adapters = [up.lora for up in region.ups if up.lora is not None]
-    down = region.down.lora
-    every = [*adapters, *([down] if down is not None else [])]
-    return FfnShape(
-        tokens=length(tokens),
-        d=int(shape(region.x)[-1]),
-        hidden=region.hidden,
-        d_out=int(shape(region.y)[-1]),
-        ups=len(region.ups),
-        up_ranks=sum(int(shape(lora.a)[0]) for lora in adapters),
-        down_rank=int(shape(down.a)[0]) if down is not None else 0,
-        dtype=dtype(region.y),
-        stand_in_rank=int(shape(state.low)[0]) if isinstance(state, RouterState) else 0,
-        trained_router=isinstance(state, RouterState) and state.training,
-        need_x=trains and requires_grad(region.x),
-        need_ups=sum(trains and requires_grad(up.weight) for up in region.ups),
-        need_down=trains and requires_grad(region.down.weight),
-        need_adapters=trains and any(requires_grad(lora.b) for lora in every),
     )
