@@ -16,6 +16,7 @@ from torch.fx import Node
 from sptc.ir.hint import optimization_hint
 from sptc.passes.graph.elementwise import elementwise
 from sptc.passes.graph.pattern import COPIES, VIEWS, argument, op, same_size, shape
+from sptc.passes.graph.rows import order_of
 
 Axes = tuple[int, ...]
 
@@ -62,8 +63,7 @@ def axes_after(node: Node, axes: Mapping[Node, Axes]) -> Axes | None:
         return viewed(before, shape(node), rows)
     if name == "aten.expand.default":
         return _of_elements(node, given, axes)
-    if name in ("aten.transpose.int", "aten.t.default", "aten.permute.default"):
-        order = _order(node, rank)
+    if (order := order_of(node)) is not None:
         return tuple(order.index(dim) for dim in rows)
     if name in _ALONG or name in _REDUCTIONS:
         dims = node.args[1] if len(node.args) > 1 else None
@@ -113,16 +113,6 @@ def _joined(node: Node, given: Sequence[Node], axes: Mapping[Node, Axes]) -> Axe
 def empty(node: Node) -> bool:
     """Whether a tensor has no elements."""
     return any(same_size(size, 0) for size in shape(node))
-
-
-def _order(node: Node, rank: int) -> list[int]:
-    """Which dimension of its argument each dimension of a transposition is."""
-    if op(node) == "aten.permute.default":
-        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-    a, b = (0, rank - 1) if op(node) == "aten.t.default" else (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
-    order = list(range(rank))
-    order[a], order[b] = b, a
-    return order
 
 
 def viewed(before: Sequence[Any], after: Sequence[Any], rows: Axes) -> Axes | None:

@@ -44,7 +44,7 @@ class Rows:
         if node.op != "call_function" or not isinstance(source, Node):
             return False
         name, last = op(node), self.axis == len(shape(node)) - 1
-        if (order := _order(node)) is not None:
+        if (order := order_of(node)) is not None:
             before = order[self.axis]
             rows = [i for i in order if i != before]  # of the labels' dimensions, which source's each is
             self.axis = before
@@ -101,7 +101,7 @@ def brought_back(b: Builder, labels: Node, steps: Sequence[Step], fill: Any, pla
     return b.call(aten.reshape.default, labels, [-1])
 
 
-def _order(node: Node) -> tuple[int, ...] | None:
+def order_of(node: Node) -> tuple[int, ...] | None:
     """Which dimension of its argument each dimension of a transposition is; None for other nodes."""
     dims, name = len(shape(node)), op(node)
     if name == "aten.permute.default":
