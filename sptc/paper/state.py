@@ -198,7 +198,7 @@ def mark_output(module: nn.Module, args: Any, output: Any) -> Any:
     if not torch.compiler.is_compiling():
         module.spt.notice.say(module)  # type: ignore[union-attr, operator]
         return None
-    if torch.compiler.is_exporting():
+    if _exporting():
         raise ExportError(
             "a model prepared by sptc can't be exported: backend 'spt' alone computes its routers and codebooks, and without them it is "
             "another model; sptc.detach(model) takes them away (save them before) and gives back the plain model, which can be exported"
@@ -208,6 +208,12 @@ def mark_output(module: nn.Module, args: Any, output: Any) -> Any:
         return None
     tensors, layout, training = state.tensors(), state.layout, module.training
     return map_first_floating(output, lambda x: MARK(x, tensors, layout, training))
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which Dynamo of torch 2.11 takes to be true whenever it traces. An export traces anew."""
+    return torch.compiler.is_exporting()
 
 
 def map_first_floating(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
