@@ -1,0 +1,183 @@
+"""What `decline="auto"` decides against what is measured, on 60 shapes: `python -m bench.decisions --json bench/results/decisions.json`.
+
+Each shape is one region, forward and backward: dense under Inductor, and sparse by backend "spt" with `decline="never"`. Both run in turn,
+on one thread, in processor time; the ratio is that of the medians. The cost model's figures are those of the report. A decision is wrong
+where the two forms differ by over a tenth and the slower one was chosen. Densities are fixed: keys 1/8, hidden units as the case says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sptc
+from bench import ffn
+from sptc.backend import spt
+from sptc.benchmark.machine import facts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NEAR = 1.1  # forms whose times differ by less are as good as each other
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention of `batch` sequences, given q, k and v [batch, heads, length, size]."""
+
+    batch: int
+    length: int
+    heads: int
+    size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"attention {self.batch} x {self.length}, {self.heads} x {self.size}, {self.dtype}"
+
+    def options(self) -> dict[str, Any]:
+        return {"attention.density": 0.125}
+
+    def make(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        shape = (self.batch, self.length, self.heads, self.size)
+        inputs = (torch.randn(shape, dtype=DTYPES[self.dtype]).transpose(1, 2).requires_grad_() for _ in range(3))
+        return _CausalAttention(), tuple(inputs)
+
+
+@dataclass(frozen=True)
+class Units:
+    """An FFN with LoRA of rank 16 on frozen weights, given x [tokens, d]; sparse it keeps `density` of its hidden units."""
+
+    tokens: int
+    d: int
+    hidden: int
+    activation: str
+    density: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"FFN {self.tokens}, {self.d} to {self.hidden} {self.activation}, units {self.density:g}, {self.dtype}"
+
+    def options(self) -> dict[str, Any]:
+        return {"ffn.density": self.density, "ffn.context_density": None}
+
+    def make(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        case = ffn.Case(self.tokens, self.d, self.hidden, self.activation, bias=self.activation != "swiglu", lora=16)
+        dtype = DTYPES[self.dtype]
+        return ffn.Layer(case).to(dtype), (torch.randn(self.tokens, self.d, dtype=dtype, requires_grad=True),)
+
+
+class _CausalAttention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+Case = Attention | Units
+
+
+def cases() -> Iterator[Case]:
+    """24 shapes of attention, 36 of FFNs, the small ones first."""
+    for length in (128, 256, 512, 1024, 2048, 4096):
+        for heads, size in ((12, 64), (8, 128)):
+            for dtype in DTYPES:
+                yield Attention(max(1, 2048 // length), length, heads, size, dtype)
+    for tokens in (256, 1024, 4096):
+        for d, hidden, activation in ((384, 1536, "gelu"), (768, 2048, "swiglu"), (1024, 4096, "relu")):
+            for density in (0.5, 0.25):
+                for dtype in DTYPES:
+                    yield Units(tokens, d, hidden, activation, density, dtype)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds of forward and backward, measured and predicted."""
+
+    case: Case
+    dense: float
+    sparse: float
+    predicted_dense: float
+    predicted_sparse: float
+
+    @property
+    def faster(self) -> float:
+        return self.dense / self.sparse
+
+    @property
+    def predicted(self) -> float:
+        return self.predicted_dense / self.predicted_sparse
+
+    @property
+    def verdict(self) -> str:
+        if 1 / NEAR <= self.faster <= NEAR:
+            return "even"
+        return "right" if (self.predicted > 1) == (self.faster > 1) else "WRONG"
+
+
+def measure(case: Case, seconds: float) -> Result:
+    """Time one case; `seconds` of measuring, at least three turns."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, inputs = case.make()
+    options = {"decline": "never", **case.options()}
+    dense, sparse = torch.compile(module, dynamic=False), torch.compile(module, dynamic=False, backend=spt, options=options)
+    taken = _turns((_step(module, dense, inputs), _step(module, sparse, inputs)), seconds)
+    (region,) = (r for r in sptc.report(sparse).regions if r.status == "rewritten")
+    assert region.seconds_dense is not None and region.seconds_sparse is not None
+    return Result(case, *(statistics.median(each) * 1e3 for each in taken), 1e3 * region.seconds_dense, 1e3 * region.seconds_sparse)
+
+
+def _step(module: nn.Module, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    with torch.no_grad():
+        grad = torch.randn_like(module(*inputs))
+
+    def run() -> None:
+        function(*inputs).backward(grad)
+        module.zero_grad(set_to_none=True)
+        for x in inputs:
+            x.grad = None
+
+    return run
+
+
+def _turns(runs: tuple[Callable[[], None], ...], seconds: float) -> list[list[float]]:
+    for _ in range(2):  # the first compiles
+        for run in runs:
+            run()
+    taken: list[list[float]] = [[] for _ in runs]
+    while len(taken[0]) < 3 or sum(map(sum, taken)) < seconds:
+        for run, times in zip(runs, taken, strict=True):
+            start = time.process_time()
+            run()
+            times.append(time.process_time() - start)
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.decisions", description=__doc__)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each case (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [measure(case, arguments.seconds) for case in tqdm([c for c in cases() if arguments.only in str(c)], disable=None)]
+    headers = ("region", "dense ms", "sparse ms", "faster", "predicted", "auto is")
+    rows = [(str(r.case), f"{r.dense:.3g}", f"{r.sparse:.3g}", f"{r.faster:.2f}x", f"{r.predicted:.2f}x", r.verdict) for r in results]
+    print(tabulate(rows, headers, disable_numparse=True))
+    wrong, even = (sum(r.verdict == verdict for r in results) for verdict in ("WRONG", "even"))
+    print(f"{len(results)} regions: {wrong} decided wrong, {even} even")
+    if arguments.json:
+        found = [{"kind": type(r.case).__name__, **asdict(r), "faster": r.faster, "predicted": r.predicted} for r in results]
+        arguments.json.write_text(json.dumps({"machine": facts(torch.device("cpu")), "results": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
