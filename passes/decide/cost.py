@@ -175,7 +175,10 @@ def sparse_attention(s: AttentionShape, settings: AttentionSettings, device: Dev
     """Selection, then products of tiles with their gathered blocks; backward gathers and scores again."""
     el, keys = _element(s.dtype), kept_keys(s, settings)
     tiles = _ceil(s.n, settings.query_block)
-    scores = s.b * s.h * tiles * settings.query_block * keys
+    mean = keys
+    if s.own and s.n == s.m:  # the first tiles have no more keys than there are up to their end
+        mean = keys - keys * sympy.Max(0, keys - settings.query_block) / (2 * s.m)
+    scores = s.b * s.h * tiles * settings.query_block * mean
     forward = 2 * scores * (s.d + s.d_v)
     need_q, need_k, need_v = s.need
     through_scores = need_q or need_k

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.plan import Choice, Plan, PlannedRegion
-from sptc.ir.region import Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
+from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
 from sptc.passes.decide.decisions import at_density, left_out, measured, splits, through_units, tried
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, written_by
@@ -232,11 +232,19 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
                 yield Decision(decision.region, True, text, *through)
                 continue
             settings, dense, sparse = at_density(unit, decision.region, density)
-            skips = isinstance(settings, UnitSettings) and not settings.whole  # whatever its density
-            skips = skips and (unit.config.decline == "never" or sparse.seconds < dense.seconds)
-            kept = f"kept whole; {reason}" if density == 1.0 else f"{decision.reason}; {reason}"
-            if density == 1.0 and skips:
-                kept += left_out(settings)
-            yield Decision(decision.region, density < 1.0 or skips, kept, settings, dense, sparse)
+            if density < 1.0:
+                yield Decision(decision.region, True, f"{decision.reason}; {reason}", settings, dense, sparse)
+                continue
+            pays = unit.config.decline == "never" or sparse.seconds < dense.seconds
+            exact = not (isinstance(settings, UnitSettings) and settings.whole) and pays
+            kept = f"kept whole; {reason}" + (_exactly(settings, dense, sparse) if exact else "")
+            yield Decision(decision.region, exact, kept, settings, dense, sparse)
 
     return replace(unit, decisions=tuple(decided()))
+
+
+def _exactly(settings: Settings, dense: Cost, sparse: Cost) -> str:
+    """What is saved although nothing that counts is left out: tokens that nothing reads, or the time of a slower kernel."""
+    if isinstance(settings, UnitSettings):
+        return left_out(settings)
+    return f", by the kernel of sparse attention: {sparse.seconds * 1e3:.3g} ms, dense {dense.seconds * 1e3:.3g} ms"

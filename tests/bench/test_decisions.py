@@ -21,7 +21,7 @@ def test_grid():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [CASE, Attention(1, 64, 2, 16, "bf16")], ids=str)
+@pytest.mark.parametrize("case", [CASE, Attention(1, 64, 2, 16, 0.125, "bf16")], ids=str)
 def test_measure(case):
     result = measure(case, seconds=0.0)
     assert min(result.dense, result.sparse, result.predicted_dense, result.predicted_sparse) > 0
