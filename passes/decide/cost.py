@@ -139,6 +139,7 @@ def dense_attention(s: AttentionShape, device: DeviceCosts) -> Work:
     ends = el * _attention_ends(s)
     if s.fused:
         seconds = _with_softmax(s, forward / rates.attention + backward / rates.attention_backward)
+        seconds += s.b * s.h * s.n * rates.row_seconds * (1 if s.trains else sympy.Rational(1, 3))
         return Work(forward + backward, ends, seconds + 3 * device.op_seconds, el * _attention_kept(s))
     traffic = ends + el * scores * (_DENSE_ATTENTION_PASSES[0] + _DENSE_ATTENTION_PASSES[1] * int(s.trains))
     seconds = (forward + backward) / rates.gemm + traffic / device.bandwidth + scores / device.exponentials

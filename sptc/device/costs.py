@@ -35,6 +35,9 @@ class Rates:
     gemm: float  # a large product
     attention: float  # scaled_dot_product_attention, forward
     attention_backward: float
+    row_seconds: float = (
+        0.0  # what it takes for each query of each head besides its products, forward and backward: much in short sequences
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
 def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks, gpu: bool = False) -> DeviceCosts:
     """The constants of one thread, for `threads` of them."""
     scaled = {name: values[name] * threads for name in _NUMBERS if not name.endswith("seconds")}
-    single, half = (Rates(**{key: rate * threads for key, rate in values[name].items()}) for name in ("single", "half"))
+    single, half = (
+        Rates(**{key: value / threads if key.endswith("seconds") else value * threads for key, value in values[name].items()})
+        for name in ("single", "half")
+    )
     return DeviceCosts(**{**values, **scaled, "single": single, "half": half}, default_blocks=default_blocks, gpu=gpu)
 
 

@@ -1,7 +1,7 @@
 """Measure what a device can do, for the cost model in `passes/decide/cost.py`.
 
 On a CPU one thread is measured, in processor time, and rates are taken to grow with the number of threads: what else runs on the machine
-then hardly shows, and dense and sparse are always compared under the same conditions. That takes less than two seconds. On a GPU the same
+then hardly shows, and dense and sparse are always compared under the same conditions. That takes two to three seconds. On a GPU the same
 calls are timed by events, with sizes that fill it and with the sparse ops in bf16; their kernels are compiled first, all at once.
 """
 
@@ -27,6 +27,7 @@ from sptc.codegen.triton.target import target_of, targeting
 
 _SECONDS = 0.06  # for one measurement: the least of the times that fit
 _HEAD = 64  # size of an attention head
+_SHORT = 128  # the length of a short sequence
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Bench:
     @classmethod
     def of(cls, device: torch.device) -> _Bench:
         if device.type == "cpu":
-            return cls(device, torch.float32, 4, 1024, 1024, (32, 16), (1024, 512, 2048), 1 << 23, 1 << 18)
+            return cls(device, torch.float32, 4, 2048, 1024, (32, 16), (1024, 512, 2048), 1 << 23, 1 << 18)
         return cls(device, torch.bfloat16, 32, 4096, 8192, (128, 64), (8192, 4096, 4096), 1 << 25, 1 << 21)
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,19 +127,28 @@ def launches(device: torch.device) -> list[Launch]:
 def _rates(bench: _Bench, dtype: torch.dtype) -> dict[str, float]:
     rows, inner, columns = bench.product
     x, weight = bench.random(rows, inner, dtype=dtype), bench.random(columns, inner, dtype=dtype)
-    n = bench.dense_length
-    q, k, v = (bench.random(1, bench.heads, n, _HEAD, dtype=dtype).requires_grad_() for _ in range(3))
-    flops = 4 * bench.heads * n * n * _HEAD
-
-    def forward() -> Tensor:
-        return scaled_dot_product_attention(q, k, v)
-
-    out = forward()
+    long = bench.dense_length
+    at = {n: _dense_attention(bench, dtype, n) for n in (_SHORT, long)}  # as many queries each
+    share = _SHORT / long  # of the products
+    besides = [max((a - share * b) / (1 - share), 0.0) for a, b in zip(at[_SHORT], at[long], strict=True)]
+    forward, backward = (_rest(time, fixed) for time, fixed in zip(at[long], besides, strict=True))
+    flops = 4 * bench.heads * long * long * _HEAD
     return {
         "gemm": 2 * rows * inner * columns / bench.seconds(lambda: linear(x, weight)),
-        "attention": flops / bench.seconds(forward),
-        "attention_backward": 2.5 * flops / bench.seconds(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True)),
+        "attention": flops / forward,
+        "attention_backward": 2.5 * flops / backward,
+        "row_seconds": max(sum(besides) / (bench.heads * long), 1e-12),
     }
+
+
+def _dense_attention(bench: _Bench, dtype: torch.dtype, n: int) -> tuple[float, float]:
+    """Seconds of scaled_dot_product_attention, forward and backward, in sequences of length n."""
+    q, k, v = (bench.random(bench.dense_length // n, bench.heads, n, _HEAD, dtype=dtype).requires_grad_() for _ in range(3))
+    out = scaled_dot_product_attention(q, k, v)
+    return (
+        bench.seconds(lambda: scaled_dot_product_attention(q, k, v)),
+        bench.seconds(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True)),
+    )
 
 
 def _sparse_attention(bench: _Bench) -> dict[str, float]:

@@ -21,7 +21,7 @@ def blocks(n: int, m: int, density: float, own: bool) -> tuple[int, int]:
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, measurements that take no time, and how many were made."""
     values = {name: float(i + 1) for i, name in enumerate(sorted(device._NUMBERS))}
-    rates = {"gemm": 7.0, "attention": 8.0, "attention_backward": 9.0}
+    rates = {"gemm": 7.0, "attention": 8.0, "attention_backward": 9.0, "row_seconds": 0.5}
     made = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(device, "measure", lambda _: made.append(1) or {**values, "single": dict(rates), "half": dict(rates)})
@@ -53,6 +53,7 @@ def test_rates_grow_with_threads_and_overheads_do_not(cache):
     assert four.single.gemm == 4 * one.single.gemm and four.half.attention == 4 * one.half.attention
     assert four.bandwidth == 4 * one.bandwidth and four.sparse_attention == 4 * one.sparse_attention
     assert (four.op_seconds, four.attention_seconds) == (one.op_seconds, one.attention_seconds)
+    assert four.half.row_seconds == one.half.row_seconds / 4 > 0
 
 
 def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):

@@ -72,6 +72,24 @@ def test_a_gpu_pays_for_its_launches_once_and_a_cpu_for_each_row(b):
     assert fixed(CPU, b) == pytest.approx(b * CPU.attention_seconds)
 
 
+def test_a_row_of_attention_takes_more_than_its_products():
+    """The fused kernel's time for each query counts as much in short sequences as in long ones; forward alone has a third of it."""
+    slow = replace(CPU, half=replace(CPU.half, row_seconds=1e-6))
+    for n in (128, 2048):
+        short = attention(2, n, torch.bfloat16)
+        for shape, part in ((short, 1.0), (replace(short, need=(False, False, False)), 1 / 3)):
+            more = seconds(dense_attention(shape, slow)) - seconds(dense_attention(shape, replace(slow, half=CPU.half)))
+            assert more == pytest.approx(shape.b * shape.h * n * 1e-6 * part)
+
+
+def test_causal_tiles_at_the_start_have_fewer_keys():
+    """At density 1 a tile looks at the keys up to its end: half of all pairs, and half a tile."""
+    settings = replace(SETTINGS, density=1.0)
+    whole, causal = (sparse_attention(replace(attention(1, 1024), own=own), settings, CPU).at(EMPTY).flops for own in (False, True))
+    choosing = whole - attention(1, 1024).h * 1024 * 1024 * 14 * 128  # seven products with heads of 128, forward and backward
+    assert (causal - choosing) / (whole - choosing) == pytest.approx(0.5 + settings.query_block / 2048)
+
+
 def test_a_gpu_multiplies_all_blocks_in_one_call_and_a_cpu_one_after_the_other():
     def spent(device: DeviceCosts, blocks: int) -> float:
         free = replace(device, op_seconds=0.0)
