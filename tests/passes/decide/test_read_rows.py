@@ -234,7 +234,7 @@ class BartLoss(nn.Module):
 def test_labels_of_other_tokens_than_the_padded_ones() -> None:
     """Of a decoder, shorter than its encoder: its own FFNs tell tokens apart while padding is left out of the encoder's."""
     torch.manual_seed(0)
-    model, inputs = BartLoss().train(), padded()
+    model, inputs = BartLoss().eval(), padded()  # in training mode older versions of transformers break the graph to drop layers
     inputs["labels"] = inputs["input_ids"][:, :7].masked_fill(torch.arange(7) > 4, -100)
     options = {**FULL, "ffn.context_density": 0.5, "attention.enabled": False}
     compiled = torch.compile(model, backend=without_inductor(**options))
