@@ -33,7 +33,7 @@ def attend_backward(
 
 
 def _numbers(case: AttentionCase, o: AttentionOperands) -> tuple[Any, ...]:
-    return o.seed, case.dropout, case.scale, case.query_block, case.key_block
+    return o.seed, case.dropout, case.scale, case.query_block, case.key_block, case.transform
 
 
 def attention_step(case: AttentionCase, o: AttentionOperands) -> list[Tensor]:

@@ -20,7 +20,7 @@ from sptc.codegen.triton.launchers.mask import KernelMask
 from sptc.ir.predicate import parse
 
 _MASK = "str predicate, Tensor[] mask_tensors, SymInt[] mask_sizes, Tensor? mask, Tensor? bias"
-_COMPUTE = f"{_MASK}, Tensor? seed, float dropout_p, float scale, int query_block, int key_block"
+_COMPUTE = f"{_MASK}, Tensor? seed, float dropout_p, float scale, int query_block, int key_block, str transform"
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define(
@@ -124,12 +124,12 @@ def _select_fake(
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> cpu.Call:
-    predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = operands
+    predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block, transform = operands
     _check_heads(q, k, mask, bias)
     _check_lists(q, k, v, ids, counts, dropout_p, seed, query_block)
     parse(predicate).check(tensors, sizes)
     blocks = _cpu_mask(q, k, predicate, tensors, sizes, mask, bias, query_block, key_block)
-    return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale)
+    return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale, transform)
 
 
 def _attention_cpu(*args: Any) -> tuple[Tensor, Tensor]:
@@ -174,13 +174,13 @@ def _is_tensor_list(x: Any) -> bool:
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ids, counts, predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = inputs
+    q, k, v, ids, counts, predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block, transform = inputs
     if bias is not None and bias.requires_grad:
         raise RuntimeError("sptc::sparse_attention has no gradient for bias; detach it, or keep this attention dense")
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, ids, counts, mask, bias, seed, *tensors)
-    ctx.plain = predicate, sizes, dropout_p, scale, query_block, key_block
+    ctx.plain = predicate, sizes, dropout_p, scale, query_block, key_block, transform
 
 
 def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -191,7 +191,7 @@ def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) ->
         grad_out, q, k, v, out, lse, ids, counts, predicate, tensors, sizes, mask, bias, seed, *numbers, need
     )
     wanted = (grad if needed else None for grad, needed in zip(grads, need, strict=True))
-    return *wanted, None, None, None, [None] * len(tensors), [] if not sizes else None, *[None] * 7
+    return *wanted, None, None, None, [None] * len(tensors), [] if not sizes else None, *[None] * 8
 
 
 def _no_second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from sptc.codegen.reference.block_lists import (
     statistics_stride,
 )
 from sptc.codegen.reference.random import keep_mask
+from sptc.ir import expression
 from sptc.ir.predicate import parse
 
 
@@ -148,12 +149,13 @@ def sparse_attention(
     scale: float,
     query_block: int,
     key_block: int,
+    transform: str = "u0",
 ) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] and lse [b, h, n] of `sptc::sparse_attention`, in the dtype of q."""
     (b, h, n, _), m, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
     keep = mask.allowed((b, h, n, m), q.device)
     keep = keep & listed(ids, counts, n, m, query_block, key_block).repeat_interleave(group, 1)
-    scores = scale * q @ k.repeat_interleave(group, 1).mT
+    scores = expression.evaluate(expression.parse(transform), scale * q @ k.repeat_interleave(group, 1).mT)
     if mask.bias is not None:
         scores = scores + mask.bias.to(scores.dtype)
     scores = scores.masked_fill(~keep, -math.inf)

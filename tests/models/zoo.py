@@ -36,6 +36,7 @@ class Case:
     loss: Callable[[Any], Tensor]
     attention: tuple[str, ...]  # predicate of each attention region, in the order of the model
     ffn: int  # number of FFN regions
+    exact: str = "sdpa"  # the attention of transformers in fp64: "eager" computes its softmax in fp32, whatever the model's dtype
 
     def make(self, dropout: float = 0.0, seed: int = 0) -> tuple[nn.Module, Inputs]:
         """A new model in train mode, and its inputs."""
@@ -85,6 +86,11 @@ def _hugging_face(family: str, attention: str, dropout: float, **options: Any) -
         "opt": ("OPTConfig", "OPTForCausalLM", {**sizes, "ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH, "dropout": dropout}),
         "llama": ("LlamaConfig", "LlamaForCausalLM", gated),
         "mistral": ("MistralConfig", "MistralForCausalLM", {**gated, "sliding_window": WINDOW}),
+        "gemma2": (
+            "Gemma2Config",
+            "Gemma2ForCausalLM",  # a cap so low that scores of random weights come near it
+            {**gated, "head_dim": 8, "query_pre_attn_scalar": 1, "sliding_window": WINDOW, "attn_logit_softcapping": 0.05},
+        ),
         "bert": ("BertConfig", "BertForMaskedLM", {**sizes, "intermediate_size": HIDDEN, "hidden_dropout_prob": dropout}),
         "gpt2": (
             "GPT2Config",
@@ -124,6 +130,8 @@ def _language_cases() -> list[Case]:
                         LAYERS,
                     )
                 )
+    capped = partial(_hugging_face, "gemma2", "eager")  # "sdpa" leaves the cap out
+    cases.append(Case("gemma2-eager", capped, _token_inputs, lambda output: output.loss, (window, causal), LAYERS, exact="eager"))
     cached = partial(_hugging_face, "llama", "sdpa", use_cache=True)
     cases.append(Case("llama-sdpa-cache", cached, _token_inputs, lambda output: output.loss, (causal,) * LAYERS, LAYERS))
     same = "(t0[b, q] == t0[b, k])"
