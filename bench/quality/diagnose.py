@@ -115,7 +115,7 @@ def _operands(decision: Decision) -> list[Node]:
     if not isinstance(region, AttentionRegion):
         return [region.y]
     mask = region.mask
-    nodes = (region.y, region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias)
+    nodes = (region.y, region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink)
     return [node for node in nodes if isinstance(node, Node)]
 
 
@@ -150,7 +150,8 @@ def _attention(decision: Decision, values: dict[Node, Any], sparse: Tensor, chos
     def mass(ids: Tensor, counts: Tensor) -> float:
         return float((weights * listed(ids, counts, n, m, tile, block).repeat_interleave(group, 1)).sum(-1).mean())
 
-    best_y, _ = sparse_attention(q, k, v, *best, mask, None, 0.0, region.scale, tile, block, region.transform)
+    sink = None if region.sink is None else values[region.sink]
+    best_y, _ = sparse_attention(q, k, v, *best, mask, None, 0.0, region.scale, tile, block, region.transform, sink)
     keys = math.ceil(settings.density * m)
     return AttentionMeasure(
         region.site.module,

@@ -150,6 +150,7 @@ def sparse_attention(
     query_block: int,
     key_block: int,
     transform: str = "u0",
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] and lse [b, h, n] of `sptc::sparse_attention`, in the dtype of q."""
     (b, h, n, _), m, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
@@ -159,8 +160,10 @@ def sparse_attention(
     if mask.bias is not None:
         scores = scores + mask.bias.to(scores.dtype)
     scores = scores.masked_fill(~keep, -math.inf)
+    if sink is not None:
+        scores = torch.cat((scores, sink.to(scores.dtype)), -1)
     empty = ~keep.any(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., :m]
     if seed is not None and dropout_p > 0.0:
         survivors = keep_mask(seed, torch.arange(b * h * n * m, device=q.device), dropout_p).view(b, h, n, m)
         weights = torch.where(survivors, weights / max(1.0 - dropout_p, 2.0**-32), 0.0)

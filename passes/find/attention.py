@@ -1,7 +1,7 @@
 """Find attention regions: y = softmax(f(scale * q k^T) + mask) v, as one operator or spelled out.
 
 A softmax is a candidate if a product of two tensors leads to it through elementwise operators and a product follows it. From there on
-every operator is either understood (scale, soft cap, mask, dropout, cast, view) or the candidate is refused with the reason.
+every operator is either understood (scale, soft cap, mask, sink, dropout, cast, view) or the candidate is refused with the reason.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Draft:
     y: Node
     scale: float
     transform: str = "u0"
+    sink: Node | None = None
     dropout_p: float = 0.0
     is_causal: bool = False
     masks: list[tuple[MaskInput, tuple[Any, ...]]] = field(default_factory=list)  # with the shape of the scores where they apply
@@ -125,8 +126,11 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
     refuse_einsum(product)
     scores = Scores(reader)
     q, k = scores.walk(softmax.args[0])
-    draft = Draft(q, k, Operand(operand_of(product, 1)), product, scores.scale, scores.transform, masks=scores.masks)
+    draft = Draft(q, k, Operand(operand_of(product, 1)), product, scores.scale, scores.transform, scores.sink, masks=scores.masks)
     draft.nodes = {softmax, *scores.nodes, *weights}
+    cut = [node for node in weights[:-1] if scores.sink is not None and _without_last(node)]
+    if scores.sink is not None and len(cut) != 1:
+        raise Refused("weights", product, f"the column that was put beside the scores is not dropped before {product.name}")
     for node in weights[:-1]:
         name = base_name(node)
         if name == DROPOUT:
@@ -134,9 +138,17 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
                 raise Refused("dropout", node, "attention weights are dropped twice")
             _, p, train = node.args
             draft.dropout_p = float(p) if train else 0.0  # type: ignore[arg-type]
-        elif not transparent(node) and name not in VIEWS:
+        elif not transparent(node) and name not in VIEWS and node not in cut:
             raise Refused("weights", node, f"{node.name} ({op(node)}) changes the attention weights after softmax")
     return draft
+
+
+def _without_last(node: Node) -> bool:
+    """Whether a node is its first argument without its last column."""
+    if op(node) != "aten.slice.Tensor" or argument(node, 1, "dim", 0) not in (-1, len(shape(node)) - 1):
+        return False
+    from_first = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+    return from_first and same_size(shape(node)[-1] + 1, shape(node.args[0])[-1])
 
 
 def _to_product(softmax: Node) -> list[Node] | None:
@@ -172,7 +184,9 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
     if (found := breach(draft.nodes, draft.y) or disturbance(passed, draft.y)) is not None:
         raise Refused(found.rule, found.node, found.reason)
     nodes = frozenset(_with_exclusive(draft.nodes, passed))
-    return AttentionRegion(q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes), draft.transform)
+    return AttentionRegion(
+        q, k.node, v.node, draft.y, draft.scale, draft.dropout_p, mask, nodes, site_of(draft.nodes), draft.transform, draft.sink
+    )
 
 
 def _unmerge(draft: Draft) -> None:

@@ -1,10 +1,12 @@
 """The scores of attention: from a softmax back to the product of queries and keys, through whatever is understood of what is between.
 
-Scale, masks and biases, and a function of each score that rises with it (a soft cap). Anything else is a refusal.
+Scale, masks and biases, a function of each score that rises with it (a soft cap), and a column behind them that is dropped after the
+softmax (a sink). Anything else is a refusal.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
@@ -107,6 +109,7 @@ class Scores:
         self.scale = 1.0  # of what was walked past: between here and the softmax, or the function of the scores behind here
         self._function: sympy.Expr = expression.U0  # of a score, that scale included, from there on to the softmax
         self.masks: list[tuple[MaskInput, tuple[Any, ...]]] = []
+        self.sink: Node | None = None
         self.nodes: set[Node] = set()
 
     def walk(self, node: Any) -> tuple[Operand, Operand]:
@@ -154,6 +157,8 @@ class Scores:
             return self._scaled(node)
         if name in _RISING:
             return self._bent(node)
+        if name == "aten.cat.default":
+            return self._without_sink(node)
         if name in ("aten.add.Tensor", "aten.sub.Tensor"):
             return self._added(node)
         if name in ("aten.masked_fill.Scalar", "aten.masked_fill.Tensor"):
@@ -171,6 +176,35 @@ class Scores:
         if name == DROPOUT:
             raise Refused("dropout", node, f"{node.name} drops attention scores before softmax")
         raise Refused("scores", node, f"{node.name} ({op(node)}) changes the scores between q k^T and softmax")
+
+    def _without_sink(self, node: Node) -> Node:
+        """The scores before a column was put behind them, of which the softmax is the only one to know."""
+        parts: Any = node.args[0]
+        last = len(shape(node)) - 1
+        alone = self.sink is None and not self.masks and self.scale == 1.0 and self._function == expression.U0
+        if not (alone and len(parts) == 2 and argument(node, 1, "dim", 0) in (-1, last) and same_size(shape(parts[1])[-1], 1)):
+            raise Refused(
+                "scores", node, f"{node.name} ({op(node)}) puts more beside the scores than one column, which the softmax reads at once"
+            )
+        if len(shape(node)) != 4 or not from_product(parts[0]):
+            raise Refused(
+                "rank", node, f"{node.name} puts a column beside scores that are not laid out as [batch, heads, n, m], or before them"
+            )
+        self.sink = parts[1]
+        return parts[0]  # type: ignore[no-any-return]
+
+    def _less_their_greatest(self, node: Node) -> list[Node]:
+        """The nodes that compute what is subtracted from scores, if that is the greatest one of each row: it changes no weight."""
+        scores, found = node.args[0], []
+        here: Any = node.args[1] if base_name(node) == "aten.sub.Tensor" and not node.kwargs else None
+        while op(here) in COPIES or (isinstance(here, Node) and here.target is operator.getitem and here.args[1] == 0):
+            found.append(here)
+            here = here.args[0]
+        if op(here) not in ("aten.max.dim", "aten.amax.default") or here.args[0] is not scores or not argument(here, 2, "keepdim", False):
+            return []
+        dims = argument(here, 1, "dim")
+        last = len(shape(scores)) - 1
+        return [*found, here] if dims in (-1, last, [-1], [last]) else []
 
     def _bent(self, node: Node) -> Node:
         """The scores before a function of each.
@@ -202,6 +236,10 @@ class Scores:
 
     def _added(self, node: Node) -> Node:
         a, b = node.args[:2]
+        if greatest := self._less_their_greatest(node):
+            self._nothing_behind(node)
+            self.nodes.update(greatest)
+            return a  # type: ignore[return-value]
         products = [from_product(a), from_product(b)]
         if all(products):
             raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")

@@ -79,6 +79,7 @@ class AttentionRegion:
     nodes: frozenset[Node]
     site: Site
     transform: str = "u0"  # of each scaled score, before the mask: canonical string over u0, which rises with it
+    sink: Node | None = None  # [b, h, n, 1]: one more term in the sum of each row's softmax, to which no value belongs
     kind: Literal["attention"] = "attention"
 
 

@@ -14,6 +14,7 @@ SEEN = {  # (attention, FFN) found and refused: what had no word once
     "MixtralForCausalLM": ((2, 0), (0, 2)),  # fused experts
     "GPTNeoForCausalLM": ((2, 0), (2, 0)),  # a fill with a new constant
     "Gemma2ForCausalLM": ((2, 0), (2, 0)),  # a soft cap of the scores
+    "GptOssForCausalLM": ((2, 0), (0, 2)),  # a sink in the sum of each row
     "LongformerForMaskedLM": ((0, 2), (2, 1)),  # scores that are put together in a buffer
 }
 

@@ -46,7 +46,7 @@ def test_equals_dense(name):
     _assert_all_rewritten(case, _assert_equals_dense(case, model, inputs))
 
 
-@pytest.mark.parametrize("name", ["gemma2-eager"])
+@pytest.mark.parametrize("name", ["gemma2-eager", "gpt_oss-eager"])
 def test_bfloat16_is_as_exact_as_eager(name):
     case = CASES[name]
     model, inputs = case.make()
@@ -63,7 +63,9 @@ def test_bfloat16_is_as_exact_as_eager(name):
         assert off <= 1.5 * allowed + 1e-3 * float(truth.norm()), (parameter, off, allowed)
 
 
-@pytest.mark.parametrize("name", ["opt-sdpa-padded", "llama-eager-padded", "gpt2-sdpa", "bert-sdpa-padded"])
+@pytest.mark.parametrize(
+    "name", ["opt-sdpa-padded", "llama-eager-padded", "gpt2-sdpa", "bert-sdpa-padded", "gemma2-eager", "gpt_oss-eager-padded"]
+)
 def test_equals_dense_with_activation_checkpointing(name):
     case = CASES[name]
     model, inputs = case.make()

@@ -35,5 +35,7 @@ def compute(region: AttentionRegion, values: Mapping[Node, Any]) -> tuple[Tensor
         bias = values[region.mask.bias]
         scores = scores + bias
         seen = seen & (bias > torch.finfo(bias.dtype).min)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return weights @ v, seen.any(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if region.sink is not None:
+        scores = torch.cat((scores, values[region.sink].double()), -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v, seen.any(-1)
