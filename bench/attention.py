@@ -95,7 +95,7 @@ def run(case: Case, selector: str, blocks: tuple[int, int] | None, rounds: int) 
         return torch.ops.sptc.select_blocks(q.detach(), k.detach(), books, *spec, *rest)[:2]
 
     def sparse() -> None:
-        out, _ = torch.ops.sptc.sparse_attention(q, k, v, *select(), *spec, None, 0.0, d**-0.5, query_block, key_block)
+        out, _ = torch.ops.sptc.sparse_attention(q, k, v, *select(), *spec, None, 0.0, d**-0.5, query_block, key_block, "u0", None)
         torch.autograd.grad(out, (q, k, v), grad)
 
     dense_ms, sparse_ms, select_ms = _medians((dense, sparse, lambda: select() and None), rounds)

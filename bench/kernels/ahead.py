@@ -94,6 +94,6 @@ def _attention(case: AttentionCase, dtype: torch.dtype) -> None:
     mask = KernelMask(*o.mask, (case.batch, case.heads, case.length, case.length))
     numbers = (case.density, case.scale, case.query_block, case.key_block, case.own, o.codebooks is not None)
     ids, counts, *_ = selection.select_blocks(o.q, o.k, o.codebooks, mask, case.selector, *numbers)
-    rest = (ids, counts, *o.mask, o.seed, case.dropout, case.scale, case.query_block, case.key_block)
+    rest = (ids, counts, *o.mask, o.seed, case.dropout, case.scale, case.query_block, case.key_block, case.transform)
     out, lse = attention.forward(o.q, o.k, o.v, *rest)
     attention.backward(o.grad, o.q, o.k, o.v, out, lse, *rest, [True] * 3)

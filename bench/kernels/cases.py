@@ -29,6 +29,7 @@ class AttentionCase:
     key_block: int = 64
     dropout: float = 0.0
     selector: str = "pooled"
+    transform: str = "u0"  # of each score, as of `sptc::sparse_attention`
 
     @property
     def scale(self) -> float:
@@ -79,7 +80,7 @@ class _Draw:
         return values.to(dtype or self.dtype)
 
 
-# The four model families, at sizes of which only divisibility matters to a compiler
+# Model families, at sizes of which only divisibility matters to a compiler
 
 ATTENTION = tuple(
     replace(case, name=f"{case.name} d{size}", size=size)
@@ -89,6 +90,7 @@ ATTENTION = tuple(
         AttentionCase("OPT-like", 2, 2048, 8, 8, 64, "causal"),
         AttentionCase("GPT-2-like", 2, 1024, 8, 8, 64, "causal", dropout=0.1, selector="pq"),
         AttentionCase("BERT-like", 4, 512, 8, 8, 64, "padding", dropout=0.1, selector="pq"),
+        AttentionCase("soft-capped", 2, 2048, 8, 8, 64, "causal", transform="50*tanh(0.02*u0)"),
     )
 )
 

@@ -156,7 +156,7 @@ def _attention_reference(
     moved = _attention_in(o, device, dtype)
     leaves = [x.requires_grad_() for x in (moved.q, moved.k, moved.v)]
     mask = attention_reference.Mask(*moved.mask)
-    numbers = (moved.seed, case.dropout, case.scale, case.query_block, case.key_block)
+    numbers = (moved.seed, case.dropout, case.scale, case.query_block, case.key_block, case.transform)
     out, lse = attention_reference.sparse_attention(*leaves, lists[0], lists[1], mask, *numbers)
     return out, lse, *torch.autograd.grad(out, leaves, moved.grad)
 

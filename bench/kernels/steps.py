@@ -22,7 +22,7 @@ def select(case: AttentionCase, o: AttentionOperands) -> tuple[Tensor, Tensor, T
 
 def attend(case: AttentionCase, o: AttentionOperands, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    return ops.sparse_attention(o.q, o.k, o.v, ids, counts, *o.mask, *_numbers(case, o))
+    return ops.sparse_attention(o.q, o.k, o.v, ids, counts, *o.mask, *_numbers(case, o), None)
 
 
 def attend_backward(
@@ -33,7 +33,7 @@ def attend_backward(
 
 
 def _numbers(case: AttentionCase, o: AttentionOperands) -> tuple[Any, ...]:
-    return o.seed, case.dropout, case.scale, case.query_block, case.key_block
+    return o.seed, case.dropout, case.scale, case.query_block, case.key_block, case.transform
 
 
 def attention_step(case: AttentionCase, o: AttentionOperands) -> list[Tensor]:

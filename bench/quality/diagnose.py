@@ -16,6 +16,7 @@ from sptc.backend import captured_unit
 from sptc.codegen.reference.attention import Mask, listed, sparse_attention
 from sptc.codegen.reference.block_lists import lists_from_scores, nearest_first, owned
 from sptc.config import Config
+from sptc.ir import expression
 from sptc.ir.region import AttentionRegion, AttentionSettings, Decision, FfnSettings, LossRegion
 from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
@@ -114,7 +115,7 @@ def _operands(decision: Decision) -> list[Node]:
     if not isinstance(region, AttentionRegion):
         return [region.y]
     mask = region.mask
-    nodes = (region.y, region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias)
+    nodes = (region.y, region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink)
     return [node for node in nodes if isinstance(node, Node)]
 
 
@@ -133,7 +134,7 @@ def _attention(decision: Decision, values: dict[Node, Any], sparse: Tensor, chos
         None if operands.bias is None else values[operands.bias],
     )
     allowed = mask.allowed((b, h, n, m), q.device)
-    scores = region.scale * q @ k.repeat_interleave(group, 1).mT
+    scores = expression.evaluate(expression.parse(region.transform), region.scale * q @ k.repeat_interleave(group, 1).mT)
     if mask.bias is not None:
         scores = scores + mask.bias
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -149,7 +150,8 @@ def _attention(decision: Decision, values: dict[Node, Any], sparse: Tensor, chos
     def mass(ids: Tensor, counts: Tensor) -> float:
         return float((weights * listed(ids, counts, n, m, tile, block).repeat_interleave(group, 1)).sum(-1).mean())
 
-    best_y, _ = sparse_attention(q, k, v, *best, mask, None, 0.0, region.scale, tile, block)
+    sink = None if region.sink is None else values[region.sink]
+    best_y, _ = sparse_attention(q, k, v, *best, mask, None, 0.0, region.scale, tile, block, region.transform, sink)
     keys = math.ceil(settings.density * m)
     return AttentionMeasure(
         region.site.module,

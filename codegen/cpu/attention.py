@@ -19,6 +19,7 @@ from sptc.codegen.cpu.compiler import REAL, native
 from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.cpu.predicate_source import Fill, fill
+from sptc.codegen.cpu.transform_source import transform
 
 
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
@@ -47,6 +48,7 @@ class Call:
     seed: Tensor | None
     dropout_p: float
     scale: float
+    transform: str = "u0"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,6 +71,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "counts")),
         *((name, ctypes.c_int64) for name in ("heads", "key_heads", "n", "m", "d", "d_v", "query_block", "key_block", "tiles", "width")),
         ("scale", ctypes.c_double),
+        ("transform", ctypes.c_void_p),
         ("key_bias", ctypes.c_void_p),
         ("key_bias_strides", ctypes.c_int64 * 2),
         ("certain", ctypes.c_void_p),
@@ -123,6 +126,7 @@ class _Prepared:
         self.certain = mask.certain_pairs()
         self.boolean, self.bias = mask.element_boolean, mask.element_bias(call.dtype)
         predicate = mask.element_predicate
+        self.transform = None if call.transform == "u0" else transform(call.transform, call.dtype)
         self.fill: Fill | None = None if predicate is None else fill(predicate, mask.tensors, mask.sizes)
 
     def ready(self, x: Tensor) -> Tensor:
@@ -149,6 +153,8 @@ class _Prepared:
         if self.certain is not None:
             self.certain = self.certain.contiguous()
             native_call.certain, native_call.certain_strides = self.certain.data_ptr(), _broadcast(self.certain, 2)
+        if self.transform is not None:
+            native_call.transform = ctypes.cast(self.transform, ctypes.c_void_p).value
         if self.fill is not None:
             native_call.fill = ctypes.cast(self.fill.function, ctypes.c_void_p).value
             native_call.fill_operands = ctypes.addressof(self.fill.operands)

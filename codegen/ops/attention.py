@@ -20,14 +20,16 @@ from sptc.codegen.triton.launchers.mask import KernelMask
 from sptc.ir.predicate import parse
 
 _MASK = "str predicate, Tensor[] mask_tensors, SymInt[] mask_sizes, Tensor? mask, Tensor? bias"
-_COMPUTE = f"{_MASK}, Tensor? seed, float dropout_p, float scale, int query_block, int key_block"
+_COMPUTE = f"{_MASK}, Tensor? seed, float dropout_p, float scale, int query_block, int key_block, str transform"
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define(
     f"select_blocks(Tensor q, Tensor k, Tensor? codebooks, {_MASK}, str selector, float density, float scale, "
     "int query_block, int key_block, bool own, bool statistics) -> (Tensor ids, Tensor counts, Tensor code_sums, Tensor code_counts)"
 )
-_lib.define(f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor ids, Tensor counts, {_COMPUTE}) -> (Tensor out, Tensor lse)")
+_lib.define(
+    f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor ids, Tensor counts, {_COMPUTE}, Tensor? sink) -> (Tensor out, Tensor lse)"
+)
 _lib.define(
     "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor ids, Tensor counts, "
     f"{_COMPUTE}, bool[] need) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
@@ -62,6 +64,11 @@ def _check_lists(
         )
     if not 0.0 <= dropout_p <= 1.0 or (dropout_p > 0.0 and seed is None):
         raise ValueError(f"dropout needs a probability in [0, 1] and a seed, got {dropout_p} and {seed}")
+
+
+def _check_sink(q: Tensor, sink: Tensor | None) -> None:
+    if sink is not None and (sink.dim() != 4 or sink.shape[:3] != q.shape[:3] or sink.shape[3] != 1 or not sink.is_floating_point()):
+        raise ValueError(f"sink must be floating point of {[*q.shape[:3], 1]}, got {sink.dtype} {list(sink.shape)}")
 
 
 def _check_selector(q: Tensor, k: Tensor, codebooks: Tensor | None, selector: str, statistics: bool) -> None:
@@ -124,27 +131,44 @@ def _select_fake(
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> cpu.Call:
-    predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = operands
+    predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block, transform = operands
     _check_heads(q, k, mask, bias)
     _check_lists(q, k, v, ids, counts, dropout_p, seed, query_block)
     parse(predicate).check(tensors, sizes)
     blocks = _cpu_mask(q, k, predicate, tensors, sizes, mask, bias, query_block, key_block)
-    return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale)
+    return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale, transform)
 
 
 def _attention_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return cpu.forward(_call(*args))
+    *rest, sink = args
+    _check_sink(rest[0], sink)
+    return _with_sink(*cpu.forward(_call(*rest)), sink)
 
 
 def attention_on_kernels(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     """`sptc::sparse_attention` by launches of emitted kernels."""
+    *rest, sink = operands
     _check_heads(q, k, operands[3], operands[4])
-    return kernels.forward(q, k, v, ids, counts, *operands)
+    _check_sink(q, sink)
+    return _with_sink(*kernels.forward(q, k, v, ids, counts, *rest), sink)
+
+
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` with one more term in the sum of each row's softmax, to which no value belongs.
+
+    Kernels need not know of it, and least of all backward's: of these two and the gradient of this `out` they compute the gradients of q, k
+    and v as they always do, weights e^(score - lse) and slopes of the scores weight * (grad_out . v - grad_out . out).
+    """
+    if sink is None:
+        return out, lse
+    term = sink.squeeze(-1).to(lse.dtype)
+    return (out * torch.sigmoid(lse - term).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, term)
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    predicate, tensors, sizes, mask, bias, *_ = operands
+    predicate, tensors, sizes, mask, bias, *_, sink = operands
     _check_heads(q, k, mask, bias)
+    _check_sink(q, sink)
     parse(predicate).check(tensors, sizes)
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse)
@@ -174,24 +198,31 @@ def _is_tensor_list(x: Any) -> bool:
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ids, counts, predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block = inputs
+    q, k, v, ids, counts, predicate, tensors, sizes, mask, bias, seed, dropout_p, scale, query_block, key_block, transform, sink = inputs
     if bias is not None and bias.requires_grad:
         raise RuntimeError("sptc::sparse_attention has no gradient for bias; detach it, or keep this attention dense")
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, ids, counts, mask, bias, seed, *tensors)
-    ctx.plain = predicate, sizes, dropout_p, scale, query_block, key_block
+    ctx.save_for_backward(q, k, v, out, lse, ids, counts, mask, bias, seed, sink, *tensors)
+    ctx.plain = predicate, sizes, dropout_p, scale, query_block, key_block, transform
 
 
 def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, ids, counts, mask, bias, seed, *tensors = ctx.saved_tensors
+    q, k, v, out, lse, ids, counts, mask, bias, seed, sink, *tensors = ctx.saved_tensors
     predicate, sizes, *numbers = ctx.plain
     need = list(ctx.needs_input_grad[:3])
     grads = torch.ops.sptc.sparse_attention_backward(
         grad_out, q, k, v, out, lse, ids, counts, predicate, tensors, sizes, mask, bias, seed, *numbers, need
     )
     wanted = (grad if needed else None for grad, needed in zip(grads, need, strict=True))
-    return *wanted, None, None, None, [None] * len(tensors), [] if not sizes else None, *[None] * 7
+    grad_sink = _grad_sink(grad_out, out, lse, sink) if ctx.needs_input_grad[-1] else None
+    return *wanted, None, None, None, [None] * len(tensors), [] if not sizes else None, *[None] * 8, grad_sink
+
+
+def _grad_sink(grad_out: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """[b, h, n, 1]: the sink's weight is one of the softmax's, and its value is zero."""
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
+    return (-torch.exp(sink.to(lse.dtype) - lse.unsqueeze(-1)) * delta).to(sink.dtype)
 
 
 def _no_second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

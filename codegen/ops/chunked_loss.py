@@ -7,9 +7,7 @@ of the sum of the losses; what the sum is divided by, and what the loss is multi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -38,8 +36,8 @@ def loss_and_gradients(
     grad_x, grad_weight, grad_bias, grad_low, grad_up = grads
     total = torch.zeros((), dtype=single, device=x.device)
     for chunk, part, products, logits in _chunks(x, weight, bias, low, up, counted, rows, single):
-        scores = logits if function == _U0 else _evaluated(function, logits)
-        slope = None if function == _U0 else _evaluated(expression.derivative(function), logits)
+        scores = logits if function == _U0 else expression.evaluate(function, logits)
+        slope = None if function == _U0 else expression.evaluate(expression.derivative(function), logits)
         total += _to_gradient(scores, labels.index_select(0, chunk), smoothing)
         if slope is not None:
             scores *= slope
@@ -113,20 +111,3 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
         to.addmm_(a.to(to.dtype), b.to(to.dtype))
     else:
         to += a @ b
-
-
-def _evaluated(e: sympy.Expr, u: Tensor) -> Any:
-    """An expression over u0 = `u`; a number where it does not depend on it."""
-    if e == _U0:
-        return u
-    if e.is_Number:
-        return float(e)
-    args = [_evaluated(arg, u) for arg in e.args]
-    if e.is_Pow:
-        return args[0] ** args[1]
-    if not (e.is_Add or e.is_Mul):
-        return getattr(torch, type(e).__name__)(*args)
-    total = args[0]
-    for arg in args[1:]:
-        total = total + arg if e.is_Add else total * arg
-    return total

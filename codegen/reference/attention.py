@@ -24,6 +24,7 @@ from sptc.codegen.reference.block_lists import (
     statistics_stride,
 )
 from sptc.codegen.reference.random import keep_mask
+from sptc.ir import expression
 from sptc.ir.predicate import parse
 
 
@@ -148,17 +149,21 @@ def sparse_attention(
     scale: float,
     query_block: int,
     key_block: int,
+    transform: str = "u0",
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] and lse [b, h, n] of `sptc::sparse_attention`, in the dtype of q."""
     (b, h, n, _), m, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
     keep = mask.allowed((b, h, n, m), q.device)
     keep = keep & listed(ids, counts, n, m, query_block, key_block).repeat_interleave(group, 1)
-    scores = scale * q @ k.repeat_interleave(group, 1).mT
+    scores = expression.evaluate(expression.parse(transform), scale * q @ k.repeat_interleave(group, 1).mT)
     if mask.bias is not None:
         scores = scores + mask.bias.to(scores.dtype)
     scores = scores.masked_fill(~keep, -math.inf)
+    if sink is not None:
+        scores = torch.cat((scores, sink.to(scores.dtype)), -1)
     empty = ~keep.any(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., :m]
     if seed is not None and dropout_p > 0.0:
         survivors = keep_mask(seed, torch.arange(b * h * n * m, device=q.device), dropout_p).view(b, h, n, m)
         weights = torch.where(survivors, weights / max(1.0 - dropout_p, 2.0**-32), 0.0)

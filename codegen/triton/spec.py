@@ -14,7 +14,7 @@ class KernelSpec:
 
     `template` names a file of `codegen/triton/templates` and the `@triton.jit` function of that name in it. `constants` has a value for
     each of its `tl.constexpr` parameters. `hooks` gives the expressions behind the functions that a template leaves open: "predicate"
-    (canonical text of `sptc/ir/predicate.py`). `num_warps` and `num_stages` are Triton's.
+    (canonical text of `sptc/ir/predicate.py`), "transform" (of `sptc/ir/expression.py`). `num_warps` and `num_stages` are Triton's.
     """
 
     template: str

@@ -92,7 +92,12 @@ def read_mask(
     if len(biases) > 1:
         raise Refused("mask", biases[1], "two tensors are added to the scores, and neither reads as a mask")
     if biases and requires_grad(biases[0]):
-        raise Refused("bias-gradient", biases[0], f"the bias {biases[0].name} that is added to the scores needs a gradient")
+        raise Refused(
+            "bias-gradient",
+            biases[0],
+            f"the bias {biases[0].name} that is added to the scores needs a gradient, a matrix of all queries and keys, "
+            "which sparse attention never computes; a bias that is frozen, as under LoRA, is taken",
+        )
     kept = []
     for conjunct in terms.conjuncts(allowed):
         if not booleans and isinstance(conjunct, Element) and _broadcasts(conjunct, frame) and _joint(conjunct):

@@ -53,6 +53,8 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         region.dropout_p,
         region.scale,
         *blocks,
+        region.transform,
+        region.sink,
     )
     y = b.item(out, 0)
     if settings.density == 1.0 and mask.hides:

@@ -166,7 +166,7 @@ def _sparse_attention(bench: _Bench) -> dict[str, float]:
         ids, counts = select("pooled", None)[:2]
 
         def forward() -> Tensor:
-            return ops.sparse_attention(q, k, v, ids, counts, *everything, None, 0.0, 0.125, *blocks)[0]
+            return ops.sparse_attention(q, k, v, ids, counts, *everything, None, 0.0, 0.125, *blocks, "u0", None)[0]
 
         out = forward()
         return (

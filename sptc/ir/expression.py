@@ -1,4 +1,4 @@
-"""Smooth functions of one number as expressions: what a model computes of each logit alone before its loss, such as a soft cap.
+"""Smooth functions of one number as expressions: what a model computes of each logit or attention score alone, such as a soft cap.
 
 A function is a sympy expression over `u0`. Each ATen op that is not plain arithmetic is a `sympy.Function` here, whose `fdiff` is its
 derivative, again an expression. Arithmetic is sympy's; nothing is simplified beyond what sympy does on construction.
@@ -18,10 +18,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import ArgumentIndexError
 from sympy.printing.str import StrPrinter
+from torch import Tensor
 
 Number = int | float
 MAX_EXPONENT = 64  # sympy multiplies integers out; no function of a logit is near this
@@ -122,6 +125,56 @@ def _partial(expr: sympy.Expr, i: int) -> sympy.Expr:
         base, exponent = expr.args
         return exponent * base ** (exponent - 1)
     return expr.fdiff(i + 1)
+
+
+def evaluate(expr: sympy.Expr, u: Tensor) -> Any:
+    """An expression over u0 = `u`, differentiable; a number where it does not depend on it."""
+    if expr == U0:
+        return u
+    if expr.is_Number:
+        return float(expr)
+    args = [evaluate(arg, u) for arg in expr.args]
+    if expr.is_Pow:
+        return args[0] ** args[1]
+    if not (expr.is_Add or expr.is_Mul):
+        return getattr(torch, type(expr).__name__)(*args)
+    total = args[0]
+    for arg in args[1:]:
+        total = total + arg if expr.is_Add else total * arg
+    return total
+
+
+def statements(expr: sympy.Expr, constant: str, functions: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """`expr` in a language that writes sums and products as Python does.
+
+    Args:
+        constant: a number there, with `{}` for its digits.
+        functions: what the functions of this module are called there.
+
+    Returns:
+        Locals t0, t1, ... and what each is, in order, one for each call of a function; and the result, as a text over u0 and these.
+
+    Raises:
+        ExpressionError: it calls a function without a name there, or has a power that is no positive integer.
+    """
+    calls: dict[str, str] = {}
+
+    def written(e: sympy.Expr) -> str:
+        if e == U0:
+            return "u0"
+        if e.is_Number:
+            return constant.format(repr(float(e)))
+        if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+            return "(" + " * ".join([written(e.base)] * int(e.exp)) + ")"
+        if e.is_Add or e.is_Mul:
+            return "(" + (" + " if e.is_Add else " * ").join(map(written, e.args)) + ")"
+        name = functions.get(type(e).__name__)
+        if name is None:
+            raise ExpressionError(f"{canonical(e)} can't be written into a kernel")
+        return calls.setdefault(f"{name}({written(e.args[0])})", f"t{len(calls)}")
+
+    result = written(expr)
+    return {local: call for call, local in calls.items()}, result
 
 
 # Reading

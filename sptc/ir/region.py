@@ -67,7 +67,7 @@ class Site:
 
 @dataclass(frozen=True)
 class AttentionRegion:
-    """y = softmax(scale * q k^T + mask) v over [batch, heads, length, head size] tensors."""
+    """y = softmax(f(scale * q k^T) + mask) v over [batch, heads, length, head size] tensors."""
 
     q: Node  # [b, h, n, d]
     k: Node  # [b, h_kv, m, d], grouped heads not materialised
@@ -78,6 +78,8 @@ class AttentionRegion:
     mask: Mask
     nodes: frozenset[Node]
     site: Site
+    transform: str = "u0"  # of each scaled score, before the mask: canonical string over u0, which rises with it
+    sink: Node | None = None  # [b, h, n, 1]: one more term in the sum of each row's softmax, to which no value belongs
     kind: Literal["attention"] = "attention"
 
 

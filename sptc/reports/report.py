@@ -250,7 +250,9 @@ def _computes(region: Region | LossRegion) -> str:
     if not isinstance(region, AttentionRegion):
         return region.activation
     operands = [name for name, node in (("boolean mask", region.mask.boolean), ("bias", region.mask.bias)) if node is not None]
-    return " and ".join([region.mask.predicate, *operands])
+    scores = [f"scores {region.transform}"] if region.transform != "u0" else []
+    scores += ["a sink"] if region.sink is not None else []
+    return " and ".join([region.mask.predicate, *operands, *scores])
 
 
 def _notes(unit: Unit) -> Iterator[str]:

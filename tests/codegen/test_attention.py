@@ -23,6 +23,8 @@ SIZES = [  # b, h, h_kv, n, m, d, d_v, query_block, key_block
     (1, 2, 2, 13, 13, 4, 4, 1, 1),
     (1, 2, 1, 9, 14, 6, 2, 64, 64),
 ]
+CAP = "0.7*tanh(1.4285714285714286*u0)"  # which bends most scores of these tests
+TRANSFORMS = ["u0", CAP, "8*sigmoid(u0/2)", "3*erf(u0/4) + u0/2", "tanh(sigmoid(u0) + exp(u0/9))"]
 
 
 def as_mask(spec):
@@ -64,13 +66,14 @@ def test_selection_equals_reference(name, sizes):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_attention_equals_reference(name, sizes):
-    dropout_p = 0.4 if (MASKS.index(name) + SIZES.index(sizes)) % 2 else 0.0  # either with every mask and every size
+    turn = MASKS.index(name) + SIZES.index(sizes)
+    dropout_p = 0.4 if turn % 2 else 0.0  # either with every mask and every size
     b, h, h_kv, n, m, d, d_v, query_block, key_block = sizes
     q, k, v, grad = heads(b, h, n, d), heads(b, h_kv, m, d, seed=1), heads(b, h_kv, m, d_v, seed=2), heads(b, h, n, d_v, seed=3)
     spec = operands(name, b, h, n, m)
     ids, counts, *_ = select(q, k, None, spec, "pooled", 0.4, query_block, key_block, True)
     seed = torch.tensor(1234) if dropout_p else None
-    rest = (seed, dropout_p, 0.3, query_block, key_block)
+    rest = (seed, dropout_p, 0.3, query_block, key_block, CAP if turn % 3 else "u0", None)
     want = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), q, k, v, grad)
     got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)
     assert_close(got[0], want[0], 1e-12, "out")
@@ -89,13 +92,57 @@ def test_attention_in_fp32(name):
     )
     spec = operands(name, b, h, n, m)
     ids, counts, *_ = select(q.double(), k.double(), None, spec, "pooled", 0.4, query_block, key_block, True)
-    rest = (torch.tensor(5), 0.2, 0.3, query_block, key_block)
+    rest = (torch.tensor(5), 0.2, 0.3, query_block, key_block, TRANSFORMS[MASKS.index(name) % len(TRANSFORMS)], None)
     exact = [x.double() for x in (q, k, v, grad)]
     want = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), *exact)
     got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)
     assert_close(got[0].double(), want[0], 2e-6, "out")
     for x, gradient in got[2].items():
         assert_close(gradient.double(), want[2][x], 5e-6, x)
+
+
+def with_sink(attention, leaves, grad):
+    """Outputs and every gradient of `attention` of q, k, v and a sink."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out, lse = attention(*leaves)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip("qkvs", torch.autograd.grad(out, leaves, grad), strict=True))}
+
+
+@pytest.mark.parametrize("name", ["none", "causal", "padding", "per head", "nothing", "boolean", "bias", "all"])
+@pytest.mark.parametrize("kind", ["fp64", "fp32", "kernels"])
+def test_a_sink_is_one_more_term_of_the_softmax(name, kind, monkeypatch):
+    if kind == "kernels":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    b, h, h_kv, n, m, d, d_v, query_block, key_block = 2, 4, 2, 21, 26, 16, 16, 16, 8
+    shapes = (b, h, n, d), (b, h_kv, m, d), (b, h_kv, m, d_v), (b, h, n, 1), (b, h, n, d_v)
+    *exact, grad = (heads(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    exact[3] = 2 * exact[3] + 1  # weighs more than most keys
+    spec = operands(name, b, h, n, m)
+    lists = [x.float() for x in exact[:2]]  # kernels choose in fp32
+    ids, counts, *_ = select(*lists, None, spec, "pooled", 0.6, query_block, key_block, False)
+    rest = (torch.tensor(5), 0.3 if name in ("causal", "all") else 0.0, 0.3, query_block, key_block, CAP if name == "bias" else "u0")
+    want = with_sink(lambda q, k, v, s: reference.sparse_attention(q, k, v, ids, counts, as_mask(spec), *rest, s), exact, grad)
+    given = [x if kind == "fp64" else x.float() for x in (*exact, grad)]
+    got = with_sink(lambda q, k, v, s: ops.sparse_attention(q, k, v, ids, counts, *spec, *rest, s), given[:4], given[4])
+    for part, truth in want.items():
+        finite = truth.isfinite()
+        assert torch.equal(got[part].isfinite(), finite)
+        assert_close(got[part][finite].double(), truth[finite], 1e-12 if kind == "fp64" else 5e-6, part)
+
+
+def test_a_sink_alone_may_need_a_gradient():
+    q, k, v = (heads(1, 2, 13, 8, seed=seed) for seed in range(3))
+    everything = ("True", [], [], None, None)
+    ids, counts, *_ = select(q, k, None, everything, "pooled", 1.0, 8, 8, False)
+    sink = torch.zeros(1, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+    results = []
+    for attend in (
+        lambda s: ops.sparse_attention(q, k, v, ids, counts, *everything, None, 0.0, 0.3, 8, 8, "u0", s)[0],
+        lambda s: torch.cat((0.3 * q @ k.mT, s), -1).softmax(-1)[..., :-1] @ v,
+    ):
+        out = attend(sink.expand(-1, -1, 13, -1))
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), sink)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["padding", "boolean row", "bias row"])
@@ -106,10 +153,11 @@ def test_what_a_hidden_key_holds_does_not_matter(name):
     hidden = ~as_mask(spec).allowed((b, h, n, n), q.device).any(2)  # [b, h, m]: from every query
     assert hidden.any()
     ids, counts, *_ = select(q, k, None, spec, "pooled", 1.0, 8, 8, False)
-    want = ops.sparse_attention(q, k, v, ids, counts, *spec, None, 0.0, 0.3, 8, 8)[0]
-    for value in (torch.inf, torch.nan):
-        got = ops.sparse_attention(q, k.masked_fill(hidden.unsqueeze(-1), value), v, ids, counts, *spec, None, 0.0, 0.3, 8, 8)[0]
-        assert torch.equal(got, want)
+    for transform in ("u0", CAP):
+        want = ops.sparse_attention(q, k, v, ids, counts, *spec, None, 0.0, 0.3, 8, 8, transform, None)[0]
+        for value in (torch.inf, torch.nan):
+            there = k.masked_fill(hidden.unsqueeze(-1), value)
+            assert torch.equal(ops.sparse_attention(q, there, v, ids, counts, *spec, None, 0.0, 0.3, 8, 8, transform, None)[0], want)
 
 
 @pytest.mark.parametrize("name", ["none", "causal", "window", "per head", "boolean", "bias"])
@@ -122,8 +170,9 @@ def test_nan_that_is_kept_never_becomes_a_number(place, name):
     ids, counts, *_ = select(tensors["q"], tensors["k"], None, spec, "pooled", 0.3, 8, 4, True)
     kept = as_mask(spec).allowed((b, h, n, n), ids.device) & reference.listed(ids, counts, n, n, 8, 4).repeat_interleave(h // h_kv, 1)
     rows = (torch.arange(n) == 33) & kept[0].any(-1) if place == "q" else kept[0, :, :, 33]
-    out, _ = ops.sparse_attention(*tensors.values(), ids, counts, *spec, None, 0.0, 0.3, 8, 4)
-    assert rows.any() and out[0][rows].isnan().all() and out[1].isfinite().all()
+    for transform in ("u0", CAP):
+        out, _ = ops.sparse_attention(*tensors.values(), ids, counts, *spec, None, 0.0, 0.3, 8, 4, transform, None)
+        assert rows.any() and out[0][rows].isnan().all() and out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
@@ -134,7 +183,7 @@ def test_large_scores_in_fp32_round_as_in_fused_attention(size):
     spec = operands("causal", 2, 2, 50, 50)
     ids, counts, *_ = select(q, k, None, spec, "pooled", 1.0, 8, 4, True)
     fused = lambda *x: (F.scaled_dot_product_attention(*x, is_causal=True, scale=1.0), x[0])  # noqa: E731
-    got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, None, 0.0, 1.0, 8, 4), q, k, v, grad)
+    got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, None, 0.0, 1.0, 8, 4, "u0", None), q, k, v, grad)
     theirs, want = gradients(fused, q, k, v, grad), gradients(fused, *(x.double() for x in (q, k, v, grad)))
     assert_close(got[0].double(), want[0], 1e-5, "out")
     for name in "qkv":
@@ -148,14 +197,15 @@ def test_operands_of_wrong_shapes_are_errors():
     q, k, v = (heads(1, 2, 40, 8, torch.float32, seed) for seed in range(3))
     everything = ("True", [], [], None, None)
     ids, counts, *_ = select(q, k, None, everything, "pooled", 1.0, 8, 8, False)
-    rest = (None, 0.0, 0.3, 8, 8)
+    rest = (None, 0.0, 0.3, 8, 8, "u0", None)
     for wrong in (
         (q, k, v[:, :, :10], ids, counts, *everything, *rest),
         (q, k, v, ids.long(), counts, *everything, *rest),
-        (q, k, v, ids, counts, *everything, None, 0.0, 0.3, 16, 8),
+        (q, k, v, ids, counts, *everything, None, 0.0, 0.3, 16, 8, "u0", None),
         (q, k, v, ids, counts, "True", [], [], torch.ones(40, 20, dtype=torch.bool), None, *rest),
-        (q, k, v, ids, counts, *everything, None, 1.5, 0.3, 8, 8),
-        (q, k, v, ids, counts, *everything, None, 0.5, 0.3, 8, 8),
+        (q, k, v, ids, counts, *everything, None, 1.5, 0.3, 8, 8, "u0", None),
+        (q, k, v, ids, counts, *everything, None, 0.5, 0.3, 8, 8, "u0", None),
+        (q, k, v, ids, counts, *everything, None, 0.0, 0.3, 8, 8, "u0", q[0, :, :, :1]),
     ):
         with pytest.raises(ValueError, match=r"must be|needs"):
             ops.sparse_attention(*wrong)
@@ -170,7 +220,7 @@ def test_predicates_divide_as_python_does(text, dtype):
     tensor = torch.arange(-10 if dtype.is_signed else 0, 38 if dtype.is_signed else 48).view(2, 24).to(dtype)
     spec = (text, [tensor / 4 if dtype.is_floating_point else tensor], [], None, None)
     ids, counts, *_ = select(q, k, None, ("True", [], [], None, None), "pooled", 1.0, 8, 8, False)
-    rest = (None, 0.0, 0.3, 8, 8)
+    rest = (None, 0.0, 0.3, 8, 8, "u0", None)
     want = reference.sparse_attention(q, k, v, ids, counts, as_mask(spec), *rest)[0]
     assert_close(ops.sparse_attention(q, k, v, ids, counts, *spec, *rest)[0], want, 1e-12, "out")
 
@@ -186,7 +236,9 @@ def test_full_lists_equal_dense_attention(name, sizes):
     ids, counts, *_ = select(q, k, codebooks(h_kv, d), spec, "pq", 1.0, query_block, key_block, False)
     dense = lambda *x: (F.scaled_dot_product_attention(*x, attn_mask=allowed, scale=0.3, enable_gqa=True), q)  # noqa: E731
     want = gradients(dense, q, k, v, grad)
-    got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, None, 0.0, 0.3, query_block, key_block), q, k, v, grad)
+    got = gradients(
+        lambda *x: ops.sparse_attention(*x, ids, counts, *spec, None, 0.0, 0.3, query_block, key_block, "u0", None), q, k, v, grad
+    )
     assert_close(got[0] * allowed.any(-1, keepdim=True), want[0].nan_to_num(0.0) * allowed.any(-1, keepdim=True), 1e-12, "out")
     for x, gradient in got[2].items():
         assert_close(gradient, want[2][x].nan_to_num(0.0), 1e-12, x)

@@ -22,7 +22,7 @@ def _assert_equals_dense(case: Case, model: nn.Module, inputs: dict[str, Any]) -
     """fp32 through the passes against fp64 eager; returns the compiled model."""
     reference = copy.deepcopy(model).double()
     if hasattr(reference, "set_attn_implementation"):
-        reference.set_attn_implementation("sdpa")  # the eager spelling computes its softmax in fp32, whatever the model's dtype
+        reference.set_attn_implementation(case.exact)
     dense = case.loss(reference(**_double(inputs)))
     want = gradients(reference, dense)
     compiled = torch.compile(model, backend=without_inductor(**FULL))
@@ -46,7 +46,26 @@ def test_equals_dense(name):
     _assert_all_rewritten(case, _assert_equals_dense(case, model, inputs))
 
 
-@pytest.mark.parametrize("name", ["opt-sdpa-padded", "llama-eager-padded", "gpt2-sdpa", "bert-sdpa-padded"])
+@pytest.mark.parametrize("name", ["gemma2-eager", "gpt_oss-eager"])
+def test_bfloat16_is_as_exact_as_eager(name):
+    case = CASES[name]
+    model, inputs = case.make()
+    model = model.bfloat16()
+    reference = copy.deepcopy(model).double()
+    want = gradients(reference, case.loss(reference(**_double(inputs))))
+    eager = gradients(model, case.loss(model(**inputs)))
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    got = gradients(model, case.loss(compiled(**inputs)))
+    _assert_all_rewritten(case, compiled)
+    assert got.keys() == want.keys()
+    for parameter, truth in want.items():
+        off, allowed = (float((grads[parameter].double() - truth).norm()) for grads in (got, eager))
+        assert off <= 1.5 * allowed + 1e-3 * float(truth.norm()), (parameter, off, allowed)
+
+
+@pytest.mark.parametrize(
+    "name", ["opt-sdpa-padded", "llama-eager-padded", "gpt2-sdpa", "bert-sdpa-padded", "gemma2-eager", "gpt_oss-eager-padded"]
+)
 def test_equals_dense_with_activation_checkpointing(name):
     case = CASES[name]
     model, inputs = case.make()

@@ -37,6 +37,7 @@ class Case:
     loss: Callable[[Any], Tensor]
     attention: tuple[str, ...]  # predicate of each attention region, in the order of the model
     ffn: int  # number of FFN regions
+    exact: str = "sdpa"  # the attention of transformers in fp64; "eager" computes most models' softmax in fp32, whatever their dtype
 
     def make(self, dropout: float = 0.0, seed: int = 0) -> tuple[nn.Module, Inputs]:
         """A new model in train mode, and its inputs."""
@@ -86,6 +87,12 @@ def _hugging_face(family: str, attention: str, dropout: float, **options: Any) -
         "opt": ("OPTConfig", "OPTForCausalLM", {**sizes, "ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH, "dropout": dropout}),
         "llama": ("LlamaConfig", "LlamaForCausalLM", gated),
         "mistral": ("MistralConfig", "MistralForCausalLM", {**gated, "sliding_window": WINDOW}),
+        "gemma2": (
+            "Gemma2Config",
+            "Gemma2ForCausalLM",  # a cap so low that scores of random weights come near it
+            {**gated, "head_dim": 8, "query_pre_attn_scalar": 1, "sliding_window": WINDOW, "attn_logit_softcapping": 0.05},
+        ),
+        "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**gated, "head_dim": 8, "sliding_window": WINDOW}),
         "bert": ("BertConfig", "BertForMaskedLM", {**sizes, "intermediate_size": HIDDEN, "hidden_dropout_prob": dropout}),
         "gpt2": (
             "GPT2Config",
@@ -104,6 +111,25 @@ def _hugging_face(family: str, attention: str, dropout: float, **options: Any) -
     caches = {} if family == "bert" else {"use_cache": False}
     config = getattr(transformers, config_name)(**{**tokens, **caches, **fields, **options, "attn_implementation": attention})
     return getattr(transformers, model_name)(config)
+
+
+class _Ungated(nn.Module):
+    """An FFN in the place of experts, which no pass rewrites and which have no fp64 form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down(nn.functional.gelu(self.up(x))), None
+
+
+def _with_sinks(dropout: float) -> nn.Module:
+    model = _hugging_face("gpt_oss", "eager", dropout)
+    for layer in model.model.layers:
+        layer.mlp = _Ungated()
+        nn.init.normal_(layer.self_attn.sinks)
+    return model
 
 
 def _language_cases() -> list[Case]:
@@ -125,6 +151,12 @@ def _language_cases() -> list[Case]:
                         LAYERS,
                     )
                 )
+    capped = partial(_hugging_face, "gemma2", "eager")  # "sdpa" leaves the cap out
+    cases.append(Case("gemma2-eager", capped, _token_inputs, lambda output: output.loss, (window, causal), LAYERS, exact="eager"))
+    for padded in (False, True):
+        both = tuple(f"({mask}) & ({seen})" if padded else mask for mask in (window, causal))
+        name, inputs = "gpt_oss-eager" + ("-padded" if padded else ""), partial(_token_inputs, padded)
+        cases.append(Case(name, _with_sinks, inputs, lambda output: output.loss, both, LAYERS, exact="eager"))
     cached = partial(_hugging_face, "llama", "sdpa", use_cache=True)
     cases.append(Case("llama-sdpa-cache", cached, _token_inputs, lambda output: output.loss, (causal,) * LAYERS, LAYERS))
     same = "(t0[b, q] == t0[b, k])"

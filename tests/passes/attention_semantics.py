@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sptc.ir import predicate
+from sptc.ir import expression, predicate
 from sptc.ir.region import AttentionRegion, Mask
 
 
@@ -29,11 +29,13 @@ def compute(region: AttentionRegion, values: Mapping[Node, Any]) -> tuple[Tensor
     q, k, v = (values[node].double() for node in (region.q, region.k, region.v))
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = region.scale * q @ k.mT
+    scores = expression.evaluate(expression.parse(region.transform), region.scale * q @ k.mT)
     seen = allowed(region.mask, values, tuple(scores.shape))
     if region.mask.bias is not None:
         bias = values[region.mask.bias]
         scores = scores + bias
         seen = seen & (bias > torch.finfo(bias.dtype).min)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return weights @ v, seen.any(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if region.sink is not None:
+        scores = torch.cat((scores, values[region.sink].double()), -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v, seen.any(-1)

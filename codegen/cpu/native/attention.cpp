@@ -10,6 +10,9 @@
 // Fills out[i] for queries q .. q + rows - 1 and one key.
 typedef void (*Fill)(const void* operands, i64 b, i64 h, i64 q, i64 rows, i64 k, uint8_t* out);
 
+// Scores become a function of each, and slopes, where not null, its derivatives; count is a multiple of LANES.
+typedef void (*Transform)(i64 count, REAL* scores, REAL* slopes);
+
 struct Operand {  // of a mask, broadcastable to [b, h, n, m]
     const void* data;
     i64 b, h, q, k;
@@ -22,6 +25,7 @@ struct Call {
     const int32_t *ids, *counts;
     i64 heads, key_heads, n, m, d, d_v, query_block, key_block, tiles, width;
     double scale;
+    Transform transform;  // or null
     const REAL* key_bias;  // [.., .., m], or null
     i64 bias_b, bias_h;
     const uint8_t* certain;  // [.., .., tiles, blocks]: `fill` holds everywhere; null: ask it always
@@ -44,7 +48,7 @@ struct Run {
 
 struct Scratch {
     std::vector<Run> runs;
-    std::vector<REAL> k, v, q, q_t, g, g_t, scores, slope, out, row;
+    std::vector<REAL> k, v, q, q_t, g, g_t, scores, slope, bend, out, row;
     std::vector<uint8_t> keep;
 };
 
@@ -139,13 +143,14 @@ static void with_keys(const Call& c, const Scratch& s, const Chunk& chunk, const
     }
 }
 
-static void score(const Call& c, Scratch& s, const Chunk& x, bool keep_queries) {
-    REAL *q_t = take(s.q_t, c.d * x.padded), *q = keep_queries ? take(s.q, x.padded * c.d) : nullptr;
+static void score(const Call& c, Scratch& s, const Chunk& x, bool backward) {
+    REAL *q_t = take(s.q_t, c.d * x.padded), *q = backward ? take(s.q, x.padded * c.d) : nullptr;
     pack(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, x.padded, c.d, q, q_t);
     REAL* scores = take(s.scores, x.keys * x.padded);
     const Vector scale = spread((REAL)c.scale);
     for (i64 i = 0; i < c.d * x.padded; i += LANES) store(q_t + i, load(q_t + i) * scale);
     with_keys(c, s, x, at(c.k, c.k_step, x.b, x.h / (c.heads / c.key_heads), 0), c.k_step.row, s.k.data(), c.d, q_t, scores);
+    if (c.transform) c.transform(x.keys * x.padded, scores, backward ? take(s.bend, x.keys * x.padded) : nullptr);
     if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
     if (c.drops) {
         if ((i64)s.keep.size() < x.keys * x.padded) s.keep.resize(x.keys * x.padded);
@@ -219,15 +224,17 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     const REAL kept = c.drops ? keep_scale(c) : 1;
     for (i64 i = 0; i < x.keys; i++) {
         REAL *p = scores + i * x.padded, *t = slope + i * x.padded;
+        const REAL* bend = c.transform ? s.bend.data() + i * x.padded : nullptr;
         const uint8_t* keep = c.drops ? s.keep.data() + i * x.padded : nullptr;
         for (i64 j = 0; j < x.padded; j += LANES) {
-            Vector weight = exponential(load(p + j) - load(lse + j));
+            Vector weight = exponential(load(p + j) - load(lse + j)), factor = spread((REAL)c.scale);
+            if (bend) factor *= load(bend + j);
             if (j + LANES > x.rows)
-                for (i64 l = std::max<i64>(0, x.rows - j); l < LANES; l++) weight[l] = 0;  // zero times an infinite key would be NaN
+                for (i64 l = std::max<i64>(0, x.rows - j); l < LANES; l++) weight[l] = factor[l] = 0;  // zero times an infinite key would be NaN
             Vector passed = spread(kept);
             if (keep)
                 for (i64 l = 0; l < LANES; l++) passed[l] = j + l < x.rows && keep[j + l] ? kept : 0;
-            store(t + j, weight * (load(t + j) * passed - load(delta + j)) * spread((REAL)c.scale));
+            store(t + j, weight * (load(t + j) * passed - load(delta + j)) * factor);
             store(p + j, weight * passed);
         }
     }

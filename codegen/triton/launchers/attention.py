@@ -31,7 +31,7 @@ _LOG2_E = 1.4426950408889634
 def forward(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, predicate: str, mask_tensors: Sequence[Tensor],
     mask_sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None, seed: Tensor | None, dropout_p: float, scale: float,
-    query_block: int, key_block: int,
+    query_block: int, key_block: int, transform: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [b, h, n, d_v] in the dtype of q, and lse fp32 [b, h, n]: `sptc::sparse_attention`.
 
@@ -39,18 +39,17 @@ def forward(
         TypeError: q, k and v are not all of one dtype among bfloat16, float16 and float32.
     """
     operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
-    call = _Call(
-        _rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, seed, dropout_p, scale, query_block, key_block
-    )
+    numbers = seed, dropout_p, scale, query_block, key_block, transform
+    call = _Call(_rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, *numbers)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _by_lists(call, FORWARD, {"SCALE_FIRST": bias is not None or scale <= 0.0}, {"out_ptr": out, "lse_ptr": lse})
+    _by_lists(call, FORWARD, {"SCALE_FIRST": bias is not None or scale <= 0.0 or call.transforms}, {"out_ptr": out, "lse_ptr": lse})
     return out, lse
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor, counts: Tensor, predicate: str,
     mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    dropout_p: float, scale: float, query_block: int, key_block: int, need: Sequence[bool],
+    dropout_p: float, scale: float, query_block: int, key_block: int, transform: str, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad_q, grad_k, grad_v: `sptc::sparse_attention_backward`. One that is not needed is an empty tensor of shape [0].
 
@@ -58,14 +57,13 @@ def backward(
         TypeError: q, k and v are not all of one dtype among bfloat16, float16 and float32.
     """
     operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
-    call = _Call(
-        _rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, seed, dropout_p, scale, query_block, key_block
-    )
+    numbers = seed, dropout_p, scale, query_block, key_block, transform
+    call = _Call(_rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, *numbers)
     need_q, need_k, need_v = need
     grad_q, grad_k, grad_v = (x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k, v), need, strict=True))
     delta = torch.empty_like(lse)
     incoming = strided("grad_out", _rows(grad_out.to(q.dtype)), "bhn")
-    incoming |= {"lse_ptr": lse.contiguous(), "delta_ptr": delta, "scale": scale}
+    incoming |= {"lse_ptr": lse.contiguous(), "delta_ptr": delta}
     if need_q or need_k:  # without need_q for delta alone
         _by_lists(call, BACKWARD_Q, {"NEED_Q": need_q}, incoming | {"out_ptr": out.contiguous(), "grad_q_ptr": grad_q})
     if need_k or need_v:
@@ -88,6 +86,7 @@ class _Call:
     scale: float
     query_block: int
     key_block: int
+    transform: str
 
     def __post_init__(self) -> None:
         if self.q.dtype not in KERNEL_DTYPES or not self.q.dtype == self.k.dtype == self.v.dtype:
@@ -108,6 +107,14 @@ class _Call:
     @property
     def drops(self) -> bool:
         return self.seed is not None and self.dropout_p > 0.0
+
+    @property
+    def transforms(self) -> bool:
+        return self.transform != "u0"
+
+    @property
+    def hooks(self) -> dict[str, str]:
+        return self.mask.hooks() | ({"transform": self.transform} if self.transforms else {})
 
     @property
     def aligned(self) -> bool:
@@ -132,6 +139,7 @@ class _Call:
             "rows": self.rows,
             "key_block": self.key_block,
             "dropout": int(self.drops),
+            "transform": int(self.transforms),
             "through_registers": int(self._through_registers),
         }
 
@@ -146,6 +154,7 @@ class _Call:
             "SKIP_TEST": whole and not self._through_registers and bool(known["BY_RANGE"]) and (one_head or not self.mask.parsed.uses("h")),
             "MASK_BY_ROW": bool(known["MASK_BY_QUERY"] or (known["MASK_BY_HEAD"] and not one_head)),
             "BIAS_BY_ROW": bool(known["BIAS_BY_QUERY"] or (known["BIAS_BY_HEAD"] and not one_head)),
+            "TRANSFORM": self.transforms,
             "DROPOUT": self.drops,
             "GROUP": self.group,
             "QUERY_BLOCK": self.query_block,
@@ -160,7 +169,8 @@ class _Call:
     def arguments(self) -> dict[str, Argument]:
         """Arguments of all three templates."""
         known = self.mask.arguments() | strided("q", self.q, "bhn") | strided("k", self.k, "bhm") | strided("v", self.v, "bhm")
-        known |= {"scale_log2": self.scale * _LOG2_E, "h_kv": self.k.shape[1], "n": self.q.shape[2], "m": self.k.shape[2]}
+        known |= {"scale": self.scale, "scale_log2": self.scale * _LOG2_E}
+        known |= {"h_kv": self.k.shape[1], "n": self.q.shape[2], "m": self.k.shape[2]}
         if self.seed is not None and self.drops:
             known |= {
                 "seed_ptr": self.seed,
@@ -183,9 +193,7 @@ def _by_lists(call: _Call, table: Table, constants: dict[str, Constant], argumen
         | call.constants(block_m, whole)
         | {"BLOCK_M": block_m, "BLOCK_N": block_n, "EVEN_KEYS": bool(even), "DROPOUT_IN_RUNS": whole and call.aligned}
     )
-    spec = KernelSpec.of(
-        table.template, constants, call.mask.hooks(), _warps(tiling.num_warps, block_m, tile["BLOCK_M"]), tiling.num_stages
-    )
+    spec = KernelSpec.of(table.template, constants, call.hooks, _warps(tiling.num_warps, block_m, tile["BLOCK_M"]), tiling.num_stages)
     lists: dict[str, Argument] = {"ids_ptr": call.ids, "counts_ptr": call.counts, "tiles": tiles, "width": width}
     launch(spec, (b * h_kv * tiles * block_count(call.rows, block_m),), call.q.device, arguments | call.arguments() | lists)
 
@@ -205,7 +213,7 @@ def _by_keys(call: _Call, constants: dict[str, Constant], arguments: dict[str, A
         | {"BLOCK_M": block_m, "BLOCK_N": block_n, "EVEN_QUERIES": bool(even), "DROPOUT_IN_RUNS": call.aligned}
     )
     warps = _warps(tiling.num_warps, block_n, tile["BLOCK_N"])
-    spec = KernelSpec.of(BACKWARD_KV.template, constants, call.mask.hooks(), warps, tiling.num_stages)
+    spec = KernelSpec.of(BACKWARD_KV.template, constants, call.hooks, warps, tiling.num_stages)
     inverted, offsets = inverted_lists(call.ids, call.counts, blocks)
     lists: dict[str, Argument] = {"tiles_ptr": inverted, "offsets_ptr": offsets, "blocks": blocks, "capacity": inverted.shape[2]}
     launch(spec, (b * h_kv * blocks * block_count(call.key_block, block_n),), call.q.device, arguments | call.arguments() | lists)

@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels.
 
 Facts that `choose` is given: `head_dim` and `value_dim` (padded to powers of two), `itemsize` of the operands, `rows` of a tile,
-`key_block`, `dropout` (0 or 1), and `through_registers`: 1 where matrix units read both operands from registers, 0 where they read
-shared memory. A tile larger than there are rows or keys for is cut down by the launcher.
+`key_block`, `dropout` and `transform` (0 or 1), and `through_registers`: 1 where matrix units read both operands from registers, 0 where
+they read shared memory. A tile larger than there are rows or keys for is cut down by the launcher.
 
 The expressions were fitted to what compiling for sm_80, sm_90, sm_100 and gfx942 reports in bf16, with a causal mask.
 """
@@ -14,7 +14,7 @@ from sympy import Max, floor, symbols
 from sptc.codegen.triton.tuning.tiling import Table, Tiling
 
 _M, _N, _WARPS, _STAGES, _WARP_SIZE = symbols("BLOCK_M BLOCK_N num_warps num_stages warp_size")
-_D, _V, _ITEMSIZE, _DROPOUT, _THROUGH = symbols("head_dim value_dim itemsize dropout through_registers")
+_D, _V, _ITEMSIZE, _DROPOUT, _TRANSFORM, _THROUGH = symbols("head_dim value_dim itemsize dropout transform through_registers")
 _THREADS = _WARPS * _WARP_SIZE
 _AMD = (_WARP_SIZE - 32) / 32  # 1 or 0. There what a program keeps, and one buffer of what it streams, stay in registers.
 # A block's number must arrive before its keys can be asked for: a buffer for each second stage.
@@ -47,7 +47,8 @@ FORWARD = Table(
         ),
     },
     shared_memory=_ITEMSIZE * ((1 - _AMD) * _M * _D + _BUFFERS * _N * (_D + _V) + _AMD * _M * _N),
-    registers=_SHARE * (40 + (_M * (_V + (2 + 2 * _DROPOUT) * _N + _THROUGH * _WIDTH * _D) + 0.3 * _N * (_D + _V)) / _THREADS),
+    registers=_SHARE
+    * (40 + (_M * (_V + (2 + 2 * _DROPOUT + _AMD * _TRANSFORM) * _N + _THROUGH * _WIDTH * _D) + 0.3 * _N * (_D + _V)) / _THREADS),
 )
 BACKWARD_Q = Table(
     "attention_backward_q",

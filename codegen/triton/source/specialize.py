@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sptc.codegen.triton.source import predicate as triton_predicate
+from sptc.codegen.triton.source import transform as triton_transform
 from sptc.codegen.triton.source.fold import SpecializeError, Unknown, fold, value_of
 from sptc.codegen.triton.source.prune import has_effects, prune
 from sptc.codegen.triton.spec import Constant, KernelSpec
@@ -24,6 +25,7 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 _PACKAGE = "sptc.codegen.triton.templates."
 _HOOKS = {
     **dict.fromkeys(triton_predicate.PREDICATE_HOOKS, ("predicate", triton_predicate.predicate_source, triton_predicate.HELPERS)),
+    **dict.fromkeys(triton_transform.TRANSFORM_HOOKS, ("transform", triton_transform.transform_source, triton_transform.HELPERS)),
 }
 
 __all__ = ["SpecializeError", "specialize"]

@@ -7,8 +7,8 @@ which everything that a spec decides is decided:
   expressions, `and`, `or`, `not` and `assert` on them; the branches not taken disappear, and so do locals and parameters that nothing
   reads any more. A local `X: tl.constexpr = ...` folds likewise, and so does a constant of the module.
 - A parameter `T: many("TENSORS")` becomes `T_0` to `T_{TENSORS - 1}`; `*T[:TENSORS]` in a call is all of them.
-- The hooks below stand for functions that are written from the spec's predicate, the model's mask. A template imports them from here;
-  only those that are called are written.
+- The hooks below stand for functions that are written from the spec's predicate, the model's mask, and its transform, what the model makes
+  of each score. A template imports them from here; only those that are called are written.
 - Helpers are `@triton.jit` functions of the same file or imported from another file of this folder; those that are called are copied.
   A helper sees the constants of its module and of the spec, and may have parameters that stand for many; a parameter of its own goes
   before a constant of its name. What it does not read is not passed to it.
@@ -56,6 +56,16 @@ def holds_throughout(b: Any, h: Any, q_first: Any, q_last: Any, k_first: Any, k_
 def holds_nowhere(b: Any, h: Any, q_first: Any, q_last: Any, k_first: Any, k_last: Any, *sizes: Any) -> Any:
     """Scalar bool: some conjunct that reads no tensor certainly fails for all q and k of these ranges, bounds included."""
     raise _unspecialised("holds_nowhere")
+
+
+def transformed(u0: Any) -> Any:
+    """What the model makes of scores before its mask, in fp32."""
+    raise _unspecialised("transformed")
+
+
+def transform_slope(u0: Any) -> Any:
+    """The derivative of `transformed`; a number where it is constant."""
+    raise _unspecialised("transform_slope")
 
 
 def _unspecialised(name: str) -> NotImplementedError:

@@ -24,7 +24,7 @@ def attend(q, k, v, books, padding, seed=None, selector="pq", density=0.4, query
     spec = ("(k <= q) & t0[b, k]", [padding], [], None, None)
     rest = (0.35, query_block, key_block)
     ids, counts, sums, code_counts = ops.select_blocks(q, k, books, *spec, selector, density, *rest, True, selector == "pq")
-    out, lse = ops.sparse_attention(q, k, v, ids, counts, *spec, seed, 0.2 if seed is not None else 0.0, *rest)
+    out, lse = ops.sparse_attention(q, k, v, ids, counts, *spec, seed, 0.2 if seed is not None else 0.0, *rest, "2*tanh(0.5*u0)", None)
     return out, lse, ids, sums, code_counts
 
 
@@ -35,11 +35,15 @@ def test_opcheck(dtype):
     select = (q, k, books, *spec, "pq", 0.4, 0.35, 8, 4, True, True)
     torch.library.opcheck(ops.select_blocks.default, select)
     ids, counts, *_ = ops.select_blocks(*select)
-    rest = (torch.tensor(3), 0.2, 0.35, 8, 4)
+    rest = (torch.tensor(3), 0.2, 0.35, 8, 4, "2*tanh(0.5*u0)")
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.sparse_attention.default, (*leaves, ids, counts, *spec, *rest))
-    torch.library.opcheck(ops.sparse_attention.default, (*leaves, ids, counts, "k <= q", [], [], None, None, None, 0.0, 0.35, 8, 4))
-    out, lse = ops.sparse_attention(q, k, v, ids, counts, *spec, *rest)
+    torch.library.opcheck(ops.sparse_attention.default, (*leaves, ids, counts, *spec, *rest, None))
+    sink = torch.randn(2, 4, 19, 1, requires_grad=True)
+    torch.library.opcheck(ops.sparse_attention.default, (*leaves, ids, counts, *spec, *rest, sink))
+    torch.library.opcheck(
+        ops.sparse_attention.default, (*leaves, ids, counts, "k <= q", [], [], None, None, None, 0.0, 0.35, 8, 4, "u0", None)
+    )
+    out, lse = ops.sparse_attention(q, k, v, ids, counts, *spec, *rest, None)
     for need in ([True, True, True], [True, False, True], [False, False, False]):
         args = (torch.randn_like(out), q, k, v, out, lse, ids, counts, *spec, *rest, need)
         torch.library.opcheck(ops.sparse_attention_backward.default, args)
@@ -122,7 +126,7 @@ def test_errors_are_clear():
     ids, counts, *_ = ops.select_blocks(q, k, books, *spec, "pq", 0.4, 0.35, 8, 4, True, False)
     bias = torch.zeros(19, 19, requires_grad=True)
     with pytest.raises(RuntimeError, match="no gradient for bias"):
-        ops.sparse_attention(q, k, v, ids, counts, "True", [], [], None, bias, None, 0.0, 0.35, 8, 4)
+        ops.sparse_attention(q, k, v, ids, counts, "True", [], [], None, bias, None, 0.0, 0.35, 8, 4, "u0", None)
     with pytest.raises(ValueError, match="needs codebooks"):
         ops.select_blocks(q, k, None, *spec, "pq", 0.4, 0.35, 8, 4, True, False)
     with pytest.raises(ValueError, match="selector must be"):
@@ -134,7 +138,7 @@ def test_errors_are_clear():
     with pytest.raises(ValueError, match="no codebooks"):
         ops.select_blocks(q, k, None, *spec, "pooled", 0.4, 0.35, 8, 4, True, True)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = ops.sparse_attention(*leaves, ids, counts, *spec, None, 0.0, 0.35, 8, 4)[0]
+    out = ops.sparse_attention(*leaves, ids, counts, *spec, None, 0.0, 0.35, 8, 4, "u0", None)[0]
     (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()

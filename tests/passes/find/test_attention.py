@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sptc.ir.expression import parse
 from sptc.ir.region import AttentionRegion, Found
 from sptc.passes.find.attention import find_attention
 from sptc.passes.graph.boundary import breach
@@ -48,7 +49,7 @@ def found_in_case(name: str) -> list[tuple[Found, dict]]:
 
 
 # Every family, attention and padding, but not every combination of the three: Dynamo takes seconds for each.
-WHOLE = [name for name in CASES if name.startswith("llama") or not name.endswith(("-eager", "-sdpa-padded"))]
+WHOLE = [name for name in CASES if name.startswith(("llama", "gemma2", "gpt_oss")) or not name.endswith(("-eager", "-sdpa-padded"))]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -203,7 +204,44 @@ def raised_to_the_least_number(q, k, v):
     return torch.max(q @ k.mT + future, torch.tensor(torch.finfo(q.dtype).min)).clamp(min=-1e30).softmax(-1) @ v
 
 
+def soft_capped(q, k, v):
+    return (torch.tanh(q @ k.mT / 30) * 30).softmax(-1) @ v
+
+
+def soft_capped_in_place_and_masked(q, k, v):
+    scores = (q * 0.5) @ k.mT
+    scores.div_(2.0).tanh_().mul_(2.0)
+    return scores.masked_fill_(torch.ones(13, 13, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
+def bent_twice(q, k, v):
+    return ((q @ k.mT).sigmoid() * 3).erf().mul(4).softmax(-1) @ v
+
+
+def less_the_greatest(q, k, v):
+    scores = q @ k.mT
+    return (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+
+
+def sink(q, k, v):
+    return torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v
+
+
+def sink_of_each_head(q, k, v):
+    future = torch.full((13, 13), torch.finfo(q.dtype).min).triu(1)
+    column = v[0, :, 0, 0].reshape(1, -1, 1, 1).expand(2, -1, 13, -1)
+    scores = torch.cat([torch.tanh(q @ k.mT) * 2 + future, column], dim=3)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return F.dropout(scores.softmax(-1)[..., :13], 0.0) @ v
+
+
 SPELLINGS = {
+    less_the_greatest: "True",
+    sink: "True",
+    sink_of_each_head: "k <= q",
+    soft_capped: "True",
+    soft_capped_in_place_and_masked: "k <= q",
+    bent_twice: "True",
     filled_with_a_tensor: "k <= q",
     all_raised_by_a_number: "k <= q",
     raised_to_the_least_number: "k <= q",
@@ -330,6 +368,17 @@ def test_spellings(spelling):
     check(region, values)
 
 
+def test_a_soft_cap_is_a_function_of_the_scores_as_they_are():
+    """Its slope at 0 is 1, so that the scale is the scores' own, by which blocks are chosen."""
+    for spelling, scale, transform in (
+        (soft_capped, 1.0, "30*tanh(0.033333333333333333*u0)"),
+        (soft_capped_in_place_and_masked, 0.5, "2*tanh(0.5*u0)"),
+    ):
+        ((found, _),) = found_in(capture(spelling, qkv()))
+        (region,) = found.regions
+        assert region.scale == pytest.approx(scale, rel=1e-15) and parse(region.transform) == parse(transform)
+
+
 # Twins: almost attention.
 
 
@@ -343,8 +392,77 @@ def scores_used_again(q, k, v):
     return scores.softmax(-1) @ v, scores.mean()
 
 
-def soft_capped(q, k, v):
-    return (torch.tanh(q @ k.mT / 30) * 30).softmax(-1) @ v
+def capped_after_the_mask(q, k, v):
+    masked = (q @ k.mT).masked_fill(torch.ones(13, 13, dtype=torch.bool).triu(1), -torch.inf)
+    return (torch.tanh(masked / 30) * 30).softmax(-1) @ v
+
+
+def capped_after_a_number(q, k, v):
+    return (torch.tanh(q @ k.mT + 1) * 30).softmax(-1) @ v
+
+
+def capped_by_features(q, k, v):
+    return (torch.tanh(q @ k.mT) * v[:, :, :1, :1]).softmax(-1) @ v
+
+
+def capped_and_turned(q, k, v):
+    return (torch.tanh(q @ k.mT) * -30).softmax(-1) @ v
+
+
+def squared(q, k, v):
+    return (q @ k.mT).square().softmax(-1) @ v
+
+
+def rectified(q, k, v):
+    return (q @ k.mT).relu().softmax(-1) @ v
+
+
+def capped_scores_used_again(q, k, v):
+    scores = torch.tanh(q @ k.mT)
+    return scores.softmax(-1) @ v, scores.mean()
+
+
+def less_the_greatest_of_a_column(q, k, v):
+    scores = q @ k.mT
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def two_sinks(q, k, v):
+    return torch.cat([q @ k.mT, q[..., :2]], -1).softmax(-1)[..., :-2] @ v
+
+
+def sink_before(q, k, v):
+    return torch.cat([q[..., :1], q @ k.mT], -1).softmax(-1)[..., 1:] @ v
+
+
+def sink_and_a_value(q, k, v):
+    weights = torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)
+    return weights @ torch.cat([v, v[:, :, :1]], 2)
+
+
+def first_key_dropped_for_a_sink(q, k, v):
+    return torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., 1:] @ v
+
+
+def scaled_with_the_sink(q, k, v):
+    return (torch.cat([q @ k.mT, q[..., :1]], -1) * 0.5).softmax(-1)[..., :-1] @ v
+
+
+def masked_with_the_sink(q, k, v):
+    scores = torch.cat([q @ k.mT, q[..., :1]], -1)
+    return scores.masked_fill(torch.ones(13, 14, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[..., :-1] @ v
+
+
+def sink_used_again(q, k, v):
+    scores = torch.cat([q @ k.mT, q[..., :1]], -1)
+    return scores.softmax(-1)[..., :-1] @ v, scores.mean()
+
+
+def sink_changed_in_place(q, k, v):
+    column = q[..., :1].clone()
+    scores = torch.cat([q @ k.mT, column], -1)
+    column.zero_()
+    return scores.softmax(-1)[..., :-1] @ v
 
 
 def softmax_over_queries(q, k, v):
@@ -459,10 +577,6 @@ def rounded_weights(q, k, v):
     return (q @ k.mT).softmax(-1).to(torch.int32).float() @ v
 
 
-def sink(q, k, v):
-    return torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v
-
-
 def grouped_by_einsum(q, k, v):
     scores = torch.einsum("bhgqd,bhkd->bhgqk", q.view(2, 2, 2, 13, 8), k[:, :2])
     return torch.einsum("bhgqk,bhkd->bhgqd", scores.softmax(-1), v[:, :2])
@@ -483,12 +597,26 @@ TWINS = {
     query_scaled_without_gradient: "mode-boundary",
     rounded_scores: "scores",
     rounded_weights: "weights",
-    sink: "scores",
     grouped_by_einsum: "layout",
     masked_under_other_heads: "rank",
     weights_returned: "escapes",
     scores_used_again: "escapes",
-    soft_capped: "scores",
+    capped_after_the_mask: "scores",
+    capped_after_a_number: "scores",
+    capped_by_features: "scale",
+    capped_and_turned: "scale",
+    squared: "scores",
+    rectified: "scores",
+    capped_scores_used_again: "escapes",
+    less_the_greatest_of_a_column: "scale",
+    two_sinks: "scores",
+    sink_before: "scores",
+    sink_and_a_value: "weights",
+    first_key_dropped_for_a_sink: "weights",
+    scaled_with_the_sink: "scores",
+    masked_with_the_sink: "scores",
+    sink_used_again: "escapes",
+    sink_changed_in_place: "mutated",
     softmax_over_queries: "softmax-dim",
     softmax_over_heads: "softmax-dim",
     changed_scores_used_elsewhere: "escapes",

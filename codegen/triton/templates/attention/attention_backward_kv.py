@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sptc.codegen.triton.templates.attention.philox import philox_keep, philox_keep_runs
 from sptc.codegen.triton.templates.attention.rows import load_rows, masked, places, rectangle
-from sptc.codegen.triton.templates.language import many
+from sptc.codegen.triton.templates.language import many, transform_slope, transformed
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def attention_backward_kv(
     BLOCK_N: tl.constexpr, EVEN_QUERIES: tl.constexpr, TENSORS: tl.constexpr, STRIDES: tl.constexpr, SIZES: tl.constexpr,
     PREDICATE: tl.constexpr, READS_TENSORS: tl.constexpr, SKIP_TEST: tl.constexpr, MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr,
     BIAS: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_LEAST: tl.constexpr, DROPOUT: tl.constexpr, DROPOUT_IN_RUNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """grad_k [b, h_kv, m, HEAD_DIM] and grad_v [b, h_kv, m, VALUE_DIM], each where it is needed.
 
@@ -79,7 +79,12 @@ def attention_backward_kv(
         head, position, row_live, row_index = places(b, key_head, tile, row, listed, h_kv, n)
         q_row = q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h + position.to(tl.int64) * q_stride_n
         q = load_rows(q_row[:, None], 0, HEAD_DIM, BLOCK_D)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if TRANSFORM:
+            slope = transform_slope(scores * scale)
+            scores = transformed(scores * scale) * 1.4426950408889634
+        else:
+            scores = scores * scale_log2
         scores = masked(
             scores, b, first_head, head[None, :], position[None, :], key[:, None], q_first, q_last, k_first, m,
             mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
@@ -113,6 +118,8 @@ def attention_backward_kv(
             if DROPOUT:
                 grad_weights = tl.where(survives, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[None, :])
+            if TRANSFORM:
+                grad_scores = grad_scores * slope
             grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     k_live = key_live[:, None] & (features < HEAD_DIM)[None, :]

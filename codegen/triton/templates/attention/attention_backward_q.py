@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sptc.codegen.triton.templates.attention.philox import philox_keep, philox_keep_runs
 from sptc.codegen.triton.templates.attention.rows import keys_of_step, load_rows, masked, places, program_of_list, rectangle
-from sptc.codegen.triton.templates.language import many
+from sptc.codegen.triton.templates.language import many, transform_slope, transformed
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def attention_backward_q(
     EVEN_KEYS: tl.constexpr, TENSORS: tl.constexpr, STRIDES: tl.constexpr, SIZES: tl.constexpr, PREDICATE: tl.constexpr,
     READS_TENSORS: tl.constexpr, SKIP_TEST: tl.constexpr, MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, BIAS: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr, BIAS_LEAST: tl.constexpr, DROPOUT: tl.constexpr, DROPOUT_IN_RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """delta [b, h, n], the sum of out * grad_out over features, and grad_q [b, h, n, HEAD_DIM] where it is needed.
 
@@ -61,7 +62,12 @@ def attention_backward_q(
                 step, list_start, count, k_start, k_stride_m, v_start, v_stride_m, m
             )
             k = load_rows(k_base, key_row * k_stride_m, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if TRANSFORM:
+                slope = transform_slope(scores * scale)
+                scores = transformed(scores * scale) * 1.4426950408889634
+            else:
+                scores = scores * scale_log2
             scores = masked(
                 scores, b, first_head, head[:, None], position[:, None], key[None, :], q_first, q_last, k_first, m,
                 mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
@@ -80,6 +86,8 @@ def attention_backward_q(
                     survives = philox_keep(seed_ptr, row_index[:, None] * m + key[None, :], threshold)
                 grad_weights = tl.where(survives, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[:, None])
+            if TRANSFORM:
+                grad_scores = grad_scores * slope
             acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 
         grad_q = (acc * scale).to(grad_q_ptr.dtype.element_ty)

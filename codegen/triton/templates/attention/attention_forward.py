@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sptc.codegen.triton.templates.attention.philox import philox_keep, philox_keep_runs
 from sptc.codegen.triton.templates.attention.rows import keys_of_step, load_rows, masked, places, program_of_list, rectangle
-from sptc.codegen.triton.templates.language import many
+from sptc.codegen.triton.templates.language import many, transformed
 
 
 @triton.jit
@@ -14,12 +14,13 @@ def attention_forward(
     out_ptr, lse_ptr, ids_ptr, counts_ptr, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"),
     mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
-    seed_ptr, threshold, keep_scale, scale_log2, h_kv, n, m, tiles, width,
+    seed_ptr, threshold, keep_scale, scale, scale_log2, h_kv, n, m, tiles, width,
     GROUP: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    SCALE_FIRST: tl.constexpr, TENSORS: tl.constexpr, STRIDES: tl.constexpr, SIZES: tl.constexpr, PREDICATE: tl.constexpr,
-    READS_TENSORS: tl.constexpr, SKIP_TEST: tl.constexpr, MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, BIAS: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr, BIAS_LEAST: tl.constexpr, DROPOUT: tl.constexpr, DROPOUT_IN_RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, TRANSFORM: tl.constexpr, TENSORS: tl.constexpr, STRIDES: tl.constexpr, SIZES: tl.constexpr,
+    PREDICATE: tl.constexpr, READS_TENSORS: tl.constexpr, SKIP_TEST: tl.constexpr, MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_LEAST: tl.constexpr, DROPOUT: tl.constexpr, DROPOUT_IN_RUNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [b, h, n, VALUE_DIM] and lse [b, h, n] (natural logarithm; -inf for a row without keys, whose output is zeros).
 
@@ -50,7 +51,9 @@ def attention_forward(
         key, key_live, k_first, key_row, k_base, v_base = keys_of_step(step, list_start, count, k_start, k_stride_m, v_start, v_stride_m, m)
         k = load_rows(k_base, key_row * k_stride_m, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SCALE_FIRST:
+        if TRANSFORM:
+            scores = transformed(scores * scale) * 1.4426950408889634
+        elif SCALE_FIRST:
             scores = scores * scale_log2
         scores = masked(
             scores, b, first_head, head[:, None], position[:, None], key[None, :], q_first, q_last, k_first, m,

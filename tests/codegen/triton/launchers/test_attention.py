@@ -82,14 +82,14 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], dense: dict[st
         assert error <= 3.0 * allowed + 2.0 * eps * scale, (name, error, allowed, scale)
 
 
-def check(name, sizes, dtype, dropout_p):
+def check(name, sizes, dtype, dropout_p, transform="u0"):
     (b, h, h_kv, n, m, d, d_v, query_block, key_block), blocks = SIZES[sizes]
     lengths = ((h, n, d), (h_kv, m, d), (h_kv, m, d_v), (h, n, d_v))
     *inputs, grad_out = (heads(b, *shape, dtype, seed) for seed, shape in enumerate(lengths))
     spec = operands(name, b, h, n, m)
     ids, counts = some_lists(b, h_kv, n, m, query_block, key_block)
     ids_there = ids.clamp(max=block_count(m, key_block) - 1)  # the reference looks at all of a list
-    rest = (torch.tensor(1234) if dropout_p else None, dropout_p, SCALE, query_block, key_block)
+    rest = (torch.tensor(1234) if dropout_p else None, dropout_p, SCALE, query_block, key_block, transform)
     plain = lambda *x: reference.sparse_attention(*x, ids_there, counts, reference.Mask(*spec), *rest)  # noqa: E731
     with tiles(*blocks):
         got = by_kernels(inputs, grad_out, ids, counts, spec, *rest)
@@ -111,6 +111,20 @@ def test_every_size_with_and_without_a_mask(sizes: str) -> None:
     check("causal", sizes, (torch.float16, torch.float32)[turn % 2], 0.0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "name", "transform"),
+    [
+        ("gathered keys", "causal", "0.7*tanh(1.4285714285714286*u0)"),
+        ("larger tiles", "all", "0.7*tanh(1.4285714285714286*u0)"),
+        ("even", "none", "50*tanh(0.02*u0)"),
+        ("gathered rows", "window", "8*sigmoid(u0/2)"),
+        ("odd parts", "bias", "3*erf(u0/4) + exp(u0/9)"),
+    ],
+)
+def test_functions_of_scores(sizes: str, name: str, transform: str) -> None:
+    check(name, sizes, torch.float16 if name == "all" else torch.float32, 0.3 if name == "window" else 0.0, transform)
+
+
 @pytest.mark.parametrize("sizes", ["even", "parts of blocks", "larger tiles"])
 def test_dropout_drops_what_the_reference_drops(sizes: str) -> None:
     """In the first two, four keys share the words of one counter."""
@@ -130,7 +144,7 @@ def test_nan_that_is_kept_never_becomes_a_number(name: str, place: int) -> None:
     kept = reference.Mask(*spec).allowed((b, h, n, m), ids.device) & listed.repeat_interleave(h // h_kv, 1)
     rows = (torch.arange(n) == 2) & kept[0].any(-1) if place == 0 else kept[0, :, :, 2]
     with tiles(*blocks):
-        out, _ = attention.forward(*inputs, ids, counts, *spec, None, 0.0, SCALE, query_block, key_block)
+        out, _ = attention.forward(*inputs, ids, counts, *spec, None, 0.0, SCALE, query_block, key_block, "u0")
     assert rows.any() and out[0][rows].isnan().all() and out[1].isfinite().all()
 
 
@@ -141,7 +155,7 @@ def test_full_lists_equal_dense_attention() -> None:
     ids = torch.arange(width, dtype=torch.int32).expand(b, h_kv, block_count(n, query_block), -1)
     counts = torch.full(ids.shape[:3], width, dtype=torch.int32)
     with tiles(16, 16):
-        got = by_kernels((q, k, v), grad_out, ids, counts, ("k <= q", [], [], None, None), None, 0.0, 0.25, query_block, key_block)
+        got = by_kernels((q, k, v), grad_out, ids, counts, ("k <= q", [], [], None, None), None, 0.0, 0.25, query_block, key_block, "u0")
     dense = lambda *x: (F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), got["lse"])  # noqa: E731
     want, low = (gradients(dense, [x.to(dtype) for x in (q, k, v)], grad_out.to(dtype)) for dtype in (torch.float64, torch.float32))
     assert_close(got, want, low)
@@ -155,7 +169,7 @@ def test_any_strides_and_only_what_is_needed() -> None:
     strided = [x.mT.contiguous().mT for x in inputs]
     grad_out = torch.full((1, 1, 1, 1), 0.5).expand(b, h, n, d)
     ids, counts = some_lists(b, h, n, n, *blocks)
-    spec, rest = operands("causal", b, h, n, n), (None, 0.0, -SCALE, *blocks)  # a scale below zero turns the maximum around
+    spec, rest = operands("causal", b, h, n, n), (None, 0.0, -SCALE, *blocks, "u0")  # a scale below zero turns the maximum around
     with tiles(16, 16):
         want = by_kernels(inputs, grad_out.contiguous(), ids, counts, spec, *rest)
         got = by_kernels(strided, grad_out, ids, counts, spec, *rest)
@@ -174,7 +188,7 @@ def test_no_queries_or_no_keys(n: int, m: int) -> None:
     q, k, v = torch.ones(1, 2, n, 16), torch.ones(1, 2, m, 16), torch.ones(1, 2, m, 16)
     ids = torch.zeros(1, 2, block_count(n, 4), block_count(m, 4), dtype=torch.int32)
     got = by_kernels(
-        (q, k, v), torch.ones(1, 2, n, 16), ids, ids.sum(-1, dtype=torch.int32), ("True", [], [], None, None), None, 0.0, 1.0, 4, 4
+        (q, k, v), torch.ones(1, 2, n, 16), ids, ids.sum(-1, dtype=torch.int32), ("True", [], [], None, None), None, 0.0, 1.0, 4, 4, "u0"
     )
     assert not any(got[name].any() for name in ("out", "grad_q", "grad_k", "grad_v")) and bool((got["lse"] == -torch.inf).all())
 
@@ -214,7 +228,7 @@ def test_launches_need_no_values(name: str) -> None:
     def run() -> None:
         q, k = heads(b, h, n, d, torch.bfloat16), heads(b, h_kv, m, d, torch.bfloat16)
         ids, counts = some_lists(b, h_kv, n, m, query_block, key_block)
-        rest = (operands(name, b, h, n, m), torch.tensor(3), 0.1, 0.125, query_block, key_block)
+        rest = (operands(name, b, h, n, m), torch.tensor(3), 0.1, 0.125, query_block, key_block, "u0")
         out, lse = attention.forward(q, k, k, ids, counts, *rest[0], *rest[1:])
         attention.backward(out, q, k, k, out, lse, ids, counts, *rest[0], *rest[1:], [True] * 3)
 
@@ -239,7 +253,7 @@ def test_compiles_for_a_gpu(name: str, h_kv: int, query_block: int, key_block: i
     spec = (predicate, tensors, sizes, mask, None if bias is None else bias.bfloat16())
     q, k = heads(b, h, n, d, torch.bfloat16), heads(b, h_kv, m, d, torch.bfloat16)
     ids, counts = some_lists(b, h_kv, n, m, query_block, key_block)
-    rest = (torch.tensor(3), 0.1, 0.125, query_block, key_block)
+    rest = (torch.tensor(3), 0.1, 0.125, query_block, key_block, "50*tanh(0.02*u0)" if name == "all" else "u0")
     with targeting(KNOWN["sm_90"]), recorded() as launches:
         out, lse = attention.forward(q, k, k, ids, counts, *spec, *rest)
         attention.backward(out, q, k, k, out, lse, ids, counts, *spec, *rest, [True] * 3)
@@ -252,6 +266,6 @@ def test_dtypes_without_kernels_are_refused() -> None:
     q = torch.ones(1, 1, 4, 16, dtype=torch.float64)
     ids = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"bfloat16, float16 and float32, got torch.float64"):
-        attention.forward(q, q, q, ids, ids[..., 0], "True", [], [], None, None, None, 0.0, 1.0, 4, 4)
+        attention.forward(q, q, q, ids, ids[..., 0], "True", [], [], None, None, None, 0.0, 1.0, 4, 4, "u0")
     with pytest.raises(TypeError, match=r"torch.float32, torch.float32 and torch.float16"):
-        attention.forward(q.float(), q.float(), q.half(), ids, ids[..., 0], "True", [], [], None, None, None, 0.0, 1.0, 4, 4)
+        attention.forward(q.float(), q.float(), q.half(), ids, ids[..., 0], "True", [], [], None, None, None, 0.0, 1.0, 4, 4, "u0")
