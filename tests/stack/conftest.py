@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.stack.fresh import fresh
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +31,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if importlib.util.find_spec(package) is None:
             sentence = f"{package} is not installed; `pip install 'sptc[stack]'` brings it"
             pytest.fail(sentence) if item.config.getoption("--stack-complete", False) else pytest.skip(sentence)
+
+
+@pytest.fixture(autouse=True)
+def process_of_its_own() -> Iterator[None]:
+    """No cell sees what another one left, whichever came before; `run_script` does the same for each run of a cell."""
+    with fresh():
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

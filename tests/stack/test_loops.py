@@ -149,9 +149,7 @@ def fabric(run: Run) -> None:
 def accelerate(run: Run, precision: str) -> None:
     """`Accelerator().prepare` in one process."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; tests have many
     model = run.train(lora(llama()))
     run.compile_in_place(model)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
