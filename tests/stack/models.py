@@ -27,7 +27,7 @@ def llama(dropout: float = 0.0, **options: Any) -> Any:
 
 
 def without_hook(model: Any) -> Any:
-    """`model`, whose embedding no framework will hook for reentrant checkpoints: gradients reach adapters without, and a graph ends at it."""
+    """`model`, whose embedding no framework will hook for reentrant checkpoints: other gradients need no hook, and a graph ends at it."""
     model.enable_input_require_grads = lambda: None
     return model
 

@@ -188,6 +188,7 @@ PRECISIONS = (
     Cell("all weights trained, bf16 weights", partial(whole, make=lambda: llama().bfloat16()), tolerance=0.05),
     Cell("LoRA, bf16 weights of the base", partial(whole, make=lambda: lora(llama().bfloat16())), tolerance=0.05),
     Cell("bf16 autocast", partial(autocast, dtype=torch.bfloat16), tolerance=0.05),
+    Cell("bf16 autocast, by Inductor", partial(autocast, dtype=torch.bfloat16), tolerance=0.05, inductor=True),
     Cell("fp16 autocast, GradScaler", partial(autocast, dtype=torch.float16), tolerance=0.05),
 )
 OPTIMIZERS = (

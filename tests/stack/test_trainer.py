@@ -172,6 +172,7 @@ CELLS = (
     Cell("logits dropped", in_place, options={**SPARSE, "loss.logits": "drop"}),
     Cell("the paper's option, sptc.prepare", prepared, options=PAPER, tolerance=None),
     Cell("by Inductor", in_place, inductor=True),
+    Cell("by Inductor, gradient checkpointing", partial(checkpointed, reentrant=False, hook=False), why=NO_HOOK, inductor=True),
 )
 
 

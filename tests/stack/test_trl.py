@@ -14,7 +14,7 @@ from peft import LoraConfig
 import sptc
 from tests.models.zoo import VOCABULARY
 from tests.stack.matrix import MEASURED, SPARSE, Cell, Run, check, rows
-from tests.stack.models import LENGTH, NO_HOOK, batch, examples, llama, shake, without_hook
+from tests.stack.models import LENGTH, NO_HOOK, batch, examples, llama, lora, shake, without_hook
 from tests.stack.results import record
 from tests.stack.test_trainer import logged
 
@@ -92,8 +92,12 @@ def sft(run: Run, lengths: tuple[int, ...] = (LENGTH,), completion: bool = False
     trained(run, trainer)
 
 
-def dpo(run: Run) -> None:
-    """The reference is the same compiled model under `disable_adapter()`: after training it still is the base model."""
+def dpo(run: Run, copied: bool = False) -> None:
+    """The reference is the same compiled model under another adapter: after training it still is the model that training started from.
+
+    Args:
+        copied: the adapter is there before the trainer, which makes a copy of it, named "ref"; else the reference is without adapter.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -101,8 +105,10 @@ def dpo(run: Run) -> None:
     data = [{"prompt": a[:20], "chosen": a[20:], "rejected": b[20:]} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     config = DPOConfig(**arguments(run.folder, max_length=24))
     base = llama(use_cache=True)
-    plain = copy.deepcopy(base)
-    trainer = DPOTrainer(model=base, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(), peft_config=ADAPTER)
+    model, adapter = (lora(base), None) if copied else (base, ADAPTER)
+    plain = copy.deepcopy(model)
+    trainer = DPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(), peft_config=adapter)
+    assert ("ref" in trainer.model.peft_config) == copied
     trained(run, trainer)
     inputs = next(iter(trainer.get_train_dataloader()))
     got = trainer.compute_ref_log_probs(trainer.model, inputs)
@@ -196,6 +202,7 @@ CELLS = (
         needs="trl",
     ),
     Cell("DPOTrainer, reference by disable_adapter", dpo, 6, needs="trl"),
+    Cell("DPOTrainer, reference by a copy of the adapter", partial(dpo, copied=True), 6, needs="trl"),
     Cell("GRPOTrainer, two steps with an exact forward pass", grpo, 6, {"ffn": 2}, options=EXACT_FORWARD, falls=False, needs="trl"),
 )
 
