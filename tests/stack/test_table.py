@@ -43,8 +43,8 @@ def test_some_cells_replace_their_rows_and_leave_the_others(tmp_path: Path) -> N
     first, last = ({**CELL, "name": name, "order": order} for name, order in (("first", 0), ("last", 2)))
     other, changed = {**CELL, "group": "Other"}, {**CELL, "compiles": 4}
     want = page(results(tmp_path, first, changed, last, other))
-    assert page(results(tmp_path, changed), page(results(tmp_path, first, CELL, last, other))) == want
-    assert page(results(tmp_path, changed), page(results(tmp_path, first, last, other))) == want
+    for before in (page(results(tmp_path, first, *had, last, other)) for had in ([], [CELL])):
+        assert page(results(tmp_path, changed), before) == want
 
 
 @pytest.mark.parametrize("outcome", ["failed", "skipped"])
