@@ -33,7 +33,7 @@ from sptc.passes.graph.pattern import (
     transparent,
     value,
 )
-from sptc.passes.graph.site import site_of
+from sptc.passes.graph.site import called, site_of
 from sptc.passes.mask.mask import MASKED, Layout, MaskInput, Refused, read_mask
 from sptc.passes.mask.reader import Reader
 
@@ -69,7 +69,7 @@ def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None)
         try:
             draft = _fused(node) if op(node) == FUSED else _spelled_out(node, reader, flow) if op(node) in SOFTMAX else None
             if _is_normalized(node) and between_products(node, flow, lambda _: True) is not None:
-                raise Refused("softmax", node, f"a softmax written as {node.name} (aten.exp) and a division by its sum is not read")
+                raise Refused("softmax", node, f"a softmax written as {called(node)} (aten.exp) and a division by its sum is not read")
             if draft is not None:
                 regions.append(_region(draft, outer))
         except Refused as refused:
@@ -114,7 +114,7 @@ def _spelled_out(softmax: Node, reader: Reader, flow: Flow) -> Draft | None:
     draft = draft_of(softmax, reader)
     odd = between_products(softmax, flow, lambda n: _pointwise(n) or op(n) in _MOVES or base_name(n) == DROPOUT) if draft is None else None
     if odd is not None:
-        raise Refused("between", odd, f"{odd.name} ({op(odd) or odd.target}) stands between a softmax and its products")
+        raise Refused("between", odd, f"{called(odd)} ({op(odd) or odd.target}) stands between a softmax and its products")
     return draft
 
 
@@ -149,7 +149,7 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
             _, p, train = node.args
             draft.dropout_p = float(p) if train else 0.0  # type: ignore[arg-type]
         elif not transparent(node) and name not in VIEWS:
-            raise Refused("weights", node, f"{node.name} ({op(node)}) changes the attention weights after softmax")
+            raise Refused("weights", node, f"{called(node)} ({op(node)}) changes the attention weights after softmax")
     return draft
 
 
@@ -220,7 +220,7 @@ def _constant(node: Node, name: str) -> float:
     """An optional factor of a sum or product, such as `alpha`."""
     factor = plain_number(node.kwargs.get(name, 1))
     if factor is None:
-        raise Refused("scale", node, f"{name} of {node.name} is computed in the graph")
+        raise Refused("scale", node, f"{name} of {called(node)} is computed in the graph")
     return factor
 
 
@@ -268,7 +268,7 @@ class _Scores:
             return first
         if name in VIEWS:
             if not all(same_size(a, b) for a, b in zip(shape(first)[-2:], shape(node)[-2:], strict=True)):
-                raise Refused("scores", node, f"{node.name} rearranges queries and keys of the scores")
+                raise Refused("scores", node, f"{called(node)} rearranges queries and keys of the scores")
             return first
         if name in ("aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"):
             return self._scaled(node)
@@ -287,8 +287,8 @@ class _Scores:
         if name in _FLOORS:
             return self._above_a_floor(node)
         if name == DROPOUT:
-            raise Refused("dropout", node, f"{node.name} drops attention scores before softmax")
-        raise Refused("scores", node, f"{node.name} ({op(node)}) changes the scores between q k^T and softmax")
+            raise Refused("dropout", node, f"{called(node)} drops attention scores before softmax")
+        raise Refused("scores", node, f"{called(node)} ({op(node)}) changes the scores between q k^T and softmax")
 
     def _scaled(self, node: Node) -> Node:
         a, b = node.args[:2]
@@ -300,21 +300,21 @@ class _Scores:
                     break
                 self.scale *= 1 / number if divides else number
                 return scores
-        raise Refused("scale", node, f"{node.name} ({op(node)}) scales the scores by something other than a positive constant")
+        raise Refused("scale", node, f"{called(node)} ({op(node)}) scales the scores by something other than a positive constant")
 
     def _added(self, node: Node) -> Node:
         a, b = node.args[:2]
         products = [_from_product(a), _from_product(b)]
         if all(products):
-            raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")
+            raise Refused("scores", node, f"{called(node)} adds two products: scores and a second term computed from q or k")
         scores, mask = (a, b) if products[0] else (b, a)
         factor = _constant(node, "alpha") * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
         if scores is not a and factor != 1:
-            raise Refused("scores", node, f"{node.name} subtracts the scores")
+            raise Refused("scores", node, f"{called(node)} subtracts the scores")
         if not isinstance(value(mask), torch.Tensor):
             return scores  # softmax is the same for scores that are all greater by one number
         if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
-            raise Refused("shape", node, f"{node.name} broadcasts the scores to {_sizes(node)}")
+            raise Refused("shape", node, f"{called(node)} broadcasts the scores to {_sizes(node)}")
         self._mask("add", mask, node, self.scale * factor)
         return scores  # type: ignore[return-value]
 
@@ -325,13 +325,13 @@ class _Scores:
         scores, floor = (a, floor) if _from_product(a) else (floor, a)
         number = self._reader.constant(floor)
         if number is None or number > MASKED or argument(node, 2, "max") is not None:
-            raise Refused("scores", node, f"{node.name} ({op(node)}) bounds the scores by {floor}")
+            raise Refused("scores", node, f"{called(node)} ({op(node)}) bounds the scores by {floor}")
         return scores
 
     def _masks_out(self, node: Node, fill: Any) -> None:
         number = self._reader.constant(fill)
         if number is None or number > MASKED:
-            raise Refused("scores", node, f"{node.name} fills scores with {fill}, which does not mask them")
+            raise Refused("scores", node, f"{called(node)} fills scores with {fill}, which does not mask them")
 
 
 def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
@@ -346,7 +346,7 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
     layouts = {3: Layout(b, h, n, m, merged=True), 4: Layout(b, h, n, m)}
     for given, sizes in draft.masks:
         if len(sizes) not in layouts or (len(sizes) == 4 and not same_size(sizes[1], h)):
-            raise Refused("rank", given.node, f"{given.node.name} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
+            raise Refused("rank", given.node, f"{called(given.node)} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
     mask = read_mask([(given, layouts[len(sizes)]) for given, sizes in draft.masks], layouts[4], draft.is_causal, outer)
     passed = (*draft.q.passed, *k.passed, *v.passed)
     if (found := breach(draft.nodes, draft.y) or disturbance(passed, draft.y)) is not None:
