@@ -31,7 +31,7 @@ from sptc.passes.graph.pattern import (
     shape,
     transparent,
 )
-from sptc.passes.graph.site import site_of
+from sptc.passes.graph.site import called, site_of
 from sptc.passes.mask.mask import Layout, MaskInput, Refused, read_mask
 from sptc.passes.mask.reader import Reader
 
@@ -54,7 +54,7 @@ def find_attention(gm: fx.GraphModule, outer: Mapping[Node, Node] | None = None)
         try:
             draft = _fused(node) if op(node) == FUSED else _spelled_out(node, reader, flow) if op(node) in SOFTMAX else None
             if _is_normalized(node) and between_products(node, flow, lambda _: True) is not None:
-                raise Refused("softmax", node, f"a softmax written as {node.name} (aten.exp) and a division by its sum is not read")
+                raise Refused("softmax", node, f"a softmax written as {called(node)} (aten.exp) and a division by its sum is not read")
             if draft is not None:
                 regions.append(_region(draft, outer))
         except Refused as refused:
@@ -101,7 +101,7 @@ def _spelled_out(softmax: Node, reader: Reader, flow: Flow) -> Draft | None:
     draft = draft_of(softmax, reader)
     odd = between_products(softmax, flow, lambda n: pointwise(n) or op(n) in MOVES or base_name(n) == DROPOUT) if draft is None else None
     if odd is not None:
-        raise Refused("between", odd, f"{odd.name} ({op(odd) or odd.target}) stands between a softmax and its products")
+        raise Refused("between", odd, f"{called(odd)} ({op(odd) or odd.target}) stands between a softmax and its products")
     return draft
 
 
@@ -130,7 +130,7 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
     draft.nodes = {softmax, *scores.nodes, *weights}
     cut = [node for node in weights[:-1] if scores.sink is not None and _without_last(node)]
     if scores.sink is not None and len(cut) != 1:
-        raise Refused("weights", product, f"the column that was put beside the scores is not dropped before {product.name}")
+        raise Refused("weights", product, f"the column that was put beside the scores is not dropped before {called(product)}")
     for node in weights[:-1]:
         name = base_name(node)
         if name == DROPOUT:
@@ -139,7 +139,7 @@ def draft_of(softmax: Node, reader: Reader) -> Draft | None:
             _, p, train = node.args
             draft.dropout_p = float(p) if train else 0.0  # type: ignore[arg-type]
         elif not transparent(node) and name not in VIEWS and node not in cut:
-            raise Refused("weights", node, f"{node.name} ({op(node)}) changes the attention weights after softmax")
+            raise Refused("weights", node, f"{called(node)} ({op(node)}) changes the attention weights after softmax")
     return draft
 
 
@@ -178,7 +178,7 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
     layouts = {3: Layout(b, h, n, m, merged=True), 4: Layout(b, h, n, m)}
     for given, sizes in draft.masks:
         if len(sizes) not in layouts or (len(sizes) == 4 and not same_size(sizes[1], h)):
-            raise Refused("rank", given.node, f"{given.node.name} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
+            raise Refused("rank", given.node, f"{called(given.node)} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
     mask = read_mask([(given, layouts[len(sizes)]) for given, sizes in draft.masks], layouts[4], draft.is_causal, outer)
     passed = (*draft.q.passed, *k.passed, *v.passed)
     if (found := breach(draft.nodes, draft.y) or disturbance(passed, draft.y)) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from sptc.passes.graph.pattern import argument, dtype, op, same_size, shape, transparent
+from sptc.passes.graph.site import called
 from sptc.passes.mask.mask import Refused
 from sptc.passes.mask.reader import Reader
 
@@ -45,7 +46,7 @@ def key_of(factor: Node, reader: Reader) -> tuple[Operand, float]:
     operand = _uncopied(operand)
     if not _swaps_last(operand.node):
         raise Refused(
-            "layout", factor, f"the keys {operand.node.name} are laid out as [..., size, length] and never as [..., length, size]"
+            "layout", factor, f"the keys {called(operand.node)} are laid out as [..., size, length] and never as [..., length, size]"
         )
     operand, more = _unscaled(operand.before(operand.node.args[0]), reader)
     return operand, scale * more

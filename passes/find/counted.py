@@ -22,6 +22,7 @@ from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames
 from sptc.passes.graph.pattern import TRANSPARENT, argument, dtype, op, same_size, shape
 from sptc.passes.graph.rows import Rows, UnreadableRows, brought_back
+from sptc.passes.graph.site import called
 
 LOSSES = {f"aten.{name}.default" for name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "nll_loss_forward")}
 _ROW_BY_ROW = TRANSPARENT | {"aten.log_softmax.int", "aten._log_softmax.default", "aten.tanh.default"}
@@ -110,7 +111,7 @@ def _from_inputs(gm: fx.GraphModule, target: Node) -> tuple[Node, ...]:
             if isinstance(getattr(gm, str(node.target), None), nn.Parameter):
                 raise _NotCounted("the target of the loss is computed from the model's parameters or buffers")
         elif node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator) or _random(node):
-            raise _NotCounted(f"the target of the loss is computed by {op(node) or node.name}")
+            raise _NotCounted(f"the target of the loss is computed by {op(node) or called(node)}")
         fresh = [n for n in node.all_input_nodes if n not in found]
         found.update(fresh)
         pending += fresh

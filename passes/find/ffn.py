@@ -38,7 +38,7 @@ from sptc.passes.graph.pattern import (
     units,
     value,
 )
-from sptc.passes.graph.site import parameter_path, site_of
+from sptc.passes.graph.site import called, parameter_path, site_of
 
 # Operators that mix hidden units: a region with one of them between its projections is reported, not rewritten.
 MIXING = frozenset(
@@ -93,8 +93,8 @@ def find_ffn(gm: fx.GraphModule) -> Found:
 
 
 def _several(node: Node, adapters: Sequence[Lora]) -> str:
-    names = [".".join(parameter_path(parameter(lora.a))[-3:-1]) or lora.a.name for lora in adapters]
-    return f"{node.name} is a projection with {len(adapters)} active adapters ({', '.join(names)}); a region has one: merge the others"
+    names = [".".join(parameter_path(parameter(lora.a))[-3:-1]) or called(lora.a) for lora in adapters]
+    return f"{called(node)} is a projection with {len(adapters)} active adapters ({', '.join(names)}); a region has one: merge the others"
 
 
 def _may_be_ffn(start: Node, hidden: Any) -> bool:
@@ -227,13 +227,13 @@ def _follow_node(node: Node, walk: _Walk) -> frozenset[Node]:
         return _descend(node, walk)
     if name == "aten.dropout.default":
         if node.args[2] and node.args[1]:
-            walk.refuse("dropout", node, f"dropout {node.name} is inside the activation, not between it and the down projection")
+            walk.refuse("dropout", node, f"dropout {called(node)} is inside the activation, not between it and the down projection")
         return _descend(node, walk)
     if name in TRANSPARENT:
-        walk.refuse("activation", node, f"{node.name} rounds to {dtype(node)} or from {dtype(node.args[0])}")
+        walk.refuse("activation", node, f"{called(node)} rounds to {dtype(node)} or from {dtype(node.args[0])}")
         return _descend(node, walk)
     if name in MIXING:
-        walk.refuse("activation", node, f"{node.name} ({name}) mixes hidden units")
+        walk.refuse("activation", node, f"{called(node)} ({name}) mixes hidden units")
         return _descend(node, walk)
     if not elementwise(node):
         return _stranger(node, walk)
@@ -246,7 +246,7 @@ def _follow_node(node: Node, walk: _Walk) -> frozenset[Node]:
     for arg in tensors:
         if len(shape(arg)) != len(shape(node)) or not all(map(same_size, shape(arg), shape(node))):
             walk.refuse(
-                "shape", node, f"{node.name} ({name}) combines {arg.name} {list(shape(arg))} into {list(shape(node))}: it broadcasts"
+                "shape", node, f"{called(node)} ({name}) combines {called(arg)} {list(shape(arg))} into {list(shape(node))}: it broadcasts"
             )
     return ups
 
@@ -258,9 +258,9 @@ def _descend(node: Node, walk: _Walk) -> frozenset[Node]:
 
 def _stranger(node: Node, walk: _Walk) -> frozenset[Node]:
     if _is_unit_parameter(node):
-        walk.refuse("activation", node, f"{node.name} gives each hidden unit a parameter of its own inside the activation")
+        walk.refuse("activation", node, f"{called(node)} gives each hidden unit a parameter of its own inside the activation")
     else:
-        walk.refuse("operand", node, f"{node.name} enters the activation and is computed by {_computer(node)}")
+        walk.refuse("operand", node, f"{called(node)} enters the activation and is computed by {_computer(node)}")
     return frozenset()
 
 
@@ -284,7 +284,7 @@ def _check_inputs(ups: tuple[Projection, ...], walk: _Walk) -> None:
     first = ups[0]
     for up in ups[1:]:
         if origin_of_units(up.x) is not origin_of_units(first.x) or dtype(up.x) is not dtype(first.x):
-            walk.refuse("inputs", up.y, f"the projections {first.y.name} and {up.y.name} read different inputs")
+            walk.refuse("inputs", up.y, f"the projections {called(first.y)} and {called(up.y)} read different inputs")
             return
 
 

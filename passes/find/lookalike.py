@@ -19,7 +19,7 @@ from sptc.ir.region import Refusal
 from sptc.passes.graph.boundary import alias_sets, written_by
 from sptc.passes.graph.elementwise import elementwise
 from sptc.passes.graph.pattern import VIEWS, base_name, before_dropout, is_weight, keeps_last_axis, op, shape, transparent
-from sptc.passes.graph.site import site_of
+from sptc.passes.graph.site import called, site_of
 
 _PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.baddbmm.default", "aten.addmm.default"})
 _LINEAR = frozenset({"aten.linear.default", "aten.einsum.default", "aten._grouped_mm.default", *_PRODUCTS})
@@ -201,18 +201,18 @@ def _refusal(like: _Like) -> Refusal:
     assert weight is not None
     odd = next((node for node in like.path if not _is_form(node)), None)
     if op(down) in _CONVOLUTIONS:
-        return Refusal("ffn", "operator", down, f"{down.name} ({op(down)}) projects by a convolution, which is not rewritten", site)
+        return Refusal("ffn", "operator", down, f"{called(down)} ({op(down)}) projects by a convolution, which is not rewritten", site)
     if op(down).partition(".")[0] != "aten":
-        return Refusal("ffn", "operator", down, f"{down.name} ({op(down)}) is a projection that no pass looks into", site)
+        return Refusal("ffn", "operator", down, f"{called(down)} ({op(down)}) is a projection that no pass looks into", site)
     if len(shape(weight)) > 2:
-        reason = f"{down.name} ({op(down)}) multiplies with one of {shape(weight)[0]} matrices for each row, as experts and rotations do"
+        reason = f"{called(down)} ({op(down)}) multiplies with one of {shape(weight)[0]} matrices for each row, as experts and rotations do"
         return Refusal("ffn", "weights", down, reason, site)
     if odd is bend:
-        return Refusal("ffn", "between", odd, f"{odd.name} ({op(odd) or odd.target}) is a nonlinearity that no pass reads", site)
+        return Refusal("ffn", "between", odd, f"{called(odd)} ({op(odd) or odd.target}) is a nonlinearity that no pass reads", site)
     if odd is not None:
-        reason = f"{odd.name} ({op(odd) or odd.target}) stands between the nonlinearity {bend.name} and the projection {down.name}"
+        reason = f"{called(odd)} ({op(odd) or odd.target}) stands between the nonlinearity {called(bend)} and the projection {called(down)}"
         return Refusal("ffn", "between", odd, reason, site)
-    reason = f"{bend.name} enters the input of {down.name} together with what is computed by no projection of the same input"
+    reason = f"{called(bend)} enters the input of {called(down)} together with what is computed by no projection of the same input"
     return Refusal("ffn", "operand", down, reason, site)
 
 

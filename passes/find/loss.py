@@ -34,7 +34,7 @@ from sptc.passes.graph.pattern import (
     value,
 )
 from sptc.passes.graph.rows import Rows, UnreadableRows
-from sptc.passes.graph.site import site_of
+from sptc.passes.graph.site import called, site_of
 
 _U0 = expression.U0
 _MEAN = 1  # ATen's reductions: none, mean, sum
@@ -145,27 +145,29 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
         axis = rows.axis
         if axis == len(shape(node)) - 1 and (projection := match_projection(node)) is not None:
             if not normalized:
-                raise _Refused("between", loss, f"the loss reads logits of {node.name} that no log_softmax normalized")
+                raise _Refused("between", loss, f"the loss reads logits of {called(node)} that no log_softmax normalized")
             if bias is not None and projection.bias is not None:
-                raise _Refused("between", node, f"{node.name} is a projection with a bias to which another one is added")
+                raise _Refused("between", node, f"{called(node)} is a projection with a bias to which another one is added")
             return _Way(projection, bias or projection.bias, _transform(mapped), rows, frozenset(nodes))
         if (several := match_adapters(node)) is not None:
-            raise _Refused("adapters", node, f"{node.name} is a projection with {len(several[1])} active adapters; a region has one")
+            raise _Refused("adapters", node, f"{called(node)} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None
         if node.op == "placeholder":
-            raise _Refused("projection", node, f"its logits are an input of the graph, {node.name}: what projects them is in another one")
+            raise _Refused(
+                "projection", node, f"its logits are an input of the graph, {called(node)}: what projects them is in another one"
+            )
         if not isinstance(source, Node) or not shape(source):
-            raise _Refused("projection", node, f"its logits come from {node.name} ({op(node) or node.op}), which is no projection")
+            raise _Refused("projection", node, f"its logits come from {called(node)} ({op(node) or node.op}), which is no projection")
         if op(node) in _LOG_SOFTMAX and int(node.args[1]) % len(shape(node)) == axis and not mapped:  # type: ignore[call-overload]
             normalized = True
         elif bias is None and (added := _class_bias(node, axis)) is not None:
             source, bias = added
         elif expression.liftable(op(node)) and not transparent(node) and len(node.all_input_nodes) == 1:
             if bias is not None:
-                raise _Refused("between", node, f"{node.name} ({op(node)}) stands between the projection and its bias")
+                raise _Refused("between", node, f"{called(node)} ({op(node)}) stands between the projection and its bias")
             mapped.append(node)
         elif not transparent(node) and (not rows.back(node) or not same_size(shape(source)[rows.axis], shape(node)[axis])):
-            raise _Refused("between", node, f"{node.name} ({op(node) or node.op}) stands between the projection and the loss")
+            raise _Refused("between", node, f"{called(node)} ({op(node) or node.op}) stands between the projection and the loss")
         nodes.add(node)
         node = source
 
@@ -190,7 +192,7 @@ def _transform(mapped: list[Node]) -> sympy.Expr:
         arguments = [computed if isinstance(arg, Node) else arg for arg in node.args]
         lifted = expression.lift(op(node), arguments, dict(node.kwargs))
         if lifted is None:
-            raise _Refused("between", node, f"{node.name} ({op(node)}) has arguments that no elementwise expression covers")
+            raise _Refused("between", node, f"{called(node)} ({op(node)}) has arguments that no elementwise expression covers")
         computed = lifted
     return computed
 

@@ -16,6 +16,7 @@ from torch.fx import Node
 from sptc.ir import expression
 from sptc.passes.find.attention_operands import Operand, key_of, query_of
 from sptc.passes.graph.pattern import COPIES, EINSUM, VIEWS, argument, base_name, op, plain_number, same_size, shape, transparent, value
+from sptc.passes.graph.site import called
 from sptc.passes.mask.mask import MASKED, MaskInput, Refused
 from sptc.passes.mask.reader import Reader
 
@@ -87,7 +88,7 @@ def _constant(node: Node, name: str) -> float:
     """An optional factor of a sum or product, such as `alpha`."""
     factor = plain_number(node.kwargs.get(name, 1))
     if factor is None:
-        raise Refused("scale", node, f"{name} of {node.name} is computed in the graph")
+        raise Refused("scale", node, f"{name} of {called(node)} is computed in the graph")
     return factor
 
 
@@ -151,7 +152,7 @@ class Scores:
             return first
         if name in VIEWS:
             if not all(same_size(a, b) for a, b in zip(shape(first)[-2:], shape(node)[-2:], strict=True)):
-                raise Refused("scores", node, f"{node.name} rearranges queries and keys of the scores")
+                raise Refused("scores", node, f"{called(node)} rearranges queries and keys of the scores")
             return first
         if name in ("aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"):
             return self._scaled(node)
@@ -174,8 +175,8 @@ class Scores:
         if name in _FLOORS:
             return self._above_a_floor(node)
         if name == DROPOUT:
-            raise Refused("dropout", node, f"{node.name} drops attention scores before softmax")
-        raise Refused("scores", node, f"{node.name} ({op(node)}) changes the scores between q k^T and softmax")
+            raise Refused("dropout", node, f"{called(node)} drops attention scores before softmax")
+        raise Refused("scores", node, f"{called(node)} ({op(node)}) changes the scores between q k^T and softmax")
 
     def _without_sink(self, node: Node) -> Node:
         """The scores before a column was put behind them, of which the softmax is the only one to know."""
@@ -184,11 +185,11 @@ class Scores:
         alone = self.sink is None and not self.masks and self.scale == 1.0 and self._function == expression.U0
         if not (alone and len(parts) == 2 and argument(node, 1, "dim", 0) in (-1, last) and same_size(shape(parts[1])[-1], 1)):
             raise Refused(
-                "scores", node, f"{node.name} ({op(node)}) puts more beside the scores than one column, which the softmax reads at once"
+                "scores", node, f"{called(node)} ({op(node)}) puts more beside the scores than one column, which the softmax reads at once"
             )
         if len(shape(node)) != 4 or not from_product(parts[0]):
             raise Refused(
-                "rank", node, f"{node.name} puts a column beside scores that are not laid out as [batch, heads, n, m], or before them"
+                "rank", node, f"{called(node)} puts a column beside scores that are not laid out as [batch, heads, n, m], or before them"
             )
         self.sink = parts[1]
         return parts[0]  # type: ignore[no-any-return]
@@ -220,7 +221,9 @@ class Scores:
     def _nothing_behind(self, node: Node) -> None:
         """Refuses a mask, a bias or a number that is applied before a function of the scores, which would change it too."""
         if self._function != expression.U0:
-            raise Refused("scores", node, f"{node.name} ({op(node)}) masks the scores or adds to them before a function of each is taken")
+            raise Refused(
+                "scores", node, f"{called(node)} ({op(node)}) masks the scores or adds to them before a function of each is taken"
+            )
 
     def _scaled(self, node: Node) -> Node:
         a, b = node.args[:2]
@@ -232,7 +235,7 @@ class Scores:
                     break
                 self.scale *= 1 / number if divides else number
                 return scores
-        raise Refused("scale", node, f"{node.name} ({op(node)}) scales the scores by something other than a positive constant")
+        raise Refused("scale", node, f"{called(node)} ({op(node)}) scales the scores by something other than a positive constant")
 
     def _added(self, node: Node) -> Node:
         a, b = node.args[:2]
@@ -242,16 +245,16 @@ class Scores:
             return a  # type: ignore[return-value]
         products = [from_product(a), from_product(b)]
         if all(products):
-            raise Refused("scores", node, f"{node.name} adds two products: scores and a second term computed from q or k")
+            raise Refused("scores", node, f"{called(node)} adds two products: scores and a second term computed from q or k")
         scores, mask = (a, b) if products[0] else (b, a)
         factor = _constant(node, "alpha") * (-1 if base_name(node) == "aten.sub.Tensor" else 1)
         if scores is not a and factor != 1:
-            raise Refused("scores", node, f"{node.name} subtracts the scores")
+            raise Refused("scores", node, f"{called(node)} subtracts the scores")
         if not isinstance(value(mask), torch.Tensor):
             self._nothing_behind(node)
             return scores  # softmax is the same for scores that are all greater by one number
         if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
-            raise Refused("shape", node, f"{node.name} broadcasts the scores to {list(shape(node))}")
+            raise Refused("shape", node, f"{called(node)} broadcasts the scores to {list(shape(node))}")
         self._mask("add", mask, node, self.scale * factor)
         return scores  # type: ignore[return-value]
 
@@ -262,11 +265,11 @@ class Scores:
         scores, floor = (a, floor) if from_product(a) else (floor, a)
         number = self._reader.constant(floor)
         if number is None or number > MASKED or argument(node, 2, "max") is not None:
-            raise Refused("scores", node, f"{node.name} ({op(node)}) bounds the scores by {floor}")
+            raise Refused("scores", node, f"{called(node)} ({op(node)}) bounds the scores by {floor}")
         self._nothing_behind(node)
         return scores
 
     def _masks_out(self, node: Node, fill: Any) -> None:
         number = self._reader.constant(fill)
         if number is None or number > MASKED:
-            raise Refused("scores", node, f"{node.name} fills scores with {fill}, which does not mask them")
+            raise Refused("scores", node, f"{called(node)} fills scores with {fill}, which does not mask them")

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.pattern import is_mode_change, op
+from sptc.passes.graph.site import called
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _escape(inside: frozenset[Node], y: Node, leaving: Collection[Node]) -> Brea
             continue
         outside = [user for user in node.users if user not in inside and user not in leaving]
         if outside:
-            return Breach("escapes", node, f"the intermediate {node.name} ({op(node) or node.op}) is also used by {outside[0].name}")
+            return Breach("escapes", node, f"the intermediate {called(node)} ({op(node) or node.op}) is also used by {called(outside[0])}")
     return None
 
 
@@ -61,7 +62,7 @@ def _between(inside: frozenset[Node], y: Node) -> Iterator[Node]:
 def _switch(inside: frozenset[Node], y: Node, casts: bool) -> Breach | None:
     for node in _between(inside, y):
         if _switches_gradients(node) or (is_mode_change(node) and not casts):
-            return Breach("mode-boundary", node, f"{node.name} switches autocast or grad mode inside the region")
+            return Breach("mode-boundary", node, f"{called(node)} switches autocast or grad mode inside the region")
     return None
 
 
@@ -75,7 +76,7 @@ def _mutation(inside: frozenset[Node], y: Node) -> Breach | None:
         if node in inside and target in inside and all(len(n.users) == 1 for n in inside if n < node and aliases[n] == aliases[target]):
             continue  # the in-place spelling of an activation, on a value that nothing else reads
         if aliases[target] in read:
-            return Breach("mutated", node, f"{node.name} ({op(node)}) changes {target.name} in place while the region reads it")
+            return Breach("mutated", node, f"{called(node)} ({op(node)}) changes {called(target)} in place while the region reads it")
     return None
 
 
@@ -99,10 +100,12 @@ def disturbance(seen_through: Collection[Node], y: Node) -> Breach | None:
         if node in seen_through:
             read |= {aliases[n] for n in (node, *node.all_input_nodes)}
         elif _switches_gradients(node):
-            return Breach("mode-boundary", node, f"{node.name} switches gradients between an operand's scale or layout and its use")
+            return Breach("mode-boundary", node, f"{called(node)} switches gradients between an operand's scale or layout and its use")
         for target in written_by(node):
             if aliases[target] in read:
-                return Breach("mutated", node, f"{node.name} ({op(node)}) changes {target.name} in place before the region would read it")
+                return Breach(
+                    "mutated", node, f"{called(node)} ({op(node)}) changes {called(target)} in place before the region would read it"
+                )
     return None
 
 

@@ -14,6 +14,7 @@ from torch.fx import Node
 from sptc.ir.region import Pad, Permute, Reshape, Step
 from sptc.passes.graph.build import Builder, aten
 from sptc.passes.graph.pattern import VIEWS, argument, keeps_last_axis, op, same_size, shape, value
+from sptc.passes.graph.site import called
 
 
 class UnreadableRows(Exception):
@@ -125,7 +126,7 @@ def _pad(node: Node, axis: int) -> Pad | None:
         start = _number(before[dim] + start)
     rest = _number(before[dim] - after[dim])
     if not isinstance(start, int) or rest is None or step != 1:
-        raise UnreadableRows(f"{node.name} takes a part of the logits' rows whose place is not a constant")
+        raise UnreadableRows(f"{called(node)} takes a part of the logits' rows whose place is not a constant")
     return Pad(dim - (dim > axis), start, rest - start)
 
 

@@ -1,7 +1,8 @@
-"""Where in the user's model a set of nodes comes from."""
+"""Where in the user's model a set of nodes comes from, and what people call a node."""
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from sptc.ir.region import Site
+from sptc.passes.graph.pattern import op
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
@@ -50,6 +52,36 @@ def parameter_path(node: Node) -> list[str]:
         return []
     steps = [next(part for part in match.groups() if part is not None) for match in _STEP.finditer(source.name)]
     return unwrapped([s for s in steps[1:] if s not in _TABLES])  # the first is the local or global that holds the model
+
+
+def called(node: Node) -> str:
+    """A value by what its user knows: "mlp.down_proj.weight", "attention_mask", "silu of mlp.act_fn at activations.py:92".
+
+    A parameter has its path, an input its name, a call its operator, module and source line. Paths begin behind the number of the layer,
+    so that one cause reads the same in all layers. Where the graph knows no more it is the name of the node.
+    """
+    if node.op != "call_function":
+        path = parameter_path(node)
+        if path and not path[-1].isdigit():
+            return _in_layer(path)
+        source = getattr(node, "_dynamo_source", None)  # an argument, or an item of one
+        steps = [] if source is None else [part for match in _STEP.finditer(source.name) for part in match.groups() if part is not None]
+        return ".".join(steps) or node.name
+    site = site_of([node])
+    module = _in_layer(unwrapped(site.module.split(".")))
+    if not module and not site.source:
+        return node.name
+    result = node
+    while result.target is operator.getitem and isinstance(result.args[0], Node):
+        result = result.args[0]
+    word = op(result).split(".")[1] if op(result).count(".") > 1 else getattr(result.target, "__name__", str(result.target))
+    return f"{word.strip('_')}{f' of {module}' if module else ''}{f' at {site.source}' if site.source else ''}"
+
+
+def _in_layer(path: Sequence[str]) -> str:
+    """A path behind its first number, if anything is there."""
+    behind = next((i + 1 for i, name in enumerate(path) if name.isdigit()), 0)
+    return ".".join(path[behind:] or path)
 
 
 def unwrapped(names: list[str]) -> list[str]:

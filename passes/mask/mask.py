@@ -17,6 +17,7 @@ from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Litera
 from sptc.ir.predicate import Predicate
 from sptc.ir.region import Mask
 from sptc.passes.graph.pattern import requires_grad, same_size, shape
+from sptc.passes.graph.site import called
 from sptc.passes.mask import terms
 from sptc.passes.mask.reader import Reader
 from sptc.passes.mask.rules import At
@@ -95,7 +96,7 @@ def read_mask(
         raise Refused(
             "bias-gradient",
             biases[0],
-            f"the bias {biases[0].name} that is added to the scores needs a gradient, a matrix of all queries and keys, "
+            f"the bias {called(biases[0])} that is added to the scores needs a gradient, a matrix of all queries and keys, "
             "which sparse attention never computes; a bias that is frozen, as under LoRA, is taken",
         )
     kept = []
@@ -145,11 +146,11 @@ def _whole(given: MaskInput, layout: Layout) -> _Part:
     """The mask as a tensor operand, because it can't be read."""
     merged = layout.merged and given.how == "add" and _unmerges(given.node, layout)
     if (layout.merged and not merged) or given.how == "drop":
-        raise Refused("mask", given.node, f"the mask {given.node.name} neither reads as a predicate nor broadcasts to the scores")
+        raise Refused("mask", given.node, f"the mask {called(given.node)} neither reads as a predicate nor broadcasts to the scores")
     if given.how == "keep":
         return _Part(boolean=given.node)
     if given.factor != 1.0:
-        raise Refused("scale", given.node, f"the bias {given.node.name} is scaled together with the scores")
+        raise Refused("scale", given.node, f"the bias {called(given.node)} is scaled together with the scores")
     return _Part(bias=given.node, merged=merged)
 
 

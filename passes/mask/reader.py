@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from sptc.ir.condition import Size
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.pattern import op, plain_number, same_size, shape, value
+from sptc.passes.graph.site import called
 from sptc.passes.mask import positions as mask_positions  # noqa: F401  they fill RULES
 from sptc.passes.mask import terms
 from sptc.passes.mask import values as mask_values  # noqa: F401  they fill RULES
@@ -55,7 +56,7 @@ class Reader:
             Unreadable: the tensor is changed in place after `node` was computed.
         """
         if not self._settled(node, before):
-            raise Unreadable(f"{node.name} is changed in place")
+            raise Unreadable(f"{called(node)} is changed in place")
         key = (node, at)
         if key not in self._memo:
             self._memo[key] = self._read(node, at)
@@ -146,7 +147,7 @@ def _leaf(node: Node, at: At) -> Term:
     for index in at:
         least, _ = terms.bounds(index)
         if least < 0:
-            raise Unreadable(f"an index of {node.name} may be negative")
+            raise Unreadable(f"an index of {called(node)} may be negative")
     element = terms.element_of(node, tuple(ZERO if same_size(s, 1) else i for i, s in zip(at, shape(node), strict=True)))
     return element if terms.boolean(element) else terms.linear(element)
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from sptc.ir.condition import Element
+from sptc.passes.graph.site import called
 from sptc.passes.mask import terms
 from sptc.passes.mask.terms import Linear, Number, Term, Unreadable
 
@@ -35,7 +36,7 @@ def source_of(node: Node) -> Node:
     """The first argument, which must be a tensor's node."""
     source = node.args[0]
     if not isinstance(source, Node):
-        raise Unreadable(f"{node.name} has no tensor argument")
+        raise Unreadable(f"{called(node)} has no tensor argument")
     return source
 
 

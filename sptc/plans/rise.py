@@ -74,7 +74,7 @@ def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], t
         return _with(
             unit,
             dict.fromkeys(waiting, 1.0),
-            f"how much it may leave out can't be measured: {reason}; set attention.density and ffn.density",
+            f"how much it may leave out can't be measured: {reason}set attention.density and ffn.density",
         )
     chosen, text = agreed(*_measure(unit, waiting))
     for weight, case, density in zip(weights, cases, chosen, strict=True):
@@ -107,19 +107,25 @@ def _nearest(node: Node) -> Iterator[Node]:
 
 
 def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
-    """Why the graph can't be run on the batch to see what its FFNs are worth."""
+    """Why the graph can't be run on the batch to see what its FFNs are worth.
+
+    What becomes of predictions outside of the graph is not guessed at: the same graph of hidden states and labels is that of a supervised
+    loss, of a preference and of a reward, and only of the first does a divergence say what the loss rises by.
+    """
+    if unit.counted is None:
+        return "the graph computes no cross entropy; let the model compute its loss from labels, in one graph with its layers, or "
     if not isinstance(unit.counted, Counted):
-        return unit.counted or "the graph computes no cross entropy"
+        return f"{unit.counted}; "
     if any(isinstance(x, FakeTensor) for x in unit.example_inputs):
-        return "the graph is compiled without its inputs' values"
+        return "the graph is compiled without its inputs' values; "
     if any(weight is None for weight in weights):
-        return "the weight of one is computed in the graph"
+        return "the weight of one is computed in the graph; "
     for frame in frames(unit.gm):
         written = [target for node in frame.gm.graph.nodes for target in written_by(node)]
         aliases = alias_sets(frame.gm.graph) if written else {}
         outer = {aliases[node] for node in frame.gm.graph.nodes if written and node.op in ("placeholder", "get_attr")}
         if any(aliases[target] in outer for target in written):
-            return "the graph writes to its inputs"
+            return "the graph writes to its inputs; "
     return None
 
 

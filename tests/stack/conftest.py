@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.stack.fresh import fresh
+
+PLACE = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,13 +35,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(sentence) if item.config.getoption("--stack-complete", False) else pytest.skip(sentence)
 
 
+@pytest.hookimpl(tryfirst=True)  # before any are left out by name or mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A cell's place in its group is that of the whole suite, however few cells run."""
+    names: dict[str, list[str]] = {}
+    for item in items:
+        for mark in item.iter_markers("cell"):
+            group, name = mark.args
+            known = names.setdefault(group, [])
+            if name not in known:
+                known.append(name)
+            item.stash[PLACE] = known.index(name)
+
+
+@pytest.fixture(autouse=True)
+def process_of_its_own() -> Iterator[None]:
+    """No cell sees what another one left, whichever came before; `run_script` does the same for each run of a cell."""
+    with fresh():
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Group, name and place travel with the report, since workers send only reports."""
     report = yield
     mark = item.get_closest_marker("cell")
     if mark is not None:
-        report.user_properties.append(("cell", (*mark.args, item.session.items.index(item))))
+        report.user_properties.append(("cell", (*mark.args, item.stash[PLACE])))
     return report
 
 

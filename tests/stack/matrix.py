@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sptc
 from tests.models.compiled import FULL, assert_gradients_close, without_inductor
+from tests.stack.fresh import fresh
 from tests.stack.models import REGIONS
 
 SPARSE = {
@@ -187,13 +188,13 @@ class Outcome:
 
 
 def run_script(cell: Cell, kind: Kind, folder: Path) -> Outcome:
-    torch._dynamo.reset()
-    run = Run(kind, folder / kind, cell.options, cell.inductor)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(3)
-    with run.recording():
-        cell.script(run)
-    report = (run.report or sptc.report(run.compiled)) if run.sparse else None
+    with fresh():
+        run = Run(kind, folder / kind, cell.options, cell.inductor)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(3)
+        with run.recording():
+            cell.script(run)
+        report = (run.report or sptc.report(run.compiled)) if run.sparse else None
     return Outcome(run.gradients, run.losses, run.compiles, run.still(), report)
 
 

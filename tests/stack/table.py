@@ -21,14 +21,18 @@ two layers, on a CPU. It runs eagerly, compiled at density 1, and compiled spars
 A cell that does not train says what a user sees. Sentences are those of the report, or of the error.
 """
 COLUMNS = ("", "outcome", "regions rewritten", "graphs", "error at density 1", "what sptc says")
+_HEADER = "| " + " | ".join(COLUMNS) + " |"
 
 
 class IncompleteError(ValueError):
     """A cell failed or was skipped: there is nothing to write down."""
 
 
-def page(results: str) -> str:
-    """The page, from the results of a whole run.
+def page(results: str, before: str = "") -> str:
+    """The page, from the results of a whole run, or of some cells.
+
+    Args:
+        before: the text of the page that has the rows of all other cells.
 
     Raises:
         IncompleteError: a cell has not passed.
@@ -37,15 +41,33 @@ def page(results: str) -> str:
     bad = [f"{cell['group']}: {cell['name']} ({cell['outcome']})" for cell in cells if cell["outcome"] != "passed"]
     if bad:
         raise IncompleteError("these cells did not pass: " + "; ".join(bad))
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault(cell["group"], []).append(cell)
-    return HEAD + "".join(f"\n## {name}\n\n{_table(group)}\n" for name, group in sorted(groups.items()))
+    groups = _rows_of(before)
+    new: dict[tuple[str, str], list[str]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["order"]):
+        row, name = "| " + " | ".join(_escaped(text) for text in _row(cell)) + " |", _escaped(cell["name"])
+        names = groups.setdefault(cell["group"], [])
+        if (cell["group"], name) not in new:
+            names[:] = [(other, lines) for other, lines in names if other != name]
+            names.insert(cell["order"], (name, new.setdefault((cell["group"], name), [])))
+        new[cell["group"], name].append(row)
+    return HEAD + "".join(f"\n## {group}\n\n{_table(names)}\n" for group, names in sorted(groups.items()))
 
 
-def _table(cells: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_escaped(text) for text in _row(cell)) + " |" for cell in sorted(cells, key=lambda cell: cell["order"])]
+def _rows_of(text: str) -> dict[str, list[tuple[str, list[str]]]]:
+    """The rows of a page by group and, in their order, by cell."""
+    groups: dict[str, list[tuple[str, list[str]]]] = {}
+    for section in text.split("\n## ")[1:]:
+        group, *lines = section.splitlines()
+        by_name: dict[str, list[str]] = {}
+        for line in lines:
+            if line.startswith("| ") and not line.startswith(_HEADER):
+                by_name.setdefault(line[2 : line.index(" | ")], []).append(line)
+        groups[group] = list(by_name.items())
+    return groups
+
+
+def _table(names: list[tuple[str, list[str]]]) -> str:
+    lines = [_HEADER, "|" + "---|" * len(COLUMNS), *(line for _, lines in names for line in lines)]
     return "\n".join(dict.fromkeys(lines))  # a cell of several tests that found the same is one row
 
 

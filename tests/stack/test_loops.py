@@ -149,9 +149,7 @@ def fabric(run: Run) -> None:
 def accelerate(run: Run, precision: str) -> None:
     """`Accelerator().prepare` in one process."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; tests have many
     model = run.train(lora(llama()))
     run.compile_in_place(model)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
@@ -190,6 +188,7 @@ PRECISIONS = (
     Cell("all weights trained, bf16 weights", partial(whole, make=lambda: llama().bfloat16()), tolerance=0.05),
     Cell("LoRA, bf16 weights of the base", partial(whole, make=lambda: lora(llama().bfloat16())), tolerance=0.05),
     Cell("bf16 autocast", partial(autocast, dtype=torch.bfloat16), tolerance=0.05),
+    Cell("bf16 autocast, by Inductor", partial(autocast, dtype=torch.bfloat16), tolerance=0.05, inductor=True),
     Cell("fp16 autocast, GradScaler", partial(autocast, dtype=torch.float16), tolerance=0.05),
 )
 OPTIMIZERS = (

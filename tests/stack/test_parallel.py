@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.stack.matrix import MEASURED, PAPER, Cell, check_exact, check_sparse, rows, run_script
+from tests.stack.launched import CELL, launch
+from tests.stack.matrix import MEASURED, PAPER, Cell, Facts, Kind, Outcome, check_exact, check_sparse, rows, run_script
 from tests.stack.parallel import (
     accelerated,
     accumulated,
@@ -48,6 +49,7 @@ CELLS = (
     Cell("DDP, activation checkpointing", partial(compiled_inside, checkpoints=True)),
     Cell("DDP, static_graph", partial(compiled_inside, static_graph=True)),
     Cell("DDP, gradient accumulation under no_sync", accumulated),
+    Cell("DDP, by Inductor", compiled_inside, inductor=True),
     Cell("DDP, measured densities", compiled_inside, regions={"ffn": 2}, options=MEASURED),
     Cell("FSDP2, each layer compiled", partial(sharded, where="layer"), 2),
     Cell("FSDP2, the model compiled", partial(sharded, where="model"), 8),
@@ -61,15 +63,26 @@ CELLS = (
 
 @pytest.mark.parametrize("cell", rows("Two processes", CELLS))
 def test_two_processes(cell: Cell, ranks: Callable[[], Ranks], tmp_path: Path, record_property: Any) -> None:
+    record(record_property, check_ranks(cell, lambda kind: ranks().run(run_script, cell, kind, tmp_path), tmp_path))
+
+
+@pytest.mark.parametrize("cell", rows("Two processes", [CELL]))
+def test_launched(cell: Cell, tmp_path: Path, record_property: Any) -> None:
+    """accelerate's own command starts the processes; it finds the backend in each."""
+    record(record_property, check_ranks(cell, lambda kind: launch(kind, tmp_path), tmp_path))
+
+
+def check_ranks(cell: Cell, ranks: Callable[[Kind], list[Outcome]], folder: Path) -> Facts:
+    """Gradients at density 1 are those of one process, and both ranks decide and compute the same."""
     error = None
     if cell.tolerance is not None:
-        eager = run_script(cell, "eager", tmp_path)
-        error = max(check_exact(cell, exact, eager) for exact in ranks().run(run_script, cell, "exact", tmp_path))
-    first, second = ranks().run(run_script, cell, "sparse", tmp_path)
+        eager = run_script(cell, "eager", folder)
+        error = max(check_exact(cell, exact, eager) for exact in ranks("exact"))
+    first, second = ranks("sparse")
     facts = check_sparse(cell, first, error)
     assert check_sparse(cell, second, error) == facts
     decided = [[(r.kind, r.module, r.status, r.settings) for r in outcome.report.regions] for outcome in (first, second)]
     assert decided[0] == decided[1]
     for name, gradient in first.gradients.items():
         assert gradient.equal(second.gradients[name]), f"{name} differs between ranks"
-    record(record_property, facts)
+    return facts

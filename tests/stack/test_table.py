@@ -39,6 +39,14 @@ def test_a_row_for_each_cell_in_the_order_of_the_suite(tmp_path: Path) -> None:
     assert rows[1:] == ["| first | an error |  |  |  | a sentence |", "| a \\| b | works | 2 ffn | 3 | 2e-07 | ffn: why |"]
 
 
+def test_some_cells_replace_their_rows_and_leave_the_others(tmp_path: Path) -> None:
+    first, last = ({**CELL, "name": name, "order": order} for name, order in (("first", 0), ("last", 2)))
+    other, changed = {**CELL, "group": "Other"}, {**CELL, "compiles": 4}
+    want = page(results(tmp_path, first, changed, last, other))
+    for before in (page(results(tmp_path, first, *had, last, other)) for had in ([], [CELL])):
+        assert page(results(tmp_path, changed), before) == want
+
+
 @pytest.mark.parametrize("outcome", ["failed", "skipped"])
 def test_no_page_of_a_run_that_did_not_pass(outcome: str, tmp_path: Path) -> None:
     with pytest.raises(IncompleteError, match=f"Loops: other \\({outcome}\\)"):

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sptc
 from tests.models.zoo import documents
-from tests.stack.matrix import PAPER, SPARSE, Cell, Run, check, rows
-from tests.stack.models import batch, examples, llama, lora
+from tests.stack.matrix import MEASURED, PAPER, SPARSE, Cell, Run, check, rows
+from tests.stack.models import NO_HOOK, batch, examples, llama, lora, without_hook
 from tests.stack.results import record, record_verdict
 
 LENGTHS = (19, 13, 17, 11, 23, 9)  # of examples that are padded to the longest of their batch
@@ -57,8 +57,11 @@ def logged(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def in_place(run: Run, data: list[Any] | None = None, collate: Any = pad, attention: str = "sdpa", **arguments: Any) -> Any:
-    model = run.train(lora(llama(use_cache=True, attn_implementation=attention)))
+def in_place(
+    run: Run, data: list[Any] | None = None, collate: Any = pad, attention: str = "sdpa", hook: bool = True, **arguments: Any
+) -> Any:
+    model = llama(use_cache=True, attn_implementation=attention)
+    model = run.train(lora(model if hook else without_hook(model)))
     run.compile_in_place(model)
     t = trainer(run.folder, model, data, collate, **arguments)
     t.train()
@@ -82,8 +85,9 @@ def evaluated_and_generating(run: Run) -> None:
     assert run.compiles == trained, "generating, evaluating and training on compile nothing more"
 
 
-def checkpointed(run: Run, reentrant: bool) -> None:
-    in_place(run, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+def checkpointed(run: Run, reentrant: bool, hook: bool = True) -> None:
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    in_place(run, hook=hook, **arguments)
 
 
 def packed(rows: list[dict[str, list[int]]], mask: bool) -> dict[str, torch.Tensor]:
@@ -148,6 +152,13 @@ CELLS = (
     Cell("bf16", partial(in_place, bf16=True), tolerance=0.05),
     Cell("gradient checkpointing", partial(checkpointed, reentrant=False), compiles=3, why=HOOK),
     Cell("gradient checkpointing, reentrant", partial(checkpointed, reentrant=True), compiles=3, why=HOOK),
+    Cell(
+        "gradient checkpointing, default densities",
+        partial(checkpointed, reentrant=False, hook=False),
+        regions={"ffn": 2},
+        options=MEASURED,
+        why=NO_HOOK,
+    ),
     Cell("padded batches of varying length", partial(in_place, data=examples(12, LENGTHS)), compiles=2, fast=True),
     Cell(
         "the same, grouped by length", partial(in_place, data=examples(12, LENGTHS), train_sampling_strategy="group_by_length"), compiles=2
@@ -161,6 +172,7 @@ CELLS = (
     Cell("logits dropped", in_place, options={**SPARSE, "loss.logits": "drop"}),
     Cell("the paper's option, sptc.prepare", prepared, options=PAPER, tolerance=None),
     Cell("by Inductor", in_place, inductor=True),
+    Cell("by Inductor, gradient checkpointing", partial(checkpointed, reentrant=False, hook=False), why=NO_HOOK, inductor=True),
 )
 
 

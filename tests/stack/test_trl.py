@@ -13,8 +13,8 @@ from peft import LoraConfig
 
 import sptc
 from tests.models.zoo import VOCABULARY
-from tests.stack.matrix import Cell, Run, check, rows
-from tests.stack.models import LENGTH, batch, examples, llama, shake
+from tests.stack.matrix import MEASURED, SPARSE, Cell, Run, check, rows
+from tests.stack.models import LENGTH, NO_HOOK, batch, examples, llama, lora, shake, without_hook
 from tests.stack.results import record
 from tests.stack.test_trainer import logged
 
@@ -62,19 +62,42 @@ def trained(run: Run, trainer: Any) -> None:
     run.losses = logged(trainer)
 
 
-def sft(run: Run, lengths: tuple[int, ...] = (LENGTH,), completion: bool = False, **more: Any) -> None:
+def sft(run: Run, lengths: tuple[int, ...] = (LENGTH,), completion: bool = False, own: bool = False, **more: Any) -> None:
+    """SFTTrainer.
+
+    Args:
+        own: the model computes its loss itself, as in the Trainer of transformers; the first one is TRL's. Its embedding has no hook.
+    """
     from datasets import Dataset
+    from transformers import Trainer
     from trl import SFTConfig, SFTTrainer
+
+    class ModelsLoss(SFTTrainer):
+        compute_loss = Trainer.compute_loss
 
     texts = [words(row["input_ids"]) for row in examples(8, lengths)]
     data = [{"prompt": text[:20], "completion": text[20:]} for text in texts] if completion else [{"text": text} for text in texts]
     config = SFTConfig(**arguments(run.folder, **more))
     model, dataset = llama(use_cache=True), Dataset.from_list(data)
-    trained(run, SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer(), peft_config=ADAPTER))
+    made = ModelsLoss if own else SFTTrainer
+    if own:
+        without_hook(model)
+    trainer = made(model=model, args=config, train_dataset=dataset, processing_class=tokenizer(), peft_config=ADAPTER)
+    if own:
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        with torch.no_grad():
+            losses = [which.compute_loss(trainer, trainer.model, dict(batch)) for which in (ModelsLoss, SFTTrainer)]
+        torch.testing.assert_close(*losses, rtol=1e-2 if trainer.args.bf16 else 1e-5, atol=0)
+        trainer._metrics["train"].clear()
+    trained(run, trainer)
 
 
-def dpo(run: Run) -> None:
-    """The reference is the same compiled model under `disable_adapter()`: after training it still is the base model."""
+def dpo(run: Run, copied: bool = False) -> None:
+    """The reference is the same compiled model under another adapter: after training it still is the model that training started from.
+
+    Args:
+        copied: the adapter is there before the trainer, which makes a copy of it, named "ref"; else the reference is without adapter.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -82,8 +105,10 @@ def dpo(run: Run) -> None:
     data = [{"prompt": a[:20], "chosen": a[20:], "rejected": b[20:]} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     config = DPOConfig(**arguments(run.folder, max_length=24))
     base = llama(use_cache=True)
-    plain = copy.deepcopy(base)
-    trainer = DPOTrainer(model=base, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(), peft_config=ADAPTER)
+    model, adapter = (lora(base), None) if copied else (base, ADAPTER)
+    plain = copy.deepcopy(model)
+    trainer = DPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(), peft_config=adapter)
+    assert ("ref" in trainer.model.peft_config) == copied
     trained(run, trainer)
     inputs = next(iter(trainer.get_train_dataloader()))
     got = trainer.compute_ref_log_probs(trainer.model, inputs)
@@ -123,7 +148,8 @@ def grpo(run: Run) -> None:
     torch.testing.assert_close(*scores)
 
 
-OUTSIDE = "TRL computes the loss in an operator of its own, outside of the graph: give densities; they hold for all tokens"
+OUTSIDE = "TRL computes the loss in an operator of its own, outside of the graph: densities that are given hold for all tokens"
+OWN = "class Own(SFTTrainer): compute_loss = transformers.Trainer.compute_loss"
 EXACT_FORWARD = {"decline": "never", "attention.enabled": False, "max_rise": 0, "ffn.gradient_density": 0.5}
 MIXED = (9, 13, 7, 11)
 
@@ -134,8 +160,25 @@ CELLS = (
         sft,
         3,
         {},
-        {"attention": "set attention.density", "ffn": "and ffn.density"},
+        {"ffn": "let the model compute its loss from labels, in one graph with its layers, or set attention.density"},
         options={"decline": "never"},
+        needs="trl",
+    ),
+    Cell(
+        "SFTTrainer, the model's own loss, default densities",
+        partial(sft, own=True, completion=True),
+        2,
+        {"ffn": 2},
+        options=MEASURED,
+        why=OWN,
+        needs="trl",
+    ),
+    Cell(
+        "SFTTrainer, the model's own loss, logits dropped",
+        partial(sft, own=True, completion=True),
+        2,
+        options={**SPARSE, "loss.logits": "drop"},
+        why=OWN,
         needs="trl",
     ),
     Cell("SFTTrainer, completion-only loss", partial(sft, completion=True), 3, needs="trl"),
@@ -148,7 +191,18 @@ CELLS = (
         tolerance=0.05,
         needs="trl",
     ),
+    Cell(
+        "SFTTrainer, the model's own loss, default densities, gradient checkpointing and bf16",
+        partial(sft, own=True, completion=True, gradient_checkpointing=True, bf16=True),
+        2,
+        {"ffn": 2},
+        options=MEASURED,
+        tolerance=0.05,
+        why=f"{OWN}; {NO_HOOK}",
+        needs="trl",
+    ),
     Cell("DPOTrainer, reference by disable_adapter", dpo, 6, needs="trl"),
+    Cell("DPOTrainer, reference by a copy of the adapter", partial(dpo, copied=True), 6, needs="trl"),
     Cell("GRPOTrainer, two steps with an exact forward pass", grpo, 6, {"ffn": 2}, options=EXACT_FORWARD, falls=False, needs="trl"),
 )
 
