@@ -9,7 +9,7 @@ tensors appended to the body's operands, so that the state is at hand where the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,7 @@ from sptc.config import Config, ConfigError
 from sptc.ir.region import AttentionRegion, CodebookState, FfnRegion, Refusal, Region, RouterState, State
 from sptc.paper.state import MARK, Slot, parse_layout
 from sptc.passes.graph.frame import Frame, frames, hand_down, input_index, outermost, parameter
-from sptc.passes.graph.pattern import shape
+from sptc.passes.graph.pattern import exchanged, shape
 from sptc.passes.graph.site import parameter_path, site_of, unwrapped
 from sptc.passes.unit import Unit
 
@@ -76,12 +76,12 @@ def bind(unit: Unit) -> Unit:
     for _, mark in marks:
         mark.replace_all_uses_with(before[mark])
         mark.graph.erase_node(mark)
-    kept = {region: _substitute(region, before) for region in unit.regions if region not in refused}
+    kept = {region: exchanged(region, before) for region in unit.regions if region not in refused}
     return replace(
         unit,
         regions=tuple(kept.values()),
-        losses=_substitute(unit.losses, before),
-        refusals=tuple(_substitute(r, before) for r in (*unit.refusals, *dict.fromkeys(refusals))),
+        losses=exchanged(unit.losses, before),
+        refusals=tuple(exchanged(r, before) for r in (*unit.refusals, *dict.fromkeys(refusals))),
         states={kept[region]: state for region, state in states.items()},
     )
 
@@ -208,16 +208,3 @@ def _without_region(marked: _Marked, regions: Sequence[Region], unit: Unit) -> l
         "whose hooks Dynamo runs outside the graph; compile a module around it, or set torch._dynamo.config.wrap_top_frame = True"
     )
     return [Refusal(kind, "state", marked.mark, reason, site)]
-
-
-def _substitute(value: Any, nodes: Mapping[Node, Node]) -> Any:
-    """`value` (dataclasses and tuples of nodes) with nodes exchanged."""
-    if isinstance(value, Node):
-        return nodes.get(value, value)
-    if isinstance(value, tuple):
-        return tuple(_substitute(v, nodes) for v in value)
-    if isinstance(value, frozenset):
-        return frozenset(_substitute(v, nodes) for v in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _substitute(getattr(value, f.name), nodes) for f in fields(value)})
-    return value

@@ -37,23 +37,18 @@ def run(unit: Unit, pipeline: Sequence[tuple[Pass, str]], observe: Observer | No
             if apply is lower:
                 break
             continue
-        nodes, before = _size(unit), _operators(unit)
-        start = time.perf_counter()
+        before, start = _operators(unit), time.perf_counter()
         unit = apply(unit)
         if unit.closed is None:
             for gm in graphs(unit.gm):
                 gm.graph.lint()
                 gm.recompile()
-        record = PassRecord(apply.__name__, time.perf_counter() - start, nodes, _size(unit))
+        record = PassRecord(apply.__name__, time.perf_counter() - start)
         unit = replace(unit, records=(*unit.records, record))
         log.debug("%s: %.0f ms, %s", record.name, record.seconds * 1e3, ", ".join(_changes(before, _operators(unit))) or "graph as it was")
         if observe is not None:
             observe(apply.__name__, unit)
     return unit
-
-
-def _size(unit: Unit) -> int:
-    return sum(len(gm.graph.nodes) for gm in graphs(unit.gm))
 
 
 def _operators(unit: Unit) -> Counter[str]:

@@ -15,12 +15,10 @@ from sptc.ir.region import Counted, Decision, LossRegion, Refusal, Region, Rows,
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass as it ran: its name, seconds, nodes before and after."""
+    """One pass as it ran: its name and seconds."""
 
     name: str
     seconds: float
-    nodes_before: int
-    nodes_after: int
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch.fx import Node
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Counted, FfnRegion, Step
-from sptc.passes.graph.build import Builder, aten
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames
+from sptc.passes.graph.insert import insert
 from sptc.passes.graph.pattern import TRANSPARENT, argument, dtype, op, same_size, shape
-from sptc.passes.graph.rows import Rows, UnreadableRows, brought_back
+from sptc.passes.graph.rows import Rows, UnreadableRows, brought_back, sized
 from sptc.passes.graph.site import called
 
 LOSSES = {f"aten.{name}.default" for name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "nll_loss_forward")}
@@ -73,10 +73,11 @@ def insert_mask(gm: fx.GraphModule, counted: Counted) -> Node:
     with gm.graph.inserting_before(anchor):
         for node in counted.chain:
             copies[node] = gm.graph.node_copy(node, lambda n: copies.get(n, n))
-    b = Builder(anchor, counted.target)
-
-    mask = b.call(aten.ne.Scalar, copies.get(counted.target, counted.target), counted.ignored)
-    return brought_back(b, mask, counted.undo, False, lambda node: copies.get(node, node))
+    read = {node: copies.get(node, node) for node in (counted.target, *sized(counted.undo))}
+    mask: Node = insert(
+        anchor, lambda t: brought_back(t[counted.target] != counted.ignored, counted.undo, False, t), read, like=counted.target
+    )
+    return mask
 
 
 def _counted(gm: fx.GraphModule, losses: Sequence[Node]) -> Counted:

@@ -221,9 +221,7 @@ class Scores:
     def _nothing_behind(self, node: Node) -> None:
         """Refuses a mask, a bias or a number that is applied before a function of the scores, which would change it too."""
         if self._function != expression.U0:
-            raise Refused(
-                "scores", node, f"{called(node)} ({op(node)}) masks the scores or adds to them before a function of each is taken"
-            )
+            raise Refused("scores", node, f"{called(node)} ({op(node)}) masks the scores or adds to them before a function of each")
 
     def _scaled(self, node: Node) -> Node:
         a, b = node.args[:2]

@@ -11,10 +11,9 @@ from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_aggregate
-from torch.utils.checkpoint import CheckpointPolicy
 
 from sptc.passes.graph.modes import autocast_like
-from sptc.passes.graph.pattern import dtype, shape, value
+from sptc.passes.graph.pattern import dtype, value
 
 aten = torch.ops.aten
 
@@ -45,50 +44,11 @@ class Builder:
             node.meta["unbacked_bindings"] = bindings
         return node
 
-    def recomputed(self, node: Node) -> Node:
-        """The node, to be computed again in backward and not kept until then. Not for random numbers."""
-        # The partitioner wants to know which checkpoint a mark is of; those of checkpoints count from 1.
-        node.meta.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=0)
-        return node
-
     def item(self, node: Node, index: int) -> Node:
         return self.call(operator.getitem, node, index)
 
-    def size(self, node: Node, dim: int) -> Node | int:
-        """The size of a dimension: a number when static, else a node that computes it."""
-        known = shape(node)[dim]
-        return known if isinstance(known, int) else self.call(aten.sym_size.int, node, dim)
-
     def cast(self, node: Node, to: torch.dtype | None) -> Node:
         return node if to is None or dtype(node) == to else self.call(aten.to.dtype, node, to)
-
-    def single(self, node: Node) -> Node:
-        """In fp32 whatever autocast makes of `node`."""
-        return self.call(aten.to.dtype, node, torch.float32)
-
-    def rows(self, node: Node) -> Node:
-        """[..., d] as [N, d]."""
-        return node if len(shape(node)) == 2 else self.call(aten.reshape.default, node, [-1, shape(node)[-1]])
-
-    def like_rows_of(self, node: Node, x: Node, y: Node) -> Node:
-        """[N, d] with the leading dimensions of `y`, which are those of `x` or are flat already."""
-        lead = shape(y)[:-1]
-        if len(lead) == 1:
-            return node
-        if len(shape(x)) == len(shape(y)):
-            sizes: list[Any] = [self.size(x, i) for i in range(len(lead))]
-        else:
-            sizes = [s if isinstance(s, int) else self._known(s) for s in lead]
-        return self.call(aten.reshape.default, node, [*sizes, shape(node)[-1]])
-
-    def _known(self, size: torch.SymInt) -> Node | int:
-        """A node before the anchor that computes a symbolic size; -1, once, for a size that only the anchor has."""
-        for node in self._anchor.graph.nodes:
-            if node is self._anchor:
-                return -1
-            if isinstance(value(node), torch.SymInt) and value(node).node.expr == size.node.expr:
-                return node
-        return -1
 
     def seed(self) -> Node:
         """A fresh seed for dropout, drawn in this graph so that recomputation in a checkpoint draws the same one."""

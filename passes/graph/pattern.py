@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,17 @@ def base_name(node: Any) -> str:
 def value(node: Any) -> Any:
     """The fake tensor, size or number that a node computes; None when unknown."""
     return node.meta.get("val") if isinstance(node, Node) else node
+
+
+def exchanged(held: Any, nodes: Mapping[Node, Any]) -> Any:
+    """`held` (dataclasses, tuples and sets of nodes) with other nodes, or whatever stands for nodes."""
+    if isinstance(held, Node):
+        return nodes.get(held, held)
+    if isinstance(held, tuple | frozenset):
+        return type(held)(exchanged(item, nodes) for item in held)
+    if is_dataclass(held) and not isinstance(held, type):
+        return replace(held, **{f.name: exchanged(getattr(held, f.name), nodes) for f in fields(held)})
+    return held
 
 
 def shape(node: Any) -> tuple[Any, ...]:

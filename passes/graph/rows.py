@@ -5,14 +5,14 @@ The axis of the classes is followed on the way, so that labels, which have no su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from sptc.ir.region import Pad, Permute, Reshape, Step
-from sptc.passes.graph.build import Builder, aten
 from sptc.passes.graph.pattern import VIEWS, argument, keeps_last_axis, op, same_size, shape, value
 from sptc.passes.graph.site import called
 
@@ -80,26 +80,30 @@ class Rows:
         return None
 
 
-def brought_back(b: Builder, labels: Node, steps: Sequence[Step], fill: Any, place: Callable[[Node], Node] = lambda node: node) -> Node:
-    """Labels, or a mask, of the loss's rows as those of the tokens, [N]; `fill` is the label of a row that was cut off.
+def sized(steps: Iterable[Step]) -> list[Node]:
+    """The nodes whose sizes bringing labels back needs."""
+    sizes = (size for step in steps if isinstance(step, Reshape) for size in step.sizes)
+    return [size[0] for size in sizes if isinstance(size, tuple)]
 
-    `place`: where to read the size of a node that the steps name.
+
+def brought_back(labels: Tensor, steps: Iterable[Step], fill: int | bool, tensors: Mapping[Node, Tensor]) -> Tensor:
+    """Labels, or a mask, of the loss's rows as those of the tokens, [N].
+
+    Args:
+        labels: of the rows of the loss, of any shape.
+        steps: what undoes what happened to the rows of the tokens on their way to the loss.
+        fill: the label of a row that was cut off.
+        tensors: of the nodes `sized(steps)`.
     """
-
-    def size(given: int | tuple[Node, int] | None) -> Node | int:
-        if isinstance(given, tuple):
-            return b.size(place(given[0]), given[1])
-        return -1 if given is None else given
-
     for step in steps:
         if isinstance(step, Reshape):
-            labels = b.call(aten.reshape.default, labels, [size(given) for given in step.sizes])
+            labels = labels.reshape([tensors[s[0]].shape[s[1]] if isinstance(s, tuple) else -1 if s is None else s for s in step.sizes])
         elif isinstance(step, Permute):
-            labels = b.call(aten.permute.default, labels, list(step.order))
+            labels = labels.permute(step.order)
         else:
-            around = [0, 0] * (len(shape(labels)) - 1 - step.dim) + [step.before, step.after]
-            labels = b.call(aten.constant_pad_nd.default, labels, around, fill)
-    return b.call(aten.reshape.default, labels, [-1])
+            around = [0, 0] * (labels.dim() - 1 - step.dim) + [step.before, step.after]
+            labels = torch.constant_pad_nd(labels, around, fill)
+    return labels.reshape(-1)
 
 
 def order_of(node: Node) -> tuple[int, ...] | None:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.nn.functional import linear
 
 from sptc.ir.region import FfnRegion, FfnSettings, RouterState
 from sptc.paper.fit import STAND_IN_SCALING
-from sptc.passes.graph.build import Builder, aten
-from sptc.passes.graph.pattern import dtype, shape
-from sptc.passes.rewrite.write_ffn import Ffn, Part
+from sptc.passes.graph.insert import as_rows, cast, recomputed
+from sptc.passes.rewrite.write_ffn import Ffn, Part, Tensors, insert_ffn
 
 ops = torch.ops.sptc
 
 
 def rewrite_blocks(region: FfnRegion, settings: FfnSettings, state: RouterState | None, keep: Node | None = None) -> Node:
     """Insert the routed FFN before `region.y`; returns the node that replaces it. `keep` is bool [N], of the region's graph."""
-    b = Builder(region.y)
-    x = b.rows(region.x)
-    scores, added = _trained_scores(b, x, state) if state is not None else (_scores_by_weights(b, region, x, settings), None)
-    part = _Blocks(b, x, settings, b.call(ops.route.default, scores, settings.active, keep), added, keep is not None)
-    y = Ffn(region, part).output()
+    return insert_ffn(region, _routed, settings, state, operands=(keep,))
+
+
+def _routed(region: FfnRegion, settings: FfnSettings, state: RouterState | None, t: Tensors, keep: Tensor | None) -> Tensor:
+    """Outputs [N, d_out]. `keep`, bool [N]: tokens that get more blocks than others; None: all are alike."""
+    x = as_rows(t[region.x])
+    scores, added = _trained_scores(t, x, state) if state is not None else (_scores_by_weights(region, t, x, settings), None)
+    part = _Blocks(x, settings, ops.route(scores, settings.active, keep), added, keep is not None)
+    y = Ffn(region, t, part).output()
     if state is not None and settings.active < settings.blocks:
-        y = b.call(aten.add.Tensor, y, _stand_in(b, x, state, part.share))
-    return b.cast(b.like_rows_of(y, region.x, region.y), dtype(region.y))
+        y = y + _stand_in(t, x, state, part.share)
+    return y
 
 
 class _Blocks(Part):
@@ -33,81 +38,70 @@ class _Blocks(Part):
     different numbers of blocks.
     """
 
-    def __init__(self, b: Builder, x: Node, settings: FfnSettings, lists: Node, added: Node | None, uneven: bool) -> None:
-        super().__init__(b)
+    def __init__(self, x: Tensor, settings: FfnSettings, lists: tuple[Tensor, ...], added: Tensor | None, uneven: bool) -> None:
         self._x, self._settings = x, settings
-        self._entries, self._blocks, self._offsets = (b.item(lists, i) for i in range(3))
+        self._entries, self._blocks, self._offsets = lists
         self._scale = None
         if added is not None and settings.active < settings.blocks:
-            scale = b.call(aten.mul.Tensor, b.call(aten.sigmoid.default, added), 2.0)
-            self._scale = b.call(aten.unsqueeze.default, b.call(aten.index.Tensor, scale, [self._entries, self._blocks]), 1)
-        self.share: Node | float = self._used() if uneven else settings.density
+            self._scale = (added.sigmoid() * 2.0)[self._entries, self._blocks].unsqueeze(1)
+        self.share: Tensor | float = self._used() if uneven else settings.density
 
-    def enter(self, x: Node, weight: Node, bias: Node | None = None) -> Node:
-        u = self.b.call(ops.gather_product.default, x, self._by_blocks(weight), self._entries, self._offsets)
-        if bias is None:
-            return u
-        of_block = self.b.call(aten.index_select.default, self.b.cast(self._by_blocks(bias), dtype(u)), 0, self._blocks)
-        return self.b.call(aten.add.Tensor, u, of_block)
+    def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        u: Tensor = ops.gather_product(x, self._by_blocks(weight), self._entries, self._offsets)
+        return u if bias is None else u + cast(self._by_blocks(bias), u.dtype).index_select(0, self._blocks)
 
-    def leave(self, hidden: Node, weight: Node, bias: Node | None = None) -> Node:
-        weight = self._by_blocks(self.b.call(aten.t.default, weight))
-        y = self.b.call(ops.scatter_product.default, hidden, weight, self._entries, self._offsets, self.b.size(self._x, 0))
-        return y if bias is None else self.b.call(aten.add.Tensor, y, self.b.cast(bias, dtype(y)))
+    def leave(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = ops.scatter_product(hidden, self._by_blocks(weight.t()), self._entries, self._offsets, self._x.shape[0])
+        return y if bias is None else y + cast(bias, y.dtype)
 
-    def weighed(self, hidden: Node) -> Node:
+    def weighed(self, hidden: Tensor) -> Tensor:
         if self._scale is None:
             return hidden
-        scaled = self.b.recomputed(self.b.call(aten.mul.Tensor, hidden, self._scale))
-        return scaled if dtype(scaled) == dtype(hidden) else self.b.recomputed(self.b.cast(scaled, dtype(hidden)))
+        return recomputed(cast(recomputed(hidden * self._scale), hidden.dtype))
 
-    def whole(self, low: Node) -> Node:
+    def whole(self, low: Tensor) -> Tensor:
         """Divided by the share of its blocks that a token uses, as what dropout keeps is, so that an adapter moves the output as far, and
         learns as fast, as in the dense FFN."""
-        if self.share == 1.0:
-            return low
-        return self.b.cast(self.b.call(aten.div.Tensor, low, self.share), dtype(low))
+        return low if isinstance(self.share, float) and self.share == 1.0 else cast(low / self.share, low.dtype)
 
-    def _by_blocks(self, operand: Node) -> Node:
+    def _by_blocks(self, operand: Tensor) -> Tensor:
         """[units, ...] as [G, units of a block, ...]."""
-        return self.b.call(aten.unflatten.int, operand, 0, [self._settings.blocks, int(shape(operand)[0]) // self._settings.blocks])
+        return operand.unflatten(0, (self._settings.blocks, int(operand.shape[0]) // self._settings.blocks))
 
-    def _used(self) -> Node:
+    def _used(self) -> Tensor:
         """The share of its blocks that each token uses, fp32 [N, 1]."""
-        ones = self.b.call(aten.ones_like.default, self._entries, dtype=torch.float32)
-        none = self.b.call(aten.new_zeros.default, ones, [self.b.size(self._x, 0)])
-        counts = self.b.call(aten.index_add.default, none, 0, self._entries, ones)
-        return self.b.call(aten.unsqueeze.default, self.b.call(aten.div.Tensor, counts, self._settings.blocks), 1)
+        ones = torch.ones_like(self._entries, dtype=torch.float32)
+        counts = ones.new_zeros(self._x.shape[0]).index_add(0, self._entries, ones)
+        return (counts / self._settings.blocks).unsqueeze(1)
 
 
-def _trained_scores(b: Builder, x: Node, state: RouterState) -> tuple[Node, Node]:
+def _trained_scores(t: Tensors, x: Tensor, state: RouterState) -> tuple[Tensor, Tensor]:
     """Scores [N, G] that choose, and the part of them that training has added, which scales (`sptc.paper.state.Router`).
 
     The paper (section 3) scales by 2 sigmoid of the whole logit, without a start: for the few tokens of great norm, whose logits are
     great, that doubled the FFN's output.
     """
-    start = b.call(aten.detach.default, b.single(_linear(b, x, state.start_weight, state.start_bias)))
-    added = b.single(_linear(b, x, state.weight, state.bias))
-    return b.call(aten.add.Tensor, start, added), added
+    start = cast(_linear(x, t[state.start_weight], t[state.start_bias]), torch.float32).detach()
+    added = cast(_linear(x, t[state.weight], t[state.bias]), torch.float32)
+    return start + added, added
 
 
-def _scores_by_weights(b: Builder, region: FfnRegion, x: Node, settings: FfnSettings) -> Node:
+def _scores_by_weights(region: FfnRegion, t: Tensors, x: Tensor, settings: FfnSettings) -> Tensor:
     """Without trained state: a block's score is x times the mean of its rows of the first up projection; it does not scale."""
     up = region.ups[0]
-    weight = Part(b).units(up.weight, 1 if up.transposed else 0, up.rows)
-    weight = b.call(aten.detach.default, b.call(aten.t.default, weight) if up.transposed else weight)
-    blocks = b.call(aten.unflatten.int, weight, 0, [settings.blocks, region.hidden // settings.blocks])
-    return b.single(b.call(aten.linear.default, b.call(aten.detach.default, x), b.call(aten.mean.dim, blocks, [1])))
+    weight = Part().units(t[up.weight], 1 if up.transposed else 0, up.rows)
+    weight = (weight.t() if up.transposed else weight).detach()
+    means = weight.unflatten(0, (settings.blocks, region.hidden // settings.blocks)).mean(1)
+    return cast(linear(x.detach(), means), torch.float32)
 
 
-def _stand_in(b: Builder, x: Node, state: RouterState, used: Node | float) -> Node:
+def _stand_in(t: Tensors, x: Tensor, state: RouterState, used: Tensor | float) -> Tensor:
     """What stands in for the blocks that a token leaves out, [N, d_out]: a low-rank linear map of x, times twice their share."""
-    y = _linear(b, _linear(b, x, state.low), state.high, state.constant)
+    y = _linear(_linear(x, t[state.low]), t[state.high], t[state.constant])
     if isinstance(used, float):
-        return b.call(aten.mul.Tensor, y, STAND_IN_SCALING * (1.0 - used))
-    share = b.call(aten.mul.Tensor, b.call(aten.rsub.Scalar, used, 1.0), STAND_IN_SCALING)
-    return b.call(aten.mul.Tensor, y, b.cast(share, dtype(y)))
+        return y * (STAND_IN_SCALING * (1.0 - used))
+    return y * cast((1.0 - used) * STAND_IN_SCALING, y.dtype)
 
 
-def _linear(b: Builder, x: Node, weight: Node, bias: Node | None = None) -> Node:
-    return b.call(aten.linear.default, x, b.cast(weight, dtype(x)), None if bias is None else b.cast(bias, dtype(x)))
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from sptc.ir.region import (
@@ -25,13 +26,14 @@ from sptc.ir.region import (
     State,
     UnitSettings,
 )
+from sptc.passes.find.counted import fits
 from sptc.passes.graph.effects import remove_dead_code
 from sptc.passes.graph.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
 from sptc.passes.rewrite.loss import drop_returned, rewrite_loss
-from sptc.passes.rewrite.token_lists import TokenLists, insert_tokens
+from sptc.passes.rewrite.token_lists import TokenLists, Tokens, insert_tokens
 from sptc.passes.rewrite.units import rewrite_units
 from sptc.passes.unit import Unit
 
@@ -88,7 +90,9 @@ def sparse_form(region: Region, settings: Settings, state: State | None, by_grap
 
     if isinstance(settings, UnitSettings):
         assert region.kind == "ffn"
-        rows = tokens.by_rows[settings.rows].through(here)
+        rows: Tokens = pytree.tree_map_only(Node, here, tokens.by_rows[settings.rows])
+        if settings.rows != "counted" and not fits(tokens.padded, region):
+            rows = rows._replace(sample=None)
         if settings.gradients_only:
             return rewrite_gradients(region, settings, rows, again=by_graph[region.y.graph].call is not None)
         return rewrite_units(region, settings, rows)

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
 
 from sptc.ir.region import LossRegion, LossSettings
 from sptc.passes.find.loss import needed
-from sptc.passes.graph.build import Builder, aten
-from sptc.passes.graph.pattern import dtype, shape
-from sptc.passes.graph.rows import brought_back
+from sptc.passes.graph.insert import as_rows, cast, insert
+from sptc.passes.graph.pattern import dtype
+from sptc.passes.graph.rows import brought_back, sized
 
 
 def rewrite_loss(region: LossRegion, settings: LossSettings) -> Node:
     """Insert the operator before `region.y`; returns the node that replaces it."""
-    b, projection, to = Builder(region.y), region.projection, region.product
+    projection = region.projection
+    lora = projection.lora
+    named = (projection.x, projection.weight, region.bias, region.labels, *(() if lora is None else (lora.low, lora.b, lora.scaling)))
+    read = {node: node for node in (*named, *sized(region.undo)) if isinstance(node, Node)}
+    result: Node = insert(region.y, partial(_loss, region, settings), read)
+    return result
 
-    def of_classes(operand: Node) -> Node:
+
+def _loss(region: LossRegion, settings: LossSettings, t: Mapping[Node, Any]) -> Tensor:
+    """The loss, a number, from the tensors of the region's operands."""
+    projection, to, lora = region.projection, region.product, region.projection.lora
+
+    def of_classes(operand: Tensor) -> Tensor:
         """Of a weight or bias, [out, ...], what belongs to the classes."""
-        return operand if projection.rows is None else b.call(aten.slice.Tensor, operand, 0, *projection.rows)
+        return operand if projection.rows is None else torch.ops.aten.slice(operand, 0, *projection.rows)
 
-    weight = b.call(aten.t.default, projection.weight) if projection.transposed else projection.weight
-    bias = region.bias
-    if bias is not None:
-        bias = b.call(aten.reshape.default, bias, [-1]) if len(shape(bias)) > 1 else bias
-        bias = b.cast(bias if shape(bias)[0] == region.classes else of_classes(bias), to)
-    low, up = None, None
-    if projection.lora is not None:
-        low, up = projection.lora.low, of_classes(projection.lora.b)
-        low = b.rows(low if projection.lora.scaling == 1.0 else b.call(aten.mul.Tensor, low, projection.lora.scaling))
-        up = b.cast(up, dtype(low))
-    labels = b.cast(brought_back(b, region.labels, region.undo, region.ignored), torch.int64)
-    outcome = b.call(
-        torch.ops.sptc.linear_cross_entropy.default,
-        *(b.cast(b.rows(projection.x), to), b.cast(of_classes(weight), to), bias, low, up, labels),
+    weight, bias, low, up = t[projection.weight], None, None, None
+    if region.bias is not None:
+        bias = t[region.bias]
+        bias = bias.reshape(-1) if bias.dim() > 1 else bias
+        bias = cast(bias if bias.shape[0] == region.classes else of_classes(bias), to)
+    if lora is not None:
+        low, up = t[lora.low], of_classes(t[lora.b])
+        if lora.scaling != 1.0:
+            low = low * (t[lora.scaling] if isinstance(lora.scaling, Node) else lora.scaling)
+        low = as_rows(low)
+        up = cast(up, low.dtype)
+    labels = cast(brought_back(t[region.labels], region.undo, region.ignored, t), torch.int64)
+    loss: Tensor = torch.ops.sptc.linear_cross_entropy(
+        *(cast(as_rows(t[projection.x]), to), cast(of_classes(weight.t() if projection.transposed else weight), to), bias, low, up, labels),
         *(region.ignored, region.mean, region.smoothing, region.transform, settings.rows, list(needed(region))),
-    )
-    return b.cast(b.item(outcome, 0), dtype(region.y))
+    )[0]
+    return cast(loss, dtype(region.y))
 
 
 def drop_returned(graph: fx.Graph, logits: tuple[Node, ...]) -> tuple[int, ...]:

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from sptc.ir.region import Counted, FfnSettings, Rows, Settings, UnitSettings
 from sptc.passes.find.counted import insert_mask
 from sptc.passes.find.padding import averages_padding, padding_mask
-from sptc.passes.graph.build import Builder, aten
+from sptc.passes.graph.insert import insert
 from sptc.passes.graph.pattern import same_size, shape
 from sptc.passes.unit import Unit
 
 ops = torch.ops.sptc
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Nodes of one graph; None: not known, or not asked for. Rows are numbers, int64, of N tokens in all."""
+class Tokens(NamedTuple):
+    """Tensors where a form is traced, and their nodes in the graph; None: not known, or not asked for. Rows are numbers, int64, of N tokens
+    in all."""
 
-    order: Node | None = None  # the rows that are computed; None: all
-    counted: Node | None = None  # rows of the tokens that count, [c]
-    context: Node | None = None  # rows of the others that are computed
-    counted_sample: Node | None = None  # rows that the energies of the former are measured on
-    context_sample: Node | None = None
-    sample: Node | None = None  # of all tokens that are no padding
-    padded: tuple[Any, ...] = ()  # sizes of the input that tells padding
-    among: Tokens | None = None  # where rows are left out: those that count and the others as places in `counted`, then `context`
-
-    def through(self, move: Callable[[Node], Node]) -> Tokens:
-        """The same as nodes of another graph."""
-        moved = {f.name: move(node) for f in fields(self) if isinstance(node := getattr(self, f.name), Node)}
-        return replace(self, **moved, among=None if self.among is None else self.among.through(move))
+    order: Any = None  # the rows that are computed; None: all
+    counted: Any = None  # rows of the tokens that count, [c]
+    context: Any = None  # rows of the others that are computed
+    counted_sample: Any = None  # rows that the energies of the former are measured on
+    context_sample: Any = None
+    sample: Any = None  # of all tokens that are no padding
+    among: Any = None  # Tokens, where rows are left out: those that count and the others as places in `counted`, then `context`
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class TokenLists:
 
     mask: Node | None  # bool [N]: the tokens that count
     by_rows: Mapping[Rows, Tokens]
+    padded: tuple[Any, ...] = ()  # sizes of the input that tells padding: of which tokens `sample` is
 
 
 def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
@@ -60,60 +57,61 @@ def insert_tokens(unit: Unit, settings: Iterable[Settings]) -> TokenLists:
     if split or any(isinstance(s, FfnSettings) and s.keep for s in every):
         assert isinstance(unit.counted, Counted)
         mask = insert_mask(unit.gm, unit.counted)
-    anchor = mask.next if mask is not None else next(node for node in unit.gm.graph.nodes if node.op != "placeholder")
     like = mask if mask is not None else padding
     if like is None:
         return TokenLists(None, {"all": Tokens()})
-    b = Builder(anchor, like)
-    every_token = Tokens()
-    read = visible = None
-    if padding is not None:
-        real = b.call(aten.ne.Scalar, padding, 0)
-        visible = b.call(aten.reshape.default, real, [-1])
-        every_token = Tokens(sample=b.call(ops.sample_tokens.default, visible, visible), padded=shape(padding))
-        if "visible" in kinds:
-            read = b.call(aten.reshape.default, _and_all_unseen(b, real) if averages_padding(unit) else _and_first(b, real), [-1])
+    anchor = mask.next if mask is not None else next(node for node in unit.gm.graph.nodes if node.op != "placeholder")
+    averaged = padding is not None and averages_padding(unit)
+    lists = partial(_lists, kinds=kinds, known=known, averaged=averaged)
+    return TokenLists(mask, insert(anchor, lists, mask if split else None, padding, like=like), shape(padding))
+
+
+def _lists(mask: Tensor | None, padding: Tensor | None, kinds: Collection[Rows], known: bool, averaged: bool) -> dict[Rows, Tokens]:
+    """The lists for each kind of rows.
+
+    Args:
+        mask: bool [N], the tokens that count; None: they are not told apart.
+        padding: [batch, tokens], 0 at padding; None: there is none.
+        kinds: of rows that are asked for beside "all".
+        known: the tokens of both are the same.
+        averaged: queries that see nothing average over all keys, hidden ones included.
+    """
+    every, read, visible = Tokens(), None, None
     made: dict[Rows, Tokens] = {}
-    if mask is not None and split:
-        lists = b.call(ops.split_tokens.default, mask)
-        others = b.call(aten.logical_not.default, mask)
-        hidden = visible is not None and same_size(shape(visible)[0], shape(mask)[0])
-        context = b.call(aten.logical_and.default, others, visible) if hidden else others
-        samples = (b.call(ops.sample_tokens.default, mask, of) for of in (mask, context))
-        names = ("counted", "context", "counted_sample", "context_sample")
-        every_token = replace(every_token, **dict(zip(names, (b.item(lists, 0), b.item(lists, 1), *samples), strict=True)))
+    if padding is not None:
+        real = padding != 0
+        visible, first = real.reshape(-1), real[:, :1]
+        every = Tokens(sample=ops.sample_tokens(visible, visible))
+        if "visible" in kinds:
+            # Queries may see nothing where the first token is padding, and average over the sequence. Else it is read by classifiers.
+            read = torch.logical_or(real, first.logical_not()) if averaged else torch.cat([torch.ones_like(first), real[:, 1:]], 1)
+            read = read.reshape(-1)
+    if mask is not None:
+        others = mask.logical_not()
+        shown = others
+        if visible is not None and same_size(visible.shape[0], mask.shape[0]):
+            shown = torch.logical_and(others, visible)
+        counted, context = ops.split_tokens(mask)
+        first, second = (ops.sample_tokens(mask, of) for of in (mask, shown))
+        every = Tokens(None, counted, context, first, second, every.sample)
         if read is not None and known:
-            made["visible"] = _visible(b, every_token, mask, b.call(aten.logical_and.default, others, read))
+            made["visible"] = _visible(every, mask, torch.logical_and(others, read))
         if "counted" in kinds:
-            made["counted"] = Tokens(order=every_token.counted, sample=every_token.counted_sample)
+            made["counted"] = Tokens(order=counted, sample=every.counted_sample)
     if read is not None and "visible" not in made:
-        made["visible"] = replace(every_token, order=b.call(ops.rows_where.default, read))
-    return TokenLists(mask, {"all": every_token, **made})
+        made["visible"] = every._replace(order=ops.rows_where(read))
+    return {"all": every, **made}
 
 
-def _and_first(b: Builder, real: Node) -> Node:
-    """A mask [batch, tokens] that holds the first token of each sequence as well: classifiers read it, wherever padding is."""
-    first = b.call(aten.slice.Tensor, real, 1, 0, 1)
-    rest = b.call(aten.slice.Tensor, real, 1, 1)
-    return b.call(aten.cat.default, [b.call(aten.ones_like.default, first), rest], 1)
-
-
-def _and_all_unseen(b: Builder, real: Node) -> Node:
-    """A mask [batch, tokens] that holds all of a sequence whose first token is padding: queries may see nothing there, and average all."""
-    return b.call(aten.logical_or.default, real, b.call(aten.logical_not.default, b.call(aten.slice.Tensor, real, 1, 0, 1)))
-
-
-def _visible(b: Builder, every: Tokens, mask: Node, others: Node) -> Tokens:
+def _visible(every: Tokens, mask: Tensor, others: Tensor) -> Tokens:
     """Those that count, by `mask`, and the others that are read."""
-    assert every.counted is not None
-    counted, context = every.counted, b.call(ops.rows_where.default, others)
+    counted, context = every.counted, ops.rows_where(others)
     # Sizes are data: places are counted up, since an arange would have sizes of its own. And all of them together have a size of their own,
     # not the sum of two, of which a graph for backward that is given nothing else could not tell the parts.
-    order = b.call(ops.rows_where.default, b.call(aten.logical_or.default, mask, others))
-    ones, rest = b.call(aten.ones_like.default, counted), b.call(aten.ones_like.default, context)
-    place = b.call(aten.sub.Tensor, b.call(aten.cumsum.default, b.call(aten.cat.default, [ones, rest]), 0), 1)
-    first = b.call(aten.sub.Tensor, b.call(aten.cumsum.default, ones, 0), 1)
-    second = b.call(aten.add.Tensor, b.call(aten.sub.Tensor, b.call(aten.cumsum.default, rest, 0), 1), b.size(counted, 0))
-    counts = b.call(aten.lt.Scalar, place, b.size(counted, 0))
-    samples = (b.call(ops.sample_tokens.default, counts, of) for of in (counts, b.call(aten.logical_not.default, counts)))
-    return replace(every, order=order, context=context, among=Tokens(None, first, second, *samples))
+    order = ops.rows_where(torch.logical_or(mask, others))
+    ones, rest = torch.ones_like(counted), torch.ones_like(context)
+    place = torch.cat([ones, rest]).cumsum(0) - 1
+    first, second = ones.cumsum(0) - 1, rest.cumsum(0) - 1 + counted.shape[0]
+    counts = place < counted.shape[0]
+    samples = (ops.sample_tokens(counts, of) for of in (counts, counts.logical_not()))
+    return every._replace(order=order, context=context, among=Tokens(None, first, second, *samples))

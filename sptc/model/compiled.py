@@ -94,12 +94,6 @@ def report(model: Callable[..., Any]) -> Report:
     return Report.merged((graph.report for graph in graphs), notes, same)
 
 
-def compiled_graphs(model: Callable[..., Any]) -> list[CompiledGraph]:
-    """The graphs that backend "spt" compiled for `model`, in the order of compiling."""
-    found, _ = _compiled(model)
-    return [found[at] for at in sorted(found)]
-
-
 _At = tuple[int, int, int]  # which frame, which compile of it, and which of the graphs that DDPOptimizer made of that
 
 
