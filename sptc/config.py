@@ -57,6 +57,9 @@ class Config:
         "skip",
         "with gradients, tokens whose FFN output nothing reads: padding; 'skip' is exact but for what is returned of padding itself",
     )
+    ffn_recompute: bool = _option(
+        "ffn.recompute", False, "selector 'energy': backward computes hidden values again, which then take no memory: a few percent slower"
+    )
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"

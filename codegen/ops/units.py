@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
 from sptc.ir import sample
+from sptc.ir.hint import optimization_hint
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("split_tokens(Tensor counted) -> (Tensor, Tensor)")
@@ -23,9 +24,21 @@ def split_tokens(counted: Tensor) -> tuple[Tensor, Tensor]:
     return counted.nonzero().squeeze(1), counted.logical_not().nonzero().squeeze(1)
 
 
+def _some_of(rows: int | torch.SymInt) -> torch.SymInt:
+    """A number of rows that is data: an unbacked size, so that no other number compiles again.
+
+    Who needs a number to plan with takes half of the rows. Torch would take thousands, so that what is left of the rows had a negative
+    size, and the partitioner kept it for backward as if it were free.
+    """
+    # `new_dynamic_size` would want a global switch for it.
+    env = torch.library.get_ctx()._shape_env
+    count = allocate_size(env)
+    env.var_to_hint_override[count.node.expr] = optimization_hint(rows) // 2
+    return count
+
+
 def _split_fake(counted: Tensor) -> tuple[Tensor, Tensor]:
-    # The count is data: an unbacked size, so that no other count compiles again. `new_dynamic_size` would want a global switch for it.
-    count = allocate_size(torch.library.get_ctx()._shape_env)
+    count = _some_of(counted.shape[0])
     rest = counted.shape[0] - count
     torch._check(rest >= 0)
     return counted.new_empty(count, dtype=torch.int64), counted.new_empty(rest, dtype=torch.int64)
@@ -37,7 +50,7 @@ def rows_where(mask: Tensor) -> Tensor:
 
 
 def _where_fake(mask: Tensor) -> Tensor:
-    return mask.new_empty(allocate_size(torch.library.get_ctx()._shape_env), dtype=torch.int64)
+    return mask.new_empty(_some_of(mask.shape[0]), dtype=torch.int64)
 
 
 def sample_size(tokens: int) -> int:

@@ -251,7 +251,9 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     traffic = el * (_ffn_ends(s) + part * _hidden_elements(s, _DENSE_HIDDEN_PASSES)) + gathered + rows
     seconds = (flops + sample) / rates.gemm + part * _hidden_seconds(s, _DENSE_HIDDEN_PASSES, device) + (gathered + rows) / device.bandwidth
     seconds += (_SMALL_OPS + (3 + 2 * s.ups) * (2 if s.trains else 1)) * device.op_seconds
-    return Work(flops + sample, traffic, seconds, el * _ffn_kept(s, part))
+    again = part * 2 * s.tokens * s.hidden * (s.ups * s.d + s.up_ranks) * int(settings.recompute and s.needs_hidden)
+    kept = _ffn_kept(s, 0 if settings.recompute else part)
+    return Work(flops + sample + again, traffic, seconds + again / rates.gemm, el * kept)
 
 
 def ffn_through_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:

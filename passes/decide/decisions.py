@@ -127,7 +127,7 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
     units = _units(region, unit.config.ffn_gradient_density)
     rows = unit.read.get(region, "all")
     context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
-    settings = UnitSettings(region.hidden, units, context, gradients_only=True, rows=rows)
+    settings = UnitSettings(region.hidden, units, context, True, rows, unit.config.ffn_recompute)
     length = length_of(region)
     shape = ffn_shape(region, unit.states.get(region), length)
     if settings.all_units or not shape.needs_hidden:
@@ -177,6 +177,8 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         return Decision(region, False, reason, settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
+    if isinstance(settings, UnitSettings) and settings.recompute and trained:
+        return Decision(region, True, "option 'ffn.recompute' is True", settings, *costs)
     if isinstance(settings, UnitSettings) and settings.whole:
         return Decision(region, False, "at density 1 nothing would be left out", settings, *costs)
     rewrite, border = _pays(unit, dense, sparse, length)
@@ -186,9 +188,11 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
 
 
 def left_out(settings: Settings) -> str:
-    """Which tokens are left out because nothing reads them, for people."""
-    rows = settings.rows if isinstance(settings, UnitSettings) else "all"
-    return {"all": "", "visible": ", padding left out", "counted": ", for the tokens that count alone"}[rows]
+    """Which tokens are left out because nothing reads them, and what is not kept, for people."""
+    if not isinstance(settings, UnitSettings):
+        return ""
+    rows = {"all": "", "visible": ", padding left out", "counted": ", for the tokens that count alone"}[settings.rows]
+    return rows + ", hidden values computed again in backward" * settings.recompute
 
 
 def _share(unit: Unit, rows: Rows) -> sympy.Rational:
@@ -311,12 +315,12 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
-    rows = unit.read.get(region, "all")
+    rows, again = unit.read.get(region, "all"), unit.config.ffn_recompute
     if not splits(unit, region):
-        return UnitSettings(region.hidden, _units(region, density), rows=rows)
+        return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again)
     counted = unit.config.ffn_density
     context = None if rows == "counted" else _units(region, density)
-    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), context, rows=rows)
+    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), context, rows=rows, recompute=again)
 
 
 def _units(region: FfnRegion, density: float) -> int:

@@ -94,7 +94,7 @@ def sparse_form(region: Region, settings: Settings, state: State | None, by_grap
         if settings.rows != "counted" and not fits(tokens.padded, region):
             rows = rows._replace(sample=None)
         if settings.gradients_only:
-            return rewrite_gradients(region, settings, rows, again=by_graph[region.y.graph].call is not None)
+            return rewrite_gradients(region, settings, rows, again=settings.recompute or by_graph[region.y.graph].call is not None)
         return rewrite_units(region, settings, rows)
     if region.kind == "ffn":
         assert isinstance(settings, FfnSettings) and (state is None or isinstance(state, RouterState))

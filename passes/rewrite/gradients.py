@@ -84,13 +84,13 @@ class _Through(Units):
 
     def __init__(self, rows: Tensor | None, places: Tensor | None, units: Tensor | None, whole: _Whole, again: bool) -> None:
         """`places`: those of `rows` among the rows of `whole`; None: all of them."""
-        super().__init__(rows, units)
-        self._places, self._whole, self._again = places, whole, again
+        super().__init__(rows, units, again)
+        self._places, self._whole = places, whole
         self.first = [] if units is None else [units]  # what only backward reads, and the forward pass has at hand
 
     def up(self, projection: Projection, u: Tensor) -> Tensor:
         if self._again:
-            return u
+            return super().up(projection, u)
         values = self._part(self._whole.ups[projection.y])
         self.first.append(values)
         return ops.with_gradient_of(values, u)  # type: ignore[no-any-return]

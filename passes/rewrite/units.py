@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sptc.ir.region import FfnRegion, UnitSettings
+from sptc.ir.region import FfnRegion, Projection, UnitSettings
 from sptc.passes.graph.insert import as_rows, cast, recomputed
 from sptc.passes.rewrite.token_lists import Tokens
 from sptc.passes.rewrite.write_ffn import Ffn, Part, Tensors, insert_ffn
@@ -23,7 +23,7 @@ def _over_units(region: FfnRegion, settings: UnitSettings, t: Tensors, tokens: T
     """Outputs [N, d_out]; rows that nothing reads are zeros."""
 
     def of(rows: Tensor | None, sample: Tensor | None, units: int) -> Tensor:
-        return Ffn(region, t, Units(rows, _chosen(region, t, sample, units))).output()
+        return Ffn(region, t, Units(rows, _chosen(region, t, sample, units), settings.recompute)).output()
 
     if settings.context is None or settings.all_units:
         return placed(t[region.x], tokens.order, of(tokens.order, tokens.sample, settings.units))
@@ -51,19 +51,32 @@ def placed(x: Tensor, rows: Tensor | None, y: Tensor) -> Tensor:
 
 
 class Units(Part):
-    """Some tokens (their row numbers; None: all) and some units (their numbers; None: all)."""
+    """Some tokens (their row numbers; None: all) and some units (their numbers; None: all).
 
-    def __init__(self, rows: Tensor | None, units: Tensor | None) -> None:
-        self._rows, self.chosen = rows, units
+    `again`: backward computes hidden values again from the tokens.
+    """
+
+    def __init__(self, rows: Tensor | None, units: Tensor | None, again: bool = False) -> None:
+        self._rows, self.chosen, self._again = rows, units, again
 
     def tokens(self, x: Tensor) -> Tensor:
-        return as_rows(x) if self._rows is None else as_rows(x).index_select(0, self._rows)
+        if self._rows is None:
+            return as_rows(x)
+        rows = as_rows(x).index_select(0, self._rows)
+        return recomputed(rows) if self._again else rows
 
     def units(self, operand: Tensor, dim: int, of: tuple[int, int] | None) -> Tensor:
         """Gathered once more in backward, which costs less than a copy of every layer's weights."""
         if self.chosen is None:
             return super().units(operand, dim, of)
         return recomputed(operand.index_select(dim, self.chosen if of is None or of[0] == 0 else self.chosen + of[0]))
+
+    def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        hidden = super().enter(x, weight, bias)
+        return recomputed(hidden) if self._again else hidden
+
+    def up(self, projection: Projection, u: Tensor) -> Tensor:
+        return recomputed(u) if self._again else u
 
 
 def _chosen(region: FfnRegion, t: Tensors, sample: Tensor | None, units: int) -> Tensor | None:

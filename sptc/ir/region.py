@@ -234,6 +234,7 @@ class UnitSettings:
     context: int | None = None  # of the other tokens; None: all tokens are alike
     gradients_only: bool = False  # the forward pass keeps all units, whatever gradients go through
     rows: Rows = "all"  # the tokens that it is computed for: nothing reads the output of others
+    recompute: bool = False  # backward computes hidden values again from the input, and none is kept
 
     @property
     def density(self) -> float:
@@ -249,8 +250,8 @@ class UnitSettings:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out."""
-        return self.all_units and self.rows == "all"
+        """Whether nothing is left out, and nothing kept less."""
+        return self.all_units and self.rows == "all" and not self.recompute
 
 
 Settings = AttentionSettings | FfnSettings | UnitSettings

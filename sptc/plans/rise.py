@@ -242,7 +242,10 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
                 yield Decision(decision.region, True, f"{decision.reason}; {reason}", settings, dense, sparse)
                 continue
             pays = unit.config.decline == "never" or sparse.seconds < dense.seconds
-            exact = not (isinstance(settings, UnitSettings) and settings.whole) and pays
+            if isinstance(settings, UnitSettings):
+                exact = not settings.whole and (pays or settings.recompute)
+            else:
+                exact = pays
             kept = f"kept whole; {reason}" + (_exactly(settings, dense, sparse) if exact else "")
             yield Decision(decision.region, exact, kept, settings, dense, sparse)
 

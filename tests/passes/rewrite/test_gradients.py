@@ -77,6 +77,7 @@ def test_gradients_and_loss(ffn: Callable[[], nn.Module], apart: bool, adapted: 
         "units": 24 if apart else 10,
         "context": 8 if apart else None,
         "gradients_only": True,
+        "recompute": False,
         "rows": "all",
     }
 

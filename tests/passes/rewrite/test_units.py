@@ -24,7 +24,7 @@ from tests.models.compiled import assert_gradients_close, gradients, without_ind
 from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
 ALL = {"decline": "never", "ffn.padding": "compute"}  # of the tokens, whatever reads them
-FORWARD_TOO = {"gradients_only": False, "rows": "all"}
+FORWARD_TOO = {"gradients_only": False, "rows": "all", "recompute": False}
 
 
 def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
@@ -159,12 +159,14 @@ def test_padding_has_no_say(context: float | None) -> None:
     assert_gradients_close(got, gradients(reference, expected))
 
 
-def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> None:
+def kept_for_backward(model: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Shapes of what the forward graph gives the backward one, partitioned as Inductor does it."""
     kept: list[tuple[Any, ...]] = []
 
     def forward(gm: torch.fx.GraphModule, _: list) -> Callable:
         (output,) = gm.graph.find_nodes(op="output")
-        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if isinstance(node.meta.get("val"), Tensor))
+        values = [node.meta.get("val") for node in output.args[0]]
+        kept.extend(tuple(n if isinstance(n, int) else str(n) for n in value.shape) for value in values if isinstance(value, Tensor))
         return make_boxed_func(gm.forward)
 
     backend = aot_autograd(
@@ -173,13 +175,49 @@ def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> 
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    given = Config.from_options({**ALL, "ffn.density": 0.75, "ffn.context_density": None})
-    model = model_of(Gated, True)
-    compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, given, inner=lambda g, i, _: backend(g, i)))
-    x, labels = batch(41)
-    compiled(x, labels).backward()
+    given = Config.from_options({**ALL, **options})
+    torch.compile(model, backend=lambda gm, i: compile_graph(gm, i, given, inner=lambda g, i, _: backend(g, i)))(*inputs).backward()
+    torch._dynamo.reset()
+    return kept
+
+
+def test_backward_keeps_what_the_projections_give_and_no_copies_of_weights() -> None:
+    kept = kept_for_backward(model_of(Gated, True), batch(41), {"ffn.density": 0.75, "ffn.context_density": None})
     units = [shape for shape in kept if 24 in shape]
     assert units == [(24,), (82, 24), (82, 24)], "which units, and the outputs of gate and up on them"
+
+
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "whole": {"max_rise": 0.0},
+    "units": {"ffn.density": 0.75, "ffn.context_density": None},
+    "apart": {"ffn.density": 1.0, "ffn.context_density": 0.25},
+    "gradients": {"max_rise": 0.0, "ffn.gradient_density": 0.75},
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
+@pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
+@pytest.mark.parametrize("form", RECOMPUTED)
+def test_recompute_keeps_no_hidden_values_and_changes_nothing(form: str, ffn: Callable[[], nn.Module], adapted: bool) -> None:
+    model, inputs, options = model_of(ffn, adapted), batch(41), RECOMPUTED[form]
+    reference = copy.deepcopy(model)
+    weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(p.shape)[::-1])}
+
+    def hidden(**more: Any) -> list[tuple[Any, ...]]:
+        kept = kept_for_backward(model, inputs, {**options, **more})
+        return [shape for shape in kept if len(shape) > 1 and shape[-1] in (8, 16, 24, 48, 32, 64) and shape not in weights]
+
+    assert hidden() and not hidden(**{"ffn.recompute": True})
+    model.zero_grad()
+    compiled = torch.compile(model, backend=without_inductor(**{**ALL, **options, "ffn.recompute": True, "decline": "auto"}))
+    got = gradients(model, loss := compiled(*inputs))
+    (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert region.status == "rewritten" and region.settings is not None and region.settings["recompute"]
+    assert region.kept_after is not None and region.kept_before is not None and region.kept_after < region.kept_before
+    torch._dynamo.reset()
+    expected = torch.compile(reference, backend=without_inductor(**{**ALL, **options}))(*inputs)
+    torch.testing.assert_close(loss, expected)
+    assert_gradients_close(got, gradients(reference, expected))
 
 
 class Flattened(Model):
