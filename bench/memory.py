@@ -28,7 +28,9 @@ VARIANTS = {
     "inductor": Variant("inductor", "inductor"),
     # The loss alone, which is exact.
     "loss": Variant("loss", "spt", {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop"}),
-    # And attention at 1/8, and FFNs at 1/4 for tokens whose label does not count.
+    # Besides, backward computes hidden values of FFNs again: exact as well.
+    "recompute": Variant("recompute", "spt", {"attention.enabled": False, "max_rise": 0.0, "ffn.recompute": True, "loss.logits": "drop"}),
+    # The loss, attention at 1/8, and FFNs at 1/4 for tokens whose label does not count.
     "spt": Variant("spt", "spt", {"loss.logits": "drop", "attention.density": 0.125, "ffn.density": 1.0, "ffn.context_density": 0.25}),
 }
 
