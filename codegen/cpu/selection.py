@@ -40,7 +40,7 @@ class _Call(ctypes.Structure):
 def select_blocks(
     q: Tensor, k: Tensor, codebooks: Tensor | None, mask: CpuMask, selector: str, density: float, scale: float, own: bool, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `docs/architecture.md`. Scores are computed in fp32."""
+    """See `docs/design/operators.md`. Scores are computed in fp32."""
     (b, h_kv, m, d), n = k.shape, q.shape[2]
     tiles, blocks = int(block_count(n, mask.query_block)), int(block_count(m, mask.key_block))
     width = int(list_width(n, m, density, mask.query_block, mask.key_block, own))

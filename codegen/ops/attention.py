@@ -1,4 +1,4 @@
-"""Schemas, fakes, autograd and autocast rules of the sparse attention ops. `docs/architecture.md` is their contract."""
+"""Schemas, fakes, autograd and autocast rules of the sparse attention ops. `docs/design/operators.md` is their contract."""
 
 from __future__ import annotations
 

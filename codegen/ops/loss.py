@@ -1,4 +1,4 @@
-"""Schema, fake, autograd and autocast rule of the loss op. docs/architecture.md defines it."""
+"""Schema, fake, autograd and autocast rule of the loss op. docs/design/operators.md defines it."""
 
 from __future__ import annotations
 

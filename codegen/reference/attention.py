@@ -1,6 +1,6 @@
 """The definition of sparse attention: any device and floating dtype, n x n matrices everywhere, differentiable by autograd.
 
-`docs/architecture.md` says the same in words. Shapes: q [b, h, n, d], k [b, h_kv, m, d], v [b, h_kv, m, d_v]; query head i uses key head
+docs/design/operators.md says the same in words. Shapes: q [b, h, n, d], k [b, h_kv, m, d], v [b, h_kv, m, d_v]; query head i uses key head
 i // (h / h_kv).
 """
 

@@ -1,7 +1,7 @@
 """What a node does besides computing its value: what it writes, what may share its memory, and whether it may be dropped unused.
 
 Nothing is taken for harmless because no effect of it is known: an operator is dropped only if it is one of ATen's, prims' or ours whose
-schema writes nothing and that draws no random numbers. docs/architecture.md has the table of kinds. Bodies of higher-order operators
+schema writes nothing and that draws no random numbers. docs/design/capture.md has the table of kinds. Bodies of higher-order operators
 other than checkpoints are Python as Dynamo wrote it, where `h.add_(a)` has no user and a meaning: they are read here, never changed.
 """
 

@@ -1,4 +1,4 @@
-// Sparse attention over block lists, forward and backward: codegen/cpu/attention.py calls it, docs/architecture.md defines it.
+// Sparse attention over block lists, forward and backward: codegen/cpu/attention.py calls it, docs/design/operators.md defines it.
 //
 // Scores stand transposed, [keys, queries]: softmax then runs along the vectors of queries, without a sum across lanes, and every product
 // reads keys and values row by row, where they lie or gathered. One call computes some (batch row, key head) pairs in one thread.

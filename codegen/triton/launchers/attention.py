@@ -1,7 +1,7 @@
 """Block-sparse attention on Triton: the launches behind `sptc::sparse_attention` and its backward.
 
-`docs/architecture.md` is the contract, `codegen/reference/attention.py` the definition. Nothing here reads a value from the device, so all
-of it runs on fake tensors under `recorded()`.
+`docs/design/operators.md` is the contract, `codegen/reference/attention.py` the definition. Nothing here reads a value from the device,
+so all of it runs on fake tensors under `recorded()`.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def over_blocks(ffn: nn.Module, x: Tensor, active: Tensor, scale: Tensor | float
 
 
 def trained(ffn: nn.Module, x: Tensor, shares: list[int]) -> Tensor:
-    """As docs/architecture.md, State, has it."""
+    """As docs/design/state.md has it."""
     s = ffn.spt.slots()["ffn0"]
     added = F.linear(x, s.weight, s.bias)
     active = best_blocks(F.linear(x, s.start_weight, s.start_bias) + added, shares)
