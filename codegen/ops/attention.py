@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,7 +163,8 @@ def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, T
     if sink is None:
         return out, lse
     term = sink.squeeze(-1).to(lse.dtype)
-    return (out * torch.sigmoid(lse - term).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, term)
+    share = torch.sigmoid(lse - term).masked_fill(lse == -math.inf, 0.0)  # a row that sees nothing, whatever the sink is
+    return (out * share.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, term)
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -222,7 +224,8 @@ def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) ->
 def _grad_sink(grad_out: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """[b, h, n, 1]: the sink's weight is one of the softmax's, and its value is zero."""
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
-    return (-torch.exp(sink.to(lse.dtype) - lse.unsqueeze(-1)) * delta).to(sink.dtype)
+    weight = torch.exp(sink.to(lse.dtype) - lse.unsqueeze(-1)).masked_fill(lse.unsqueeze(-1) == -math.inf, 0.0)  # no key and no sink
+    return (-weight * delta).to(sink.dtype)
 
 
 def _no_second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

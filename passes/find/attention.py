@@ -179,6 +179,9 @@ def _region(draft: Draft, outer: Mapping[Node, Node] | None) -> AttentionRegion:
     for given, sizes in draft.masks:
         if len(sizes) not in layouts or (len(sizes) == 4 and not same_size(sizes[1], h)):
             raise Refused("rank", given.node, f"{called(given.node)} masks scores laid out as {list(sizes)}, not as [batch, heads, n, m]")
+    if (sink := draft.sink) is not None and not all(same_size(x, y) for x, y in zip(shape(sink), (b, h, n, 1), strict=True)):
+        reason = f"{called(sink)} of {_sizes(sink)} is put beside scores that are not laid out as [batch, heads, n, m] there"
+        raise Refused("rank", sink, reason)
     mask = read_mask([(given, layouts[len(sizes)]) for given, sizes in draft.masks], layouts[4], draft.is_causal, outer)
     passed = (*draft.q.passed, *k.passed, *v.passed)
     if (found := breach(draft.nodes, draft.y) or disturbance(passed, draft.y)) is not None:

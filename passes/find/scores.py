@@ -126,6 +126,8 @@ class Scores:
             self.scale *= alpha
         q, q_scale = query_of(operand_of(node, 0), self._reader)
         k, k_scale = key_of(operand_of(node, 1), self._reader)
+        if not self._slope > 0:
+            raise Refused("scores", node, f"the scores of {called(node)} go through a function that is flat at 0")
         self.scale *= q_scale * k_scale * self._slope
         return q, k
 
@@ -223,6 +225,11 @@ class Scores:
         if self._function != expression.U0:
             raise Refused("scores", node, f"{called(node)} ({op(node)}) masks the scores or adds to them before a function of each")
 
+    def _nothing_beside(self, node: Node) -> None:
+        """Refuses what moves all scores of a row alike before a sink, which stays where it is and has another weight then."""
+        if self.sink is not None:
+            raise Refused("scores", node, f"{called(node)} ({op(node)}) moves the scores of a row, but not the column beside them")
+
     def _scaled(self, node: Node) -> Node:
         a, b = node.args[:2]
         for scores, factor in ((a, b), (b, a)):
@@ -239,6 +246,7 @@ class Scores:
         a, b = node.args[:2]
         if greatest := self._less_their_greatest(node):
             self._nothing_behind(node)
+            self._nothing_beside(node)
             self.nodes.update(greatest)
             return a  # type: ignore[return-value]
         products = [from_product(a), from_product(b)]
@@ -250,6 +258,7 @@ class Scores:
             raise Refused("scores", node, f"{called(node)} subtracts the scores")
         if not isinstance(value(mask), torch.Tensor):
             self._nothing_behind(node)
+            self._nothing_beside(node)
             return scores  # softmax is the same for scores that are all greater by one number
         if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
             raise Refused("shape", node, f"{called(node)} broadcasts the scores to {list(shape(node))}")

@@ -465,6 +465,25 @@ def sink_changed_in_place(q, k, v):
     return scores.softmax(-1)[..., :-1] @ v
 
 
+def raised_before_the_sink(q, k, v):
+    return torch.cat([q @ k.mT + 3, q[..., :1]], -1).softmax(-1)[..., :-1] @ v
+
+
+def less_the_greatest_before_the_sink(q, k, v):
+    scores = q @ k.mT
+    return torch.cat([scores - scores.amax(-1, keepdim=True), q[..., :1]], -1).softmax(-1)[..., :-1] @ v
+
+
+def sink_under_other_heads(q, k, v):
+    q3, k3, v3 = (t.reshape(8, 13, 8) for t in (q, k, v))
+    scores = torch.cat([torch.bmm(q3, k3.mT).view(1, 8, 13, 13), q3[None, :, :, :1]], -1)
+    return torch.bmm(scores.view(8, 13, 14).softmax(-1)[..., :-1], v3).view(2, 4, 13, 8)
+
+
+def flat_where_scores_are_small(q, k, v):
+    return (torch.tanh(torch.sigmoid(q @ k.mT) * 60) * 3).softmax(-1) @ v
+
+
 def softmax_over_queries(q, k, v):
     return (q @ k.mT).softmax(-2) @ v
 
@@ -616,6 +635,10 @@ TWINS = {
     scaled_with_the_sink: "scores",
     masked_with_the_sink: "scores",
     sink_used_again: "escapes",
+    raised_before_the_sink: "scores",
+    less_the_greatest_before_the_sink: "scores",
+    sink_under_other_heads: "rank",
+    flat_where_scores_are_small: "scores",
     sink_changed_in_place: "mutated",
     softmax_over_queries: "softmax-dim",
     softmax_over_heads: "softmax-dim",
