@@ -50,7 +50,7 @@ from sptc.passes.decide.planned import planned_densities
 from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
-from sptc.passes.find.padding import visible_share
+from sptc.passes.find.padding import may_average, visible_share
 from sptc.passes.graph.pattern import shape
 from sptc.passes.unit import Unit
 
@@ -173,7 +173,7 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         return Decision(region, False, "no gradient is recorded here, and option 'inference' is 'dense'", settings, *costs)
     if region in unit.states:  # what a trained model computes must not depend on how fast this machine is
         return Decision(region, True, "it has trained state", settings, *costs)
-    if isinstance(settings, AttentionSettings) and (reason := _specializes(unit, region, settings)):
+    if isinstance(region, AttentionRegion) and isinstance(settings, AttentionSettings) and (reason := unfit(unit, region, settings)):
         return Decision(region, False, reason, settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
@@ -222,10 +222,15 @@ def _pays(unit: Unit, dense: Work, sparse: Work, length: Length) -> tuple[bool, 
     return guard_bool(above), f"; sparse from {border} on"
 
 
-def _specializes(unit: Unit, region: Region, settings: AttentionSettings) -> str:
-    """Why sparse attention would break the promise of mark_dynamic; "" if it does not. Torch guards on sizes of 1, as of a single tile."""
-    assert isinstance(region, AttentionRegion)
+def unfit(unit: Unit, region: AttentionRegion, settings: AttentionSettings) -> str:
+    """Why attention can't become sparse by these settings, whatever is gained; "" if it can."""
+    if settings.density == 1.0 and may_average(region) and unit.config.decline != "never":
+        return (
+            "at density 1 it must equal dense attention, which averages over all keys for a query whose every key is hidden by a finite "
+            "number, as its mask might hide them; a boolean mask for scaled_dot_product_attention has zeros there"
+        )
     for size, least in ((shape(region.q)[-2], settings.query_block), (shape(region.k)[-2], settings.key_block / settings.density)):
+        # Torch guards on sizes of 1, as of a single tile, which would break the promise of mark_dynamic.
         if isinstance(size, torch.SymInt) and not guardable(size, unit.gm, unit.example_inputs) and lower_bound(size) <= least:
             return f"mark_dynamic was given lengths from {lower_bound(size)} on; one compile for all of them needs more than {least:.0f}"
     return ""
@@ -279,7 +284,11 @@ def uniform_density(unit: Unit, region: Region) -> float:
 
 def tried(unit: Unit, region: Region) -> tuple[float, ...]:
     """The densities that are measured: of keys, or of hidden units."""
-    return _TRIED_KEYS if isinstance(region, AttentionRegion) else _TRIED_UNITS[splits(unit, region)]
+    if not isinstance(region, AttentionRegion):
+        return _TRIED_UNITS[splits(unit, region)]
+    state = unit.states.get(region)
+    fit = tuple(d for d in _TRIED_KEYS if not unfit(unit, region, _attention_settings(unit, region, state, d)))
+    return fit or _TRIED_KEYS[-1:]
 
 
 def _by_codes(unit: Unit, region: AttentionRegion) -> bool:

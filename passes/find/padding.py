@@ -42,6 +42,14 @@ def averages(region: AttentionRegion) -> bool:
     return not isinstance(mask, Node) or dtype(mask) != torch.bool
 
 
+def may_average(region: AttentionRegion) -> bool:
+    """Whether operands could hide every key of some query, which then averages over them: sparse attention gives zeros there.
+
+    With a sink nothing is averaged: it has all of such a row's softmax.
+    """
+    return not region.mask.seeing and region.sink is None and averages(region)
+
+
 def averages_padding(unit: Unit) -> bool:
     """Whether some attention that hides padding averages over all keys for a query that sees none."""
     by_graph = {frame.gm.graph: frame for frame in frames(unit.gm)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Literal, Not, Size
+from sptc.ir.condition import MIRROR, OPPOSITE, Binary, Element, Expression, Index, Literal, Not, Size
 from sptc.ir.predicate import Predicate
 from sptc.ir.region import Mask
 from sptc.passes.graph.pattern import requires_grad, same_size, shape
@@ -118,6 +118,7 @@ def read_mask(
         bias=biases[0] if biases else None,
         merged=merged,
         causal=any(_is_causal(conjunct, frame) for conjunct in kept),
+        seeing=not booleans and not biases and _all_see(tree, frame),
     )
 
 
@@ -254,6 +255,49 @@ def _is_causal(conjunct: Truth, frame: Layout) -> bool:
     if isinstance(frame.n, int) and isinstance(frame.m, int):
         return offset == frame.m - frame.n
     return offset == 0 and same_size(frame.n, frame.m)
+
+
+def _all_see(allowed: Truth, frame: Layout) -> bool:
+    """Whether every query is sure to attend to a key: to the first one, the one of its own number, or that as far from the end."""
+    q = terms.linear(Index("q"))
+    places = [ZERO]
+    if isinstance(frame.n, int) and isinstance(frame.m, int):
+        shifts = (0, frame.m - frame.n) if frame.m >= frame.n else ()
+        places += [Linear(shift, q.terms) for shift in shifts]
+    elif same_size(frame.n, frame.m):
+        places.append(q)
+    return any(_holds(Literal(allowed) if isinstance(allowed, bool) else _placed(allowed, place.tree())) for place in places)
+
+
+def _placed(tree: Expression, key: Expression) -> Expression:
+    """`tree` with `key` for k."""
+    match tree:
+        case Index("k"):
+            return key
+        case Element(node, indices):
+            return Element(node, tuple(_placed(index, key) for index in indices))
+        case Not(operand):
+            return Not(_placed(operand, key))
+        case Binary(operator, left, right):
+            return Binary(operator, _placed(left, key), _placed(right, key))
+    return tree
+
+
+def _holds(tree: Expression) -> bool:
+    """Whether a condition holds whatever the operands hold; False where that is not seen."""
+    match tree:
+        case Literal(value):
+            return value is True
+        case Binary("&", left, right):
+            return _holds(left) and _holds(right)
+        case Binary("|", left, right):
+            return _holds(left) or _holds(right)
+        case Binary(operator, left, right) if operator in OPPOSITE:
+            try:
+                return terms.compare(operator, terms.linear_of(left), terms.linear_of(right)) is True
+            except Unreadable:
+                return False
+    return False
 
 
 def _numbered(tree: Expression, tensors: list[Node], sizes: list[Node]) -> Expression:

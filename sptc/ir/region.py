@@ -49,6 +49,7 @@ class Mask:
     bias: Node | None = None  # added to the scores, broadcastable to [b, h, n, m], or where `merged` [b * h, 1 or n, m]
     merged: bool = False  # batch and heads are one dimension of the bias
     causal: bool = False  # the predicate implies k <= q + (m - n)
+    seeing: bool = True  # every query attends to some key, whatever the operands hold
 
     @property
     def hides(self) -> bool:

@@ -29,8 +29,19 @@ from tqdm import tqdm
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.plan import Choice, Plan, PlannedRegion
-from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
-from sptc.passes.decide.decisions import at_density, left_out, measured, splits, through_units, tried
+from sptc.ir.region import (
+    AttentionRegion,
+    AttentionSettings,
+    Cost,
+    Counted,
+    Decision,
+    FfnRegion,
+    LossRegion,
+    Region,
+    Settings,
+    UnitSettings,
+)
+from sptc.passes.decide.decisions import at_density, left_out, measured, splits, through_units, tried, unfit
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
@@ -144,7 +155,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
         r: tuple(at_density(unit, r, density)[0] for density in tried(unit, r)) for r in regions
     }
     groups = {keys[group[0]]: group for group in grouped(unit, regions)}
-    runs = [(key, density) for key, group in groups.items() for density in tried(unit, group[0])]
+    runs = [(key, density) for key, group in groups.items() for density in _tried(unit, group)]
     beside = insert_beside(unit, candidates)
     try:
         dense = _run(unit, beside, {})
@@ -161,7 +172,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
 
     planned = []
     for key, group in groups.items():
-        choices = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in tried(unit, group[0])]
+        choices = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in _tried(unit, group)]
         planned.append(
             PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *(c for c in choices if math.isfinite(c.error))))
         )
@@ -172,6 +183,11 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
     chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
     text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all densities so, before training"
     return [chosen[region] for region in regions], text
+
+
+def _tried(unit: Unit, group: Sequence[Region]) -> list[float]:
+    """The densities that are possible for all of a group."""
+    return [density for density in tried(unit, group[0]) if all(density in tried(unit, region) for region in group)]
 
 
 def grouped(unit: Unit, regions: Sequence[Region]) -> list[list[Region]]:
@@ -245,7 +261,8 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
             if isinstance(settings, UnitSettings):
                 exact = not settings.whole and (pays or settings.recompute)
             else:
-                exact = pays
+                assert isinstance(decision.region, AttentionRegion) and isinstance(settings, AttentionSettings)
+                exact = pays and not unfit(unit, decision.region, settings)
             kept = f"kept whole; {reason}" + (_exactly(settings, dense, sparse) if exact else "")
             yield Decision(decision.region, exact, kept, settings, dense, sparse)
 

@@ -49,6 +49,7 @@ def agrees(mask: Mask, values: dict, built: Tensor, n: int = N, m: int = N) -> N
     truth = built if built.dtype == torch.bool else built > -1e4
     assert truth.any() and not truth.all()
     torch.testing.assert_close(ours, truth.expand(B, H, n, m))
+    assert not mask.seeing or truth.any(-1).all()
 
 
 def positions() -> tuple[Tensor, Tensor]:
@@ -347,3 +348,30 @@ def test_a_cat_is_not_read_past_its_parts():
     region, values, built = read(build, inputs(M, seen=padding()))
     assert region.mask.predicate == "t0[b, k] != 0" and "cat" in region.mask.tensors[0].name
     agrees(region.mask, values, built, N, M)
+
+
+@pytest.mark.parametrize(
+    ("build", "seeing"),
+    [
+        (lambda q, k, t: k <= q, True),
+        (lambda q, k, t: k < q, False),
+        (lambda q, k, t: (k <= q) & (q - k < 3), True),
+        (lambda q, k, t: (k <= q) & (t[:, None, :, None] == t[:, None, None, :]), True),  # packed sequences
+        (lambda q, k, t: (k <= q) | (t != 0)[:, None, None, :], True),
+        (lambda q, k, t: (k <= q) & (t != 0)[:, None, None, :], False),
+        (lambda q, k, t: (t != 0)[:, None, None, :], False),
+        (lambda q, k, t: torch.where(k <= q, 0.0, MIN), True),
+        (lambda q, k, t: torch.where(t[:, None, None, :] != 0, 0.0, MIN), False),
+    ],
+)
+def test_whether_every_query_sees_a_key(build: Callable[..., Tensor], seeing: bool) -> None:
+    region, values, built = read(lambda t: build(*positions(), t), inputs(t=padding()))
+    assert region.mask.seeing is seeing
+    agrees(region.mask, values, built)
+
+
+def test_with_more_keys_than_queries_every_query_sees_a_key() -> None:
+    region, _, _ = read(lambda: torch.arange(M)[None, :] <= torch.arange(N)[:, None] + M - N, inputs(M))
+    assert region.mask.seeing and region.mask.causal
+    region, _, _ = read(lambda: torch.arange(M)[None, :] > torch.arange(N)[:, None] + M - N, inputs(M))
+    assert not region.mask.seeing
