@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.amp.autocast_mode import _exit_autocast
 from torch.fx import Node
 
 from sptc.ir.region import AttentionRegion, Region, Settings
 from sptc.passes.decide.key import region_keys
+from sptc.passes.graph.effects import written_by
 from sptc.passes.graph.frame import Frame, frames
 from sptc.passes.graph.pattern import CHECKPOINT
 from sptc.passes.rewrite.forms import sparse_form
@@ -59,6 +62,26 @@ def remove(beside: Beside) -> None:
         node.graph.erase_node(node)
 
 
+def cuts(unit: Unit, beside: Beside) -> dict[str, Node | None]:
+    """For each region's key the node of the outermost graph before which nothing of its sparse forms stands.
+
+    None: what ran before can't be shared by several runs, because the graph writes in place.
+    """
+    shared = not any(written_by(node) for frame in frames(unit.gm) for node in frame.gm.graph.nodes)
+    stands_in = {frame.gm.graph: frame for frame in frames(unit.gm)}
+    first: dict[Node, set[str]] = {}
+    for node, (key, _) in beside.owner.items():
+        frame = stands_in[node.graph]
+        while frame.parent is not None and frame.call is not None:
+            node, frame = frame.call, frame.parent
+        first.setdefault(node, set()).add(key)
+    found: dict[str, Node | None] = {}
+    for node in unit.gm.graph.nodes:
+        for key in first.get(node, ()):
+            found.setdefault(key, node if shared else None)
+    return found
+
+
 def _without_dropout(region: Region) -> Region:
     if isinstance(region, AttentionRegion):
         return replace(region, dropout_p=0.0)
@@ -76,6 +99,38 @@ class Mixed(fx.Interpreter):
         self._ends = ends
         self._beside = beside
         self._densities = densities
+        self._open: list[torch.autocast] = []  # that another run entered, and
+        self._left: list[torch.autocast] = []  # that this one left
+
+    def until(self, cuts: Container[Node], *args: Any) -> Generator[Node]:
+        """Run, and stop before each of `cuts`, nodes of the outermost graph, so that others can `resume` there. To be closed."""
+        self.args_iter = iter(args)
+        try:
+            for node in self.graph.nodes:
+                if node in cuts:
+                    yield node
+                self._step(node)
+        finally:
+            for mode in reversed(_modes(self.env)):
+                mode.__exit__(None, None, None)
+
+    def resume(self, start: Node, env: Mapping[Node, Any]) -> None:
+        """Run from `start` on.
+
+        Args:
+            env: values of what stands before, of another run that was stopped there (`env`).
+        """
+        self.env = dict(env)
+        self._open = _modes(env)
+        for node in itertools.dropwhile(lambda node: node is not start, self.graph.nodes):
+            self._step(node)
+        for mode in reversed(self._left):  # the other run is still inside
+            mode.__enter__()
+
+    def _step(self, node: Node) -> None:
+        self.env[node] = self.run_node(node)
+        for unused in self.user_to_last_uses.get(node, ()):
+            del self.env[unused]
 
     def run_node(self, n: Node) -> Any:
         if n in self._beside.owner:
@@ -95,9 +150,16 @@ class Mixed(fx.Interpreter):
             return args[0]
         if target is torch._C._set_grad_enabled:
             return None  # the model's own no_grad ends here; ours does not
+        if target is _exit_autocast and args[0] in self._open:
+            self._left.append(args[0])
         if target is _ATTENTION:
             if len(args) > _ATTENTION_DROPOUT:
                 args = (*args[:_ATTENTION_DROPOUT], 0.0, *args[_ATTENTION_DROPOUT + 1 :])
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
         return super().call_function(target, args, kwargs)
+
+
+def _modes(env: Mapping[Node, Any]) -> list[torch.autocast]:
+    """The autocasts among values that are alive: those that are open."""
+    return [value for value in env.values() if isinstance(value, torch.autocast)]

@@ -1,7 +1,8 @@
 """Densities by what they cost the model: measured region by region on the first batch, within `max_rise`.
 
 How much attention or an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once
-dense, then once for each region and density with this one sparse, without gradients and without dropout, before the graph is compiled. In
+dense, then once for each region and density with this one sparse, without gradients and without dropout, before the graph is compiled.
+What comes before the region is shared with the dense run, and behind a density that alone exceeds `max_rise` no sparser one is tried. In
 deep models neighbours are measured together: about a dozen groups of each kind bound the runs. A run's rise is the divergence of its
 predictions from the dense ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense
 model would rise by, without the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose
@@ -16,18 +17,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
-from tqdm import tqdm
 
-from sptc.ir.hint import optimization_hint
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import (
     AttentionRegion,
@@ -46,15 +44,14 @@ from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
 from sptc.passes.unit import Unit
-from sptc.plans.beside import Mixed, insert_beside, remove
+from sptc.plans.beside import insert_beside, remove
 from sptc.plans.budget import replan
+from sptc.plans.runs import Runs
 
 log = logging.getLogger(__name__)
 
-_ROWS = 512  # at most, whose predictions are compared
 _GROUPS = 12  # of FFNs, and as many of attention
 _FARTHEST = 64  # nodes between queries and what computes them
-_SILENT_SECONDS = 2.0
 
 _chosen: Any = WeakTensorKeyDictionary()  # down weight -> {(whether the context was told apart, what was allowed): density}
 
@@ -140,14 +137,6 @@ def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Predictions:
-    """Log-probabilities of the classes at rows that count, [rows, classes], and the loss there."""
-
-    logs: Tensor
-    loss: float
-
-
 def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
     """Densities in the order of `regions`, and what was measured, for the report."""
     keys = region_keys(unit.regions)
@@ -155,14 +144,15 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
         r: tuple(at_density(unit, r, density)[0] for density in tried(unit, r)) for r in regions
     }
     groups = {keys[group[0]]: group for group in grouped(unit, regions)}
-    runs = [(key, density) for key, group in groups.items() for density in _tried(unit, group)]
+    settings = {
+        key: {density: {keys[r]: at_density(unit, r, density)[0].density for r in group} for density in _tried(unit, group)}
+        for key, group in groups.items()
+    }
     beside = insert_beside(unit, candidates)
     try:
-        dense = _run(unit, beside, {})
-        rises = {}
-        for key, density in tqdm(runs, "sptc measures densities", delay=_SILENT_SECONDS, leave=False, unit="run", disable=None):
-            settings = {keys[r]: at_density(unit, r, density)[0].density for r in groups[key]}
-            rises[key, density] = _divergence(dense, _run(unit, beside, settings))
+        runs = Runs(unit, beside)
+        allowed = unit.config.max_rise * runs.dense.loss
+        rises = runs.rises(settings, allowed)
     finally:
         remove(beside)
 
@@ -171,17 +161,15 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
         return math.fsum((dense if density == 1.0 else sparse).flops for dense, sparse in costs)
 
     planned = []
-    for key, group in groups.items():
-        choices = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in _tried(unit, group)]
-        planned.append(
-            PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *(c for c in choices if math.isfinite(c.error))))
-        )
-    allowed = unit.config.max_rise * dense.loss
+    for key in groups:
+        known = [d for d in settings[key] if math.isfinite(rises.get((key, d), math.inf))]
+        choices = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in known]
+        planned.append(PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *choices)))
     squares = {(r.key, c.density): c.error**2 for r in planned for c in r.choices}
     plan = replan(Plan({}, {}, 0.0, tuple(planned)), max_error=math.sqrt(allowed), squares=squares)
     log.info("densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
     chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
-    text = f"measured: the loss of {dense.loss:.3g} rises by {plan.error**2:.2g} with all densities so, before training"
+    text = f"measured: the loss of {runs.dense.loss:.3g} rises by {plan.error**2:.2g} with all densities so, before training"
     return [chosen[region] for region in regions], text
 
 
@@ -204,30 +192,6 @@ def _grouped(unit: Unit, regions: Sequence[Region]) -> list[list[Region]]:
             groups.append([])
         groups[-1].append(region)
     return groups
-
-
-def _run(unit: Unit, beside: Any, densities: Mapping[str, float]) -> _Predictions:
-    counted = unit.counted
-    assert isinstance(counted, Counted)
-    inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in unit.example_inputs]
-    devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        mixed = Mixed(unit.gm, beside, densities, frozenset({counted.logits, counted.target}))
-        mixed.run(*inputs)
-        return _predictions(mixed.seen[counted.logits], mixed.seen[counted.target], counted.ignored)
-
-
-def _predictions(logits: Tensor, target: Tensor, ignored: int) -> _Predictions:
-    target = target.reshape(-1)
-    rows = (target != ignored).nonzero().squeeze(1)
-    rows = rows[torch.arange(min(len(rows), _ROWS), device=rows.device) * len(rows) // max(1, min(len(rows), _ROWS))]
-    logs = logits.movedim(1, -1).flatten(0, -2)[rows].float().log_softmax(-1)
-    return _Predictions(logs, float(-logs.gather(1, target[rows, None]).mean()))
-
-
-def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
-    """KL(dense || sparse), the mean over rows."""
-    return max(0.0, float((dense.logs.exp() * (dense.logs - sparse.logs)).sum(-1).mean()))
 
 
 def _agreed(chosen: list[float], text: str) -> tuple[list[float], str]:

@@ -16,7 +16,7 @@ from tests.fuzz.programs import programs
 from tests.fuzz.reduce import reduced
 from tests.fuzz.regions import Attention, Ffn
 
-EXAMPLES = int(os.environ.get("FUZZ", "100"))
+EXAMPLES = int(os.environ.get("FUZZ", "300"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SHARD = 50  # programs of a test: what fails in one does not end the others
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sptc
 from sptc.config import Config
@@ -16,7 +17,7 @@ from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.plans import rise
+from sptc.plans import rise, runs
 from tests.models.compiled import without_inductor
 from tests.planning_device import DEVICE
 
@@ -110,8 +111,8 @@ def test_max_rise_is_the_limit(allowed: float, expected: list[float]) -> None:
 
 def test_the_rise_is_the_divergence_at_the_tokens_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    divergence = rise._divergence
-    monkeypatch.setattr(rise, "_divergence", lambda *args: (seen.append(divergence(*args)), seen[-1])[1])
+    divergence = runs._divergence
+    monkeypatch.setattr(runs, "_divergence", lambda *args: (seen.append(divergence(*args)), seen[-1])[1])
     model, (ids, labels) = Model(), batch(counted=0.4)
     torch.compile(model, backend=without_inductor(**OPTIONS))(ids, labels)
     torch._dynamo.reset()
@@ -209,6 +210,54 @@ def test_another_limit_is_another_choice() -> None:
         compiled = torch.compile(model, backend=without_inductor(**{**OPTIONS, "max_rise": allowed}))
         compiled(*batch())
         assert densities(compiled) == expected
+
+
+class Noisy(Model):
+    """Random numbers, layers that are recomputed, the most of it under autocast, and where asked a write to what others read."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def logits(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            for ffn in self.ffns:
+                x = x + checkpoint(ffn, x, use_reentrant=False)
+                x = x + self.mixer(x) + 0.1 * torch.randn_like(x)
+                if self.writes:
+                    x.mul_(1.5)
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_runs_that_share_their_beginning_find_what_whole_runs_find(writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[tuple[str, float], float]] = []
+    rises = runs.Runs.rises
+
+    def recorded(self: runs.Runs, settings: Any, allowed: float) -> Any:
+        started = [node is not None for node in self._starts(settings)]
+        assert started == ([False] if writes else [True, True])
+        shared = rises(self, settings, allowed)
+        assert not torch.is_autocast_enabled("cpu")
+        monkeypatch.setattr(runs, "cuts", lambda unit, beside: dict.fromkeys(key for key, _ in beside.owner.values()))
+        found.extend([shared, rises(self, settings, allowed)])
+        return shared
+
+    monkeypatch.setattr(runs.Runs, "rises", recorded)
+    compiled = torch.compile(Noisy(writes), backend=without_inductor(**{**OPTIONS, "max_rise": 1e6}))
+    compiled(*batch()).backward()
+    shared, whole = found
+    assert shared == whole and len(shared) == 4 and all(rise > 0 for rise in shared.values())
+
+
+def test_what_is_sparser_than_too_sparse_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    divergence = runs._divergence
+    monkeypatch.setattr(runs, "_divergence", lambda *args: (tried.append(divergence(*args)), tried[-1])[1])
+    compiled = torch.compile(Model(), backend=without_inductor(**OPTIONS))
+    compiled(*batch())
+    assert densities(compiled) == [1.0, 0.5] and len(tried) == 3  # 3/4 of the first, and both of the second
 
 
 class Attending(nn.Module):

@@ -1,0 +1,117 @@
+"""Runs of the example batch that tell what sparse forms do to a model's predictions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from tqdm import tqdm
+
+from sptc.ir.hint import optimization_hint
+from sptc.ir.region import Counted
+from sptc.passes.unit import Unit
+from sptc.plans.beside import Beside, Mixed, cuts
+
+_ROWS = 512  # at most, whose predictions are compared
+_SILENT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Log-probabilities of the classes at rows that count, [rows, classes], and the loss there."""
+
+    logs: Tensor
+    loss: float
+
+
+class Runs:
+    """Runs of the batch without gradients and dropout: a dense one, and others that share with it what comes before they differ."""
+
+    def __init__(self, unit: Unit, beside: Beside) -> None:
+        counted = unit.counted
+        assert isinstance(counted, Counted)
+        self._unit, self._beside, self._counted = unit, beside, counted
+        self._inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in unit.example_inputs]
+        self._devices = sorted({x.device.index for x in self._inputs if isinstance(x, Tensor) and x.is_cuda})
+        dense = self._run({})
+        self._target = dense.seen[counted.target]
+        self.dense = self._predictions(dense)
+
+    def rises(self, settings: Mapping[str, Mapping[float, Mapping[str, float]]], allowed: float) -> dict[tuple[str, float], float]:
+        """KL(dense || sparse) of the predictions by group and density.
+
+        Args:
+            settings: for each group and density, the densest first, what its regions keep, by their keys.
+            allowed: behind a density that alone exceeds this, a group's others are left out: none is taken to be better.
+        """
+        found: dict[tuple[str, float], float] = {}
+        runs = sum(map(len, settings.values()))
+        bar = tqdm(total=runs, desc="sptc measures densities", delay=_SILENT_SECONDS, leave=False, unit="run", disable=None)
+
+        def measure(groups: Sequence[str], run: Callable[[Mapping[str, float]], Mixed]) -> None:
+            for group in groups:
+                for i, (density, kept) in enumerate(settings[group].items()):
+                    found[group, density] = _divergence(self.dense, self._predictions(run(kept)))
+                    bar.update()
+                    if found[group, density] > allowed:
+                        bar.update(len(settings[group]) - i - 1)
+                        break
+
+        starts = self._starts(settings)
+        measure(starts.pop(None, []), self._run)
+        shared = self._mixed({})
+        with bar, torch.no_grad(), torch.random.fork_rng(self._devices), closing(shared.until(starts, *self._inputs)) as stops:
+            while starts:
+                node = next(stops)
+                measure(starts.pop(node), functools.partial(self._resumed, shared, node))
+        return found
+
+    def _starts(self, settings: Mapping[str, Mapping[float, Mapping[str, float]]]) -> dict[Node | None, list[str]]:
+        """Groups by the node before which their runs are the dense one; None: the first."""
+        first = cuts(self._unit, self._beside)
+        place = {node: i for i, node in enumerate(self._unit.gm.graph.nodes)}
+        starts: dict[Node | None, list[str]] = {}
+        for group, by_density in settings.items():
+            nodes = [first[key] for kept in by_density.values() for key in kept]
+            known = [node for node in nodes if node is not None]
+            if nodes:
+                start = min(known, key=place.__getitem__) if len(known) == len(nodes) else None
+                starts.setdefault(start, []).append(group)
+        return starts
+
+    def _mixed(self, densities: Mapping[str, float]) -> Mixed:
+        return Mixed(self._unit.gm, self._beside, densities, frozenset({self._counted.logits, self._counted.target}))
+
+    def _run(self, densities: Mapping[str, float]) -> Mixed:
+        mixed = self._mixed(densities)
+        with torch.no_grad(), torch.random.fork_rng(self._devices):
+            mixed.run(*self._inputs)
+        return mixed
+
+    def _resumed(self, prefix: Mixed, node: Node, densities: Mapping[str, float]) -> Mixed:
+        mixed = self._mixed(densities)
+        mixed.seen.update(prefix.seen)
+        with torch.random.fork_rng(self._devices):
+            mixed.resume(node, prefix.env)
+        return mixed
+
+    def _predictions(self, mixed: Mixed) -> _Predictions:
+        return _predictions(mixed.seen[self._counted.logits], self._target, self._counted.ignored)
+
+
+def _predictions(logits: Tensor, target: Tensor, ignored: int) -> _Predictions:
+    target = target.reshape(-1)
+    rows = (target != ignored).nonzero().squeeze(1)
+    rows = rows[torch.arange(min(len(rows), _ROWS), device=rows.device) * len(rows) // max(1, min(len(rows), _ROWS))]
+    logs = logits.movedim(1, -1).flatten(0, -2)[rows].float().log_softmax(-1)
+    return _Predictions(logs, float(-logs.gather(1, target[rows, None]).mean()))
+
+
+def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
+    """KL(dense || sparse), the mean over rows."""
+    return max(0.0, float((dense.logs.exp() * (dense.logs - sparse.logs)).sum(-1).mean()))
