@@ -50,7 +50,7 @@ CELLS = (
     Cell("DDP, static_graph", partial(compiled_inside, static_graph=True)),
     Cell("DDP, gradient accumulation under no_sync", accumulated),
     Cell("DDP, by Inductor", compiled_inside, inductor=True),
-    Cell("DDP, measured densities", compiled_inside, regions={"ffn": 2}, options=MEASURED),
+    Cell("DDP, measured densities", compiled_inside, options=MEASURED),
     Cell("FSDP2, each layer compiled", partial(sharded, where="layer"), 2),
     Cell("FSDP2, the model compiled", partial(sharded, where="model"), 8),
     Cell("FSDP2, activation checkpointing", partial(sharded, where="layer", checkpoints=True), 2),

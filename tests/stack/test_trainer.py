@@ -155,7 +155,6 @@ CELLS = (
     Cell(
         "gradient checkpointing, default densities",
         partial(checkpointed, reentrant=False, hook=False),
-        regions={"ffn": 2},
         options=MEASURED,
         why=NO_HOOK,
     ),
