@@ -131,7 +131,7 @@ class Ffn:
         return self._part.dropout(hidden, p, "hidden") if p else hidden
 
     def _again(self, node: Node, known: dict[Any, Any]) -> Any:
-        """The activation's nodes once more; backward keeps what they are computed from. Of views and copies only casts do anything to rows."""
+        """The activation's nodes once more; backward keeps what they are computed from. Of views and copies, casts alone count."""
         if node not in known:
             name = op(node)
             if name in VIEWS or name in TRANSPARENT or name in ("aten.dropout.default", "aten.dropout_.default"):

@@ -227,7 +227,7 @@ def test_an_empty_batch(sizes: tuple[int, int]) -> None:
 
     def model(x: Tensor, seen: Tensor) -> Tensor:
         q = ffn(x)[:, None]
-        return F.scaled_dot_product_attention(q, q, q, seen[:, None, None, :].bool())
+        return F.scaled_dot_product_attention(q, q, q, seen[:, None, None, :].bool()) * seen[:, None, :, None]
 
     compiled = torch.compile(model, backend=without_inductor(**FULL))
     y = compiled(x, seen)
