@@ -219,6 +219,8 @@ def _check(draft: Draft, q: Node, k: Node, v: Node) -> None:
     if not all(same_size(shape(a)[dim], shape(b)[dim]) for a, b, dim in pairs):
         raise Refused("shape", draft.y, f"q {_sizes(q)}, k {_sizes(k)} and v {_sizes(v)} broadcast against each other")
     h, h_kv = shape(q)[1], shape(k)[1]
+    if not all(map(same_size, shape(draft.y), (*shape(q)[:3], shape(v)[3]))):
+        raise Refused("shape", draft.y, f"{called(draft.y)} of {_sizes(draft.y)} is not of the queries q {_sizes(q)} alone")
     if not (same_size(h, h_kv) or (isinstance(h, int) and isinstance(h_kv, int) and h % h_kv == 0)):
         raise Refused("shape", draft.y, f"{h} query heads do not share {h_kv} key heads evenly")
 

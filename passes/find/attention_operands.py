@@ -60,6 +60,8 @@ def _unscaled(operand: Operand, reader: Reader) -> tuple[Operand, float]:
         number = reader.constant(b)
         if number is None or number <= 0 or not isinstance(a, Node) or dtype(a) != dtype(operand.node):
             break
+        if len(shape(a)) != len(shape(operand.node)):  # a number of more dimensions
+            break
         scale *= 1 / number if ".div." in op(operand.node) else number
         operand = operand.before(a)
     return operand, scale

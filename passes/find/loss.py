@@ -160,7 +160,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
             raise _Refused("projection", node, f"its logits come from {called(node)} ({op(node) or node.op}), which is no projection")
         if op(node) in _LOG_SOFTMAX and int(node.args[1]) % len(shape(node)) == axis and not mapped:  # type: ignore[call-overload]
             normalized = True
-        elif bias is None and (added := _class_bias(node, axis)) is not None:
+        elif normalized and bias is None and (added := _class_bias(node, axis)) is not None:
             source, bias = added
         elif expression.liftable(op(node)) and not transparent(node) and len(node.all_input_nodes) == 1:
             if bias is not None:

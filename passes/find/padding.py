@@ -27,7 +27,7 @@ def visible_share(unit: Unit) -> float | None:
     mask = padding_mask(unit)
     index = None if mask is None else input_index(mask)
     values = None if index is None else unit.example_inputs[index]
-    if not isinstance(values, torch.Tensor) or isinstance(values, FakeTensor):
+    if not isinstance(values, torch.Tensor) or isinstance(values, FakeTensor) or not values.numel():
         return None
     real = values != 0
     return float((real | ~real[:, :1] if averages_padding(unit) else real).double().mean())

@@ -117,7 +117,11 @@ class Scores:
         """q and k of the product, their own scales taken into `scale`."""
         while op(node) not in PRODUCTS:
             self.nodes.add(node)
-            node = self._step(node)
+            before = self._step(node)
+            alike = len(shape(before)) == len(shape(node)) and all(map(same_size, shape(before), shape(node)))
+            if not alike and base_name(node) not in VIEWS and base_name(node) != "aten.cat.default":
+                raise Refused("shape", node, f"{called(node)} broadcasts the scores to {list(shape(node))}")
+            node = before
         self.nodes.add(node)
         if op(node) == "aten.baddbmm.default":
             beta, alpha = (_constant(node, name) for name in ("beta", "alpha"))
@@ -260,8 +264,6 @@ class Scores:
             self._nothing_behind(node)
             self._nothing_beside(node)
             return scores  # softmax is the same for scores that are all greater by one number
-        if not all(same_size(x, y) for x, y in zip(shape(scores), shape(node), strict=True)):
-            raise Refused("shape", node, f"{called(node)} broadcasts the scores to {list(shape(node))}")
         self._mask("add", mask, node, self.scale * factor)
         return scores  # type: ignore[return-value]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ def _match_dense(node: Node) -> Projection | None:
         weight = weight.args[0]  # type: ignore[assignment]
     if not is_weight(weight):  # type: ignore[arg-type]
         return None
-    flat = list(units(x))
+    flat = list(takewhile(lambda n: dtype(n) == dtype(x), units(x)))  # a cast is the region's own: products take operands of one dtype
     if len(flat) > 1 and name != "aten.linear.default":
         nodes.update(flat[:-1])
         x = flat[-1]
@@ -252,7 +253,7 @@ def _match_lora(node: Node) -> Projection | None:
         if not (isinstance(base_node, Node) and isinstance(term, Node)):
             continue
         base = _match_dense(base_node)
-        if base is None:
+        if base is None or len(shape(base_node)) != len(shape(term)) or not all(map(same_size, shape(base_node), shape(term))):
             continue
         adapter = _match_adapter(term, base.x)
         if adapter is not None:
@@ -357,6 +358,6 @@ def _match_slice(node: Node) -> Projection | None:
     if base is None or base.rows is not None or not isinstance(shape(node)[-1], int):
         return None
     if start < 0:
-        start += int(shape(whole)[-1])
+        start = max(0, start + int(shape(whole)[-1]))
     rows = (start, start + int(shape(node)[-1]))
     return Projection(base.x, node, base.weight, base.transposed, base.bias, rows, base.lora, base.nodes | set(nodes) | set(chain))

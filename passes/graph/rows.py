@@ -128,6 +128,7 @@ def _pad(node: Node, axis: int) -> Pad | None:
     start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
     if isinstance(start, int) and start < 0:
         start = _number(before[dim] + start)
+        start = max(0, start) if isinstance(start, int) else None  # one before the first row is cut off
     rest = _number(before[dim] - after[dim])
     if not isinstance(start, int) or rest is None or step != 1:
         raise UnreadableRows(f"{called(node)} takes a part of the logits' rows whose place is not a constant")

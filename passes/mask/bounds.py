@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from sptc.ir.condition import Expression, Index, Size
+import torch
+from torch.fx import Node
+
+from sptc.ir.condition import Element, Expression, Index, Size
 from sptc.ir.intervals import Interval, Intervals
+from sptc.passes.graph.pattern import dtype
 
 _MOST = 1 << 63  # no integer of a tensor is larger
 
@@ -20,6 +24,10 @@ class Everywhere(Intervals[int]):
                 return Interval(0, _MOST if limit is None else limit - 1)
             case Size():
                 return Interval(0, _MOST)
+            case Element(Node() as node, _):
+                kind = dtype(node)
+                if kind is not None and not kind.is_floating_point:
+                    return Interval(0, 1) if kind == torch.bool else Interval(torch.iinfo(kind).min, torch.iinfo(kind).max)
         return Interval(-_MOST, _MOST)
 
     def sign(self, value: int) -> int:

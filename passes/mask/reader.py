@@ -16,12 +16,12 @@ from torch.fx import Graph, Node
 
 from sptc.ir.condition import Size
 from sptc.passes.graph.effects import alias_sets, written_by
-from sptc.passes.graph.pattern import op, plain_number, same_size, shape, value
+from sptc.passes.graph.pattern import dtype, op, plain_number, same_size, shape, value
 from sptc.passes.graph.site import called
 from sptc.passes.mask import positions as mask_positions  # noqa: F401  they fill RULES
 from sptc.passes.mask import terms
 from sptc.passes.mask import values as mask_values  # noqa: F401  they fill RULES
-from sptc.passes.mask.rules import RULES, At
+from sptc.passes.mask.rules import RULES, At, exact
 from sptc.passes.mask.terms import ZERO, Linear, Number, Term, Unreadable
 
 _SIZE_ARITHMETIC: dict[Any, Callable[..., Number]] = {
@@ -66,7 +66,7 @@ class Reader:
         rule = RULES.get(op(node) or node.op)
         if rule is not None:
             try:
-                return rule(self, node, at)
+                return exact(rule(self, node, at), dtype(node))
             except Unreadable:
                 pass
         return _leaf(node, at)

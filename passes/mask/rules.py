@@ -58,6 +58,38 @@ def converted(term: Term, kind: torch.dtype | None) -> Term:
     return number
 
 
+_NARROW = {  # integers that a dtype tells apart; wider ones hold every position, and labels of documents and the like
+    torch.bfloat16: (-(1 << 8), 1 << 8),
+    torch.float16: (-(1 << 11), 1 << 11),
+    torch.uint8: (0, (1 << 8) - 1),
+    torch.int8: (-(1 << 7), (1 << 7) - 1),
+    torch.int16: (-(1 << 15), (1 << 15) - 1),
+}
+
+
+def exact(term: Term, kind: torch.dtype | None) -> Term:
+    """A term that an element of a dtype holds as it is.
+
+    Raises:
+        Unreadable: a number made of positions or flags may be rounded, or wrap around.
+    """
+    if kind in _NARROW and isinstance(term, terms.Linear | terms.Cases) and not _within(term, *_NARROW[kind], kind.is_floating_point):
+        raise Unreadable(f"numbers that {kind} may not hold")
+    return term
+
+
+def _within(number: Number, low: int, high: int, floating: bool) -> bool:
+    """Whether the values of a number lie between two. What is no position is taken to be: constants, flags cast or in a floating sum."""
+    if isinstance(number, terms.Cases):
+        return _within(number.then, low, high, floating) and _within(number.other, low, high, floating)
+    if all(isinstance(atom, Element) for atom, _ in number.terms) and (floating or number.is_constant or number.atom is not None):
+        return True
+    if not all(c == int(c) for _, c in number.terms) or not math.isfinite(number.constant):
+        return True  # no comparison reads it
+    least, most = terms.bounds(number)
+    return low <= least and most <= high
+
+
 def _integral(number: Number) -> bool:
     if isinstance(number, terms.Cases):
         return _integral(number.then) and _integral(number.other)

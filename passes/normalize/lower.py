@@ -57,8 +57,11 @@ def lower(unit: Unit) -> Unit:
         return replace(unit, refusals=(*refusals, refusal), closed=refusal)
 
 
-# Their graphs hold vmapped constants (block masks) that can't be traced once more; the whole graph goes to Inductor as captured.
-_UNTRACEABLE = frozenset({"flex_attention", "flex_attention_backward", "_vmap_increment_nesting"})
+# Their graphs hold tensors of torch.func's transforms (vmapped block masks, what is differentiated), which no pass can look into; the whole
+# graph goes to Inductor as captured.
+_UNTRACEABLE = frozenset(
+    {"flex_attention", "flex_attention_backward", "_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting"}
+)
 
 
 def _is_higher_order(node: fx.Node) -> bool:

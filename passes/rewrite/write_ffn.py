@@ -20,7 +20,7 @@ from torch.nn.functional import dropout, linear
 from sptc.ir.region import FfnRegion, Lora, Projection
 from sptc.passes.graph.elementwise import functional
 from sptc.passes.graph.insert import as_rows, cast, insert, recomputed
-from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, dtype, exchanged, op, shape, value
+from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, dtype, exchanged, op, same_size, shape, value
 
 Tensors = Mapping[Node | None, Any]
 """What the operands of a region are while its form is traced: tensors, and numbers of dynamic shapes; None for None."""
@@ -44,11 +44,11 @@ def insert_ffn(region: FfnRegion, form: Callable[..., Tensor], *settings: Any, o
     number: Mapping[Node, Any] = {n: i for i, n in enumerate((*nodes, *inside))}
     spelled = tuple(repr((n.target, map_arg((n.args, n.kwargs), number.get), dtype(n), shape(n))) for n in inside)
     lead = shape(region.y)[:-1]
-    of_x = len(shape(region.x)) == len(lead) + 1
+    of_x = len(shape(region.x)) == len(lead) + 1 and all(map(same_size, shape(region.x), lead))
 
     def run(tensors: Mapping[Node, Any], sizes: Iterable[Any], *rest: Any) -> Tensor:
         y = form(region, *settings, {None: None, **tensors}, *rest)
-        if len(lead) > 1:
+        if len(lead) != 1:
             y = y.reshape(*(tensors[region.x].shape[:-1] if of_x else sizes), y.shape[-1])
         return cast(y, dtype(region.y))
 
@@ -131,11 +131,12 @@ class Ffn:
         return self._part.dropout(hidden, p, "hidden") if p else hidden
 
     def _again(self, node: Node, known: dict[Any, Any]) -> Any:
-        """The activation's nodes once more; backward keeps what they are computed from. Views and copies have nothing to do on rows."""
+        """The activation's nodes once more; backward keeps what they are computed from. Of views and copies, casts alone count."""
         if node not in known:
             name = op(node)
             if name in VIEWS or name in TRANSPARENT or name in ("aten.dropout.default", "aten.dropout_.default"):
-                known[node] = self._again(node.args[0], known)  # type: ignore[arg-type]
+                before = self._again(node.args[0], known)
+                known[node] = recomputed(cast(before, dtype(node))) if dtype(node) != before.dtype else before
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._again(n, known))
                 known[node] = recomputed(functional(node.target)(*args, **kwargs))

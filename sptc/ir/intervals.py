@@ -275,7 +275,7 @@ class OverRanges(Intervals[Tensor]):
 
 def _reduced(values: Tensor, axis: int, step: int, reduce: Callable[..., Tensor]) -> Tensor:
     """Reduce each run of `step` elements along `axis`; the last run may be shorter."""
-    if step == 1:
+    if step == 1 or not values.shape[axis]:
         return values
     whole = values.shape[axis] // step * step
     parts = [reduce(values.narrow(axis, 0, whole).unflatten(axis, (-1, step)), dim=axis + 1)] if whole else []

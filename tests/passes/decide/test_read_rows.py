@@ -220,6 +220,23 @@ def test_a_query_that_sees_nothing_may_average_padding() -> None:
     assert_gradients_close(got, want)
 
 
+@pytest.mark.parametrize("sizes", [(0, 5), (2, 0)], ids=["no sequence", "no token"])
+def test_an_empty_batch(sizes: tuple[int, int]) -> None:
+    """Its share of padding is none, and its tiles have no elements."""
+    ffn, x, seen = Gated(), torch.randn(*sizes, D), torch.ones(sizes, dtype=torch.int64)
+
+    def model(x: Tensor, seen: Tensor) -> Tensor:
+        q = ffn(x)[:, None]
+        return F.scaled_dot_product_attention(q, q, q, seen[:, None, None, :].bool()) * seen[:, None, :, None]
+
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    y = compiled(x, seen)
+    assert y.shape == (sizes[0], 1, sizes[1], D)
+    got = gradients(ffn, y.sum())
+    assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"attention": "rewritten", "ffn": "rewritten"}
+    assert got and not any(g.count_nonzero() for g in got.values())
+
+
 class BartLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()

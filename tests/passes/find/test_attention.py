@@ -607,7 +607,23 @@ def masked_under_other_heads(q, k, v):
     return scores.masked_fill(~keep, -torch.inf).view(2, 4, 13, 13).softmax(-1) @ v
 
 
+def one_query_under_several_masks(q, k, v):
+    return (q[:, :, :1] @ k.mT).masked_fill(torch.arange(13) > torch.arange(5)[:, None], -torch.inf).softmax(-1) @ v
+
+
+def one_sequence_under_several_masks(q, k, v):
+    keep = torch.arange(13) <= torch.tensor([5, 13])[:, None, None, None]
+    return torch.where(keep, q[:1] @ k[:1].mT, -torch.inf).softmax(-1) @ v[:1]
+
+
+def one_sequence_above_several_floors(q, k, v):
+    return torch.maximum(q[:1] @ k[:1].mT, torch.full((2, 1, 1, 1), -1e9)).softmax(-1) @ v[:1]
+
+
 TWINS = {
+    one_query_under_several_masks: "shape",
+    one_sequence_under_several_masks: "shape",
+    one_sequence_above_several_floors: "scores",
     clipped_scores: "scores",
     clipped_on_both_sides: "scores",
     subtracted_from_a_number: "scores",

@@ -125,6 +125,12 @@ def test_fused_gate_and_up(cut):
     assert region.ups[0].weight is region.ups[1].weight
 
 
+def test_a_slice_that_starts_before_the_first_feature():
+    (region,), refusals = found(Fused(lambda y: (y[..., -3 * H : H], y[..., H:])))
+    assert not refusals
+    assert sorted(up.rows for up in region.ups) == [(0, H), (H, 2 * H)]
+
+
 def test_dropout_between_act_and_down():
     (region,), refusals = found(Ffn(lambda u: F.dropout(F.gelu(u), 0.25, True)))
     assert not refusals and region.dropout_p == 0.25 and region.activation == "gelu"

@@ -103,6 +103,9 @@ SPELLINGS: dict[str, tuple[Loss, str]] = {
     "log_softmax and nll_loss": (lambda y, t: nll_loss(log_softmax(y, -1).reshape(-1, CLASSES), t.reshape(-1)), "u0"),
     "log_softmax of classes second": (lambda y, t: nll_loss(log_softmax(y.transpose(1, 2), 1), t, reduction="sum"), "u0"),
     "cross entropy of log_softmax": (lambda y, t: cross_entropy(*flat(log_softmax(y, -1), t)), "u0"),
+    "cut off from before the first row": (lambda y, t: cross_entropy(*flat(y[:, -2 * LENGTH : -1], t[:, 1:])), "u0"),
+    "classes from before the first": (
+        lambda y, t: cross_entropy(y[..., -3 * CLASSES : CLASSES - 1].flatten(0, 1), t.clamp(max=CLASSES - 2).flatten()), "u0"),
     "scaled": (lambda y, t: cross_entropy(*flat(y / 2.0, t)), "0.5*u0"),
     "soft cap": (lambda y, t: cross_entropy(*flat(torch.tanh(y / 3.0) * 3.0, t)), "3*tanh(0.3333333333333333*u0)"),
     "capped after it is cut off": (lambda y, t: cross_entropy(*flat(2 * torch.tanh(y[:, 2:-1]), t[:, 2:-1])), "2*tanh(u0)"),
@@ -306,6 +309,9 @@ TWINS: dict[str, tuple[Loss, str, str]] = {
         "labels", "holds probabilities, not labels"),
     "no log_softmax": (
         lambda y, t: nll_loss(y.flatten(0, 1), t.flatten()), "between", "that no log_softmax normalized"),
+    "priors added to log_softmax": (
+        lambda y, t: nll_loss(log_softmax(y, -1).flatten(0, 1) + torch.arange(1.0, 1 + CLASSES), t.flatten()),
+        "between", "add.* stands between"),
     "log_softmax over the rows": (
         lambda y, t: nll_loss(log_softmax(y.flatten(0, 1), 0), t.flatten()), "between", "log_softmax.* stands between"),
     "another number for each row": (

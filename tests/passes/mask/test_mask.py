@@ -331,9 +331,27 @@ def depends_on_positions_and_values(seen):
     return (seen * torch.arange(N))[:, None, None, :].expand(B, 1, N, N) > 5
 
 
-@pytest.mark.parametrize("build", [written_through_a_slice, read_before_a_write, depends_on_positions_and_values], ids=lambda f: f.__name__)
+def rounded_positions():
+    q, k = (x.to(torch.bfloat16) * 33 for x in positions())
+    return k <= q - 33
+
+
+def differences_that_wrap_around():
+    q, k = (x.to(torch.uint8) for x in positions())
+    return q - k < 4
+
+
+def flags_that_wrap_around(seen):
+    return ((seen.to(torch.uint8) - 1).float() * -1e4)[:, None, None, :].expand(B, 1, N, N)
+
+
+WITHOUT_INPUTS = [written_through_a_slice, rounded_positions, differences_that_wrap_around]
+WITH_PADDING = [read_before_a_write, depends_on_positions_and_values, flags_that_wrap_around]
+
+
+@pytest.mark.parametrize("build", [*WITHOUT_INPUTS, *WITH_PADDING], ids=lambda f: f.__name__)
 def test_what_cannot_be_read_is_still_right(build):
-    given = inputs() if build is written_through_a_slice else inputs(seen=padding())
+    given = inputs() if build in WITHOUT_INPUTS else inputs(seen=padding())
     region, values, built = read(build, given)
     mask = region.mask
     assert mask.tensors or mask.boolean is not None

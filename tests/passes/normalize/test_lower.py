@@ -19,6 +19,7 @@ from sptc.passes.graph.pattern import op
 from sptc.passes.normalize.lower import lower, normalize
 from sptc.passes.unit import Unit
 from tests.capture import capture
+from tests.models.compiled import FULL, without_inductor
 
 
 class Dropout(nn.Module):
@@ -286,6 +287,21 @@ def test_flex_attention_is_a_refusal_and_runs():
     ((gm, unit),) = _lowered(attend, torch.randn(1, 2, 128, 16))
     assert unit.gm is gm
     assert [r.rule for r in unit.refusals] == ["higher-order"]
+
+
+def test_a_graph_that_differentiates_inside_is_a_refusal_and_runs():
+    model, x = Dropout().eval(), torch.randn(2, 5, 8)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def gradients(parameters):
+        return torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(parameters)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gradients, backend=without_inductor(**FULL))
+    torch.testing.assert_close(compiled(parameters), gradients(parameters))
+    ((gm, unit),) = _lowered(gradients, parameters)
+    assert unit.gm is gm and unit.closed is not None
+    assert {r.rule for r in unit.refusals} == {"higher-order"}
 
 
 def test_a_view_that_is_written_through_stays_one():

@@ -119,6 +119,43 @@ def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool)
     assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
 
 
+class Cast(nn.Module):
+    """The activation is computed in fp32, the products in the dtype of the weights."""
+
+    def __init__(self, product: Callable[[Tensor, nn.Linear], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.product = nn.Linear(D, HIDDEN, bias=False), nn.Linear(HIDDEN, D, bias=False), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(F.gelu(self.product(x, self.up).float()).to(x.dtype), self.down)
+
+
+@pytest.mark.parametrize("product", [lambda x, layer: layer(x), lambda x, layer: x @ layer.weight.t()], ids=["linear", "matmul"])
+def test_casts_around_the_activation(product: Callable[[Tensor, nn.Linear], Tensor]) -> None:
+    torch.manual_seed(0)
+    ffn, x = Cast(product).bfloat16(), torch.randn(2, 7, D).bfloat16()
+    compiled = torch.compile(ffn, backend=without_inductor(**{"ffn.density": 1.0, **ALL}))
+    got = gradients(ffn, (y := compiled(x)).square().sum())
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+    torch.testing.assert_close(y, ffn(x))
+    assert_gradients_close(got, gradients(ffn, ffn(x).square().sum()), 1e-2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tokens_in_another_shape_than_those_of_the_input(dynamic: bool) -> None:
+    """Some views between the projections, and no dimension of tokens at all."""
+    up, down = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
+    for x, inside in ((torch.randn(2, 7, D), (7, 2, HIDDEN)), (torch.randn(D), (HIDDEN,))):
+        torch._dynamo.reset()
+
+        def ffn(x: Tensor, inside: tuple[int, ...] = inside) -> Tensor:
+            return down(F.gelu(up(x)).reshape(inside))
+
+        compiled = torch.compile(ffn, backend=without_inductor(**{"ffn.density": 1.0, **ALL}), dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), ffn(x))
+        assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+
+
 class Padded(nn.Module):
     """Attention that hides padding, so that the graph tells which tokens are none."""
 
