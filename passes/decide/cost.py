@@ -91,6 +91,7 @@ class FfnShape:
     need_ups: int  # how many weights of up projections need a gradient
     need_down: bool
     need_adapters: bool
+    counted: sympy.Rational = sympy.S.Half  # share of the tokens whose label counts, where these keep other units than the rest
 
     @property
     def needs_hidden(self) -> bool:
@@ -237,11 +238,9 @@ def sparse_ffn(s: FfnShape, settings: FfnSettings, device: DeviceCosts) -> Work:
 def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> Work:
     """The hidden values of a sample of the tokens, weights gathered twice, then a part of the dense FFN's products and passes."""
     el, rates = _element(s.dtype), device.rates(s.dtype)
-    # How many tokens count is data. Half of them stand for it.
-    parts = [
-        sympy.Rational(kept, s.hidden) for kept in (settings.units, settings.context if settings.context is not None else settings.units)
-    ]
-    part = sum(parts) / 2
+    context = settings.units if settings.context is None else settings.context
+    parts = [sympy.Rational(kept, s.hidden) for kept in (settings.units, context)]
+    part = _part(s, settings)
     chosen = [kept for kept in parts if kept < 1]
     sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(SHARE) + LEAST) * s.d * s.hidden * s.ups
     weights = el * s.hidden * (s.ups * s.d + s.d_out)
@@ -260,7 +259,7 @@ def ffn_through_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) 
     """The dense forward pass; backward, that of the FFN over fewer units, from hidden values gathered out of the dense ones."""
     forward = replace(s, need_x=False, need_ups=0, need_down=False, need_adapters=False)
     dense, thin, thin_forward = dense_ffn(forward, device), ffn_over_units(s, settings, device), ffn_over_units(forward, settings, device)
-    part = sympy.Rational(settings.units + (settings.units if settings.context is None else settings.context), 2 * s.hidden)
+    part = _part(s, settings)
     gathered = 2 * _element(s.dtype) * part * s.tokens * s.hidden * s.ups
     return Work(
         dense.flops + thin.flops - thin_forward.flops,
@@ -268,6 +267,12 @@ def ffn_through_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) 
         dense.seconds + thin.seconds - thin_forward.seconds + gathered / device.bandwidth + _SMALL_OPS * device.op_seconds,
         thin.kept,
     )
+
+
+def _part(s: FfnShape, settings: UnitSettings) -> sympy.Expr:
+    """The share of the hidden values that are kept, over all tokens."""
+    context = settings.units if settings.context is None else settings.context
+    return (s.counted * settings.units + (1 - s.counted) * context) / s.hidden
 
 
 def _ffn_flops(s: FfnShape) -> sympy.Expr:

@@ -34,6 +34,7 @@ from sptc.ir.region import (
 )
 from sptc.passes.decide.constraints import guardable, lower_bound
 from sptc.passes.decide.cost import (
+    FfnShape,
     Work,
     dense_attention,
     dense_ffn,
@@ -133,7 +134,7 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
     if settings.all_units or not shape.needs_hidden:
         return None
     here = {LENGTH: length.hint}
-    fewer = replace(shape, tokens=shape.tokens * _share(unit, rows))
+    fewer = _kept_tokens(unit, shape, rows)
     return settings, dense_ffn(shape, unit.device).at(here), ffn_through_units(fewer, settings, unit.device).at(here)
 
 
@@ -145,8 +146,7 @@ def _forms(unit: Unit, region: Region, density: float, length: Length) -> tuple[
             routed = _ffn_settings(unit, region, state, density)
             return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
         kept = _unit_settings(unit, region, density)
-        fewer = replace(ffn, tokens=ffn.tokens * _share(unit, kept.rows))
-        return kept, dense_ffn(ffn, unit.device), ffn_over_units(fewer, kept, unit.device)
+        return kept, dense_ffn(ffn, unit.device), ffn_over_units(_kept_tokens(unit, ffn, kept.rows), kept, unit.device)
     attention, settings = attention_shape(region, length), _attention_settings(unit, region, state, density)
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
@@ -195,10 +195,14 @@ def left_out(settings: Settings) -> str:
     return rows + ", hidden values computed again in backward" * settings.recompute
 
 
-def _share(unit: Unit, rows: Rows) -> sympy.Rational:
-    """The share of the example's tokens that are in `rows`, in hundredths."""
-    known = {"all": 1.0, "visible": unit.visible_share, "counted": unit.counted_share}[rows]
-    return sympy.Rational(100 if known is None else max(1, round(100 * known)), 100)
+def _kept_tokens(unit: Unit, ffn: FfnShape, rows: Rows) -> FfnShape:
+    """The FFN of the tokens in `rows` alone, with the share of these that count, both as in the example batch, in hundredths."""
+    of = {"all": 1.0, "visible": unit.visible_share, "counted": unit.counted_share}[rows]
+    kept = sympy.Rational(100 if of is None else max(1, round(100 * of)), 100)
+    if unit.counted_share is None:
+        return replace(ffn, tokens=ffn.tokens * kept)
+    counted = sympy.Rational(round(100 * unit.counted_share), 100)
+    return replace(ffn, tokens=ffn.tokens * kept, counted=min(sympy.S.One, counted / kept))
 
 
 def _time(seconds: float) -> str:

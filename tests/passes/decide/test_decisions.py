@@ -312,3 +312,26 @@ def test_a_range_on_one_side_of_the_crossover_needs_no_choice():
     torch._dynamo.mark_dynamic(x, 1, min=8, max=100)
     torch.compile(Ffn(), backend=backend)(x)
     assert len(reasons) == 1 and "sparse from" in reasons[0]
+
+
+class Labelled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.head = Ffn(), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        y = x + self.ffn(x)
+        return torch.nn.functional.cross_entropy(self.head(y + y.mean(0)), labels)  # all of them are read
+
+
+def test_costs_are_those_of_the_share_that_counts() -> None:
+    """Tokens that count keep all hidden units, the others an eighth."""
+    flops = []
+    for counted in (0.25, 0.75):
+        labels = torch.zeros(4096, dtype=torch.int64)
+        labels[int(counted * 4096) :] = -100
+        unit = decided(Labelled(), (torch.randn(4096, 64), labels), **{"ffn.density": 1.0, "ffn.context_density": 0.125})
+        (decision,) = (d for d in unit.decisions if d.region.kind == "ffn")
+        assert isinstance(decision.settings, UnitSettings) and decision.settings.context == 32
+        flops.append(decision.sparse.flops / decision.dense.flops)
+    assert flops == pytest.approx([0.25 + 0.75 / 8, 0.75 + 0.25 / 8], abs=0.06)  # and the energies of a sample
