@@ -39,6 +39,7 @@ from sptc.passes.decide.cost import (
     dense_ffn,
     ffn_over_units,
     ffn_through_units,
+    kept_for_backward,
     share,
     sparse_attention,
     sparse_ffn,
@@ -127,7 +128,7 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
     units = _units(region, unit.config.ffn_gradient_density)
     rows = unit.read.get(region, "all")
     context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
-    settings = UnitSettings(region.hidden, units, context, True, rows, unit.config.ffn_recompute)
+    settings = UnitSettings(region.hidden, units, context, True, rows, unit.config.recomputes)
     length = length_of(region)
     shape = ffn_shape(region, unit.states.get(region), length)
     if settings.all_units or not shape.needs_hidden:
@@ -177,14 +178,32 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         return Decision(region, False, reason, settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
-    if isinstance(settings, UnitSettings) and settings.recompute and trained:
+    if isinstance(settings, UnitSettings) and settings.recompute and unit.config.ffn_recompute and trained:
         return Decision(region, True, "option 'ffn.recompute' is True", settings, *costs)
     if isinstance(settings, UnitSettings) and settings.whole:
         return Decision(region, False, "at density 1 nothing would be left out", settings, *costs)
+    if unit.config.objective == "memory" and trained and costs[1].kept != costs[0].kept:
+        less, figures = costs[1].kept < costs[0].kept, kept_for_backward(*costs)
+        return Decision(region, less, f"{'pays' if less else 'would not pay'}: {figures}{left_out(settings)}", settings, *costs)
     rewrite, border = _pays(unit, dense, sparse, length)
     figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense{left_out(settings)}"
     reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
     return Decision(region, rewrite, reason + border, settings, *costs)
+
+
+def exact_pays(unit: Unit, region: Region, settings: Settings, dense: Cost, sparse: Cost) -> bool:
+    """Whether a region that is left nothing out of is better in its sparse form all the same, where gradients are recorded."""
+    if unit.config.decline == "never":
+        pays = True
+    elif unit.config.objective == "memory" and sparse.kept != dense.kept:
+        pays = sparse.kept < dense.kept
+    else:
+        pays = sparse.seconds < dense.seconds
+    if isinstance(settings, UnitSettings):
+        return not settings.whole and (pays or (settings.recompute and bool(unit.config.ffn_recompute)))
+    if isinstance(region, AttentionRegion) and isinstance(settings, AttentionSettings):
+        return pays and not unfit(unit, region, settings)
+    return pays
 
 
 def left_out(settings: Settings) -> str:
@@ -324,7 +343,7 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
-    rows, again = unit.read.get(region, "all"), unit.config.ffn_recompute
+    rows, again = unit.read.get(region, "all"), unit.config.recomputes
     if not splits(unit, region):
         return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again)
     counted = unit.config.ffn_density
