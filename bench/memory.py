@@ -2,9 +2,9 @@
 
 LoRA steps of random models on a CPU, each variant of each case in a process of its own, one after the other and on one thread. Memory is
 the most that a step takes beyond what the process holds at rest, with the allocator trimmed before; it does not depend on what else the
-machine does. Of it, "tensors" is what torch's allocator gave out at once: the rest are holes in the heap of the C library, which has none
-where the environment says `MALLOC_MMAP_THRESHOLD_=1000000`. Times do depend: processor time is given, the least of a few steps. Loss and gradients of the exact variant stand beside the dense
-ones.
+machine does. Of it, "tensors" is what torch's allocator gave out at once: the rest are holes in the heap of the C library, which has few
+where the environment says `MALLOC_MMAP_THRESHOLD_=1000000`. Times depend: processor time is given, the least of a few steps. Loss and
+gradients of the exact variants stand beside the dense ones.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def table(results: list[Result]) -> str:
             f"{r.tensors_mib / dense.tensors_mib:.2f}",
         )
         rows.append((r.case, r.variant, r.losses, *figures, f"{dense.cpu_seconds / r.cpu_seconds:.2f}x"))
-    headers = ("case", "variant", "its loss", "value", "gradients", "MiB at rest", "a step adds", "of Inductor's", "tensors", "of Inductor's", "faster")
+    memory = ("MiB at rest", "a step adds", "of Inductor's", "tensors", "of Inductor's")
+    headers = ("case", "variant", "its loss", "value", "gradients", *memory, "faster")
     return tabulate(rows, headers, disable_numparse=True)
 
 
