@@ -80,8 +80,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def _bytes(text: str) -> float:
-    number = text.strip().rstrip("BbIiKkMmGg")
-    unit = text.strip()[len(number) :].upper()
+    number = text.strip().rstrip("BbIiKkMmGg ")
+    unit = text.strip()[len(number) :].strip().upper()
     try:
         return float(number) * _UNITS[unit]
     except (ValueError, KeyError):
