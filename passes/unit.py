@@ -40,6 +40,7 @@ class Unit:
     counted_share: float | None = None  # of the example batch's tokens, where it can be computed
     visible_share: float | None = None  # of the example batch's tokens: those that attention does not hide as padding
     read: Mapping[Region, Rows] = field(default_factory=dict)  # of FFNs: the tokens whose output anything reads
+    lean: frozenset[Region] = frozenset()  # what the plan wants to keep less for backward, exact
     decisions: tuple[Decision, ...] = ()
     closed: Refusal | None = None  # why the graph can't be looked into: it stays as Dynamo captured it
     records: tuple[PassRecord, ...] = ()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -114,7 +116,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         kernels = emit(unit, _device(example_inputs))
         # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
         rewritten = any(decision.rewrite for decision in unit.decisions)
-        compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
+        with _keeping_little(unit.config):
+            compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
         called = _summary.gather(report, config, example_inputs)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend
@@ -131,6 +134,19 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
 
 
 spt.reset = _summary.forget  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls
+
+
+def _keeping_little(config: Config) -> AbstractContextManager[Any]:
+    """With objective "memory", AOTAutograd's partitioner keeps for backward only what is not cheap to compute again.
+
+    By default it keeps whatever backward's products read as it is: outputs of norms, copies of weights in another dtype, activations.
+    """
+    if config.objective != "memory":
+        return nullcontext()
+    patch: AbstractContextManager[Any] = functorch_config.patch(
+        ban_recompute_materialized_backward=False, ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False
+    )
+    return patch
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

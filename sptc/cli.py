@@ -19,7 +19,7 @@ from sptc.config import Config, ConfigError
 from sptc.ir.plan import Plan
 from sptc.model.capture import CaptureError, capture
 from sptc.model.load import ModelError, load_model
-from sptc.plans.budget import PlanError
+from sptc.plans.budget import PlanError, check_target
 from sptc.plans.planning import plan
 from sptc.plans.sensitivity import SensitivityError
 from sptc.reports.explain import explain
@@ -50,10 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     dump = commands.add_parser("dump", help="write the graphs before and after the passes")
     dump.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
     dump.set_defaults(run=_dump)
-    plan = commands.add_parser("plan", help="choose a density for each region, for a budget of time or error of a training step")
+    plan = commands.add_parser("plan", help="choose a density for each region, for a budget of time, error or memory of a training step")
     budget = plan.add_mutually_exclusive_group(required=True)
     budget.add_argument("--speedup", type=float, help="predicted speed-up to reach at the least error")
     budget.add_argument("--max-error", type=float, help="predicted error not to exceed, as fast as possible")
+    budget.add_argument(
+        "--max-memory", type=_bytes, metavar="BYTES", help="predicted bytes kept for backward not to exceed, such as 500MB or 2GiB"
+    )
     plan.add_argument("--out", metavar="FILE", help="where to save the plan, for --plan and options={'plan': FILE}")
     plan.set_defaults(run=_plan, train=True)
     for command in (explain, dump):
@@ -71,6 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="compare training steps, dense and sparse: checked, then timed in turns")
     add_arguments(bench, MODEL)
     return parser
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(text: str) -> float:
+    number = text.strip().rstrip("BbIiKkMmGg ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"must be bytes, such as 2e9, 500MB or 2GiB, got {text!r}") from None
 
 
 def _positive(text: str) -> int:
@@ -113,6 +128,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
         raise ConfigError(f"--out {arguments.out!r}: there is no such folder")
+    targets = {"speedup": arguments.speedup, "max_error": arguments.max_error, "max_memory": arguments.max_memory}
+    check_target(**targets)
     with tqdm(desc="runs", unit="run", disable=None) as bar:
 
         def progress(done: int, of: int) -> None:
@@ -121,9 +138,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         made = _on_model(
             arguments,
-            lambda model, inputs: plan(
-                model, inputs, speedup=arguments.speedup, max_error=arguments.max_error, options=_options(arguments), progress=progress
-            ),
+            lambda model, inputs: plan(model, inputs, **targets, options=_options(arguments), progress=progress),
         )
     _print(arguments, made)
     if arguments.out is not None:

@@ -57,8 +57,11 @@ class Config:
         "skip",
         "with gradients, tokens whose FFN output nothing reads: padding; 'skip' is exact but for what is returned of padding itself",
     )
-    ffn_recompute: bool = _option(
-        "ffn.recompute", False, "selector 'energy': backward computes hidden values again, which then take no memory: a few percent slower"
+    ffn_recompute: bool | None = _option(
+        "ffn.recompute",
+        None,
+        "selector 'energy': backward computes hidden values again, which then take no memory: a few percent slower; None: where objective "
+        "'memory' or a plan asks for it",
     )
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
@@ -76,6 +79,12 @@ class Config:
     )
     exclude: list[str] | None = _option(
         "exclude", None, "modules to leave alone: patterns of their names; trained heads are left alone too, unless it is []"
+    )
+    objective: Literal["time", "memory"] = _option(
+        "objective",
+        "time",
+        "'memory': regions are rewritten where they keep less for backward, hidden values of FFNs and whatever else is cheap are computed "
+        "again, at the cost of some time",
     )
     plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
@@ -119,6 +128,11 @@ class Config:
         """The inverse of from_options: the options that were given or differ from their defaults, dotted keys to values."""
         values = {f.metadata["key"]: (getattr(self, f.name), getattr(_DEFAULT, f.name)) for f in _options()}
         return {key: value for key, (value, default) in values.items() if key in self.given or value != default}
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward computes hidden values of FFNs again."""
+        return self.objective == "memory" if self.ffn_recompute is None else self.ffn_recompute
 
     def _check_ranges(self) -> None:
         for pattern in self.exclude or ():

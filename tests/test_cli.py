@@ -99,6 +99,9 @@ def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, ca
         (["explain", "{factory}:ffn", "--option", "ffn.blocks"], "must be KEY=VALUE"),
         (["explain", "{llama}", "--length", "65"], "more than the 64 positions"),
         (["dump", "{factory}:ffn", "--out", "factory_of_tests.py"], "option 'dump': cannot write"),
+        (["plan", "{factory}:ffn", "--speedup", "0.5"], "speedup must be above 1"),
+        (["plan", "{factory}:ffn", "--max-memory", "0"], "max_memory must be a number of bytes above 0"),
+        (["plan", "{factory}:ffn", "--max-memory", "1"], "a memory of 1 bytes is out of reach"),
         (["bench", "./no/such/folder"], "no model './no/such/folder'"),
         (["bench", "{factory}:only_a_model"], "must return (model, example_inputs), got Linear"),
         (["bench", "{factory}:ffn", "--variant", "half={{ffn.density: 0.5}}"], "is no JSON"),
@@ -130,6 +133,15 @@ def test_a_model_that_takes_no_tokens_asks_for_a_factory(tmp_path, capsys):
     transformers.ViTConfig(architectures=["ViTModel"]).save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path)]) == 2
     assert "does not take tokens" in capsys.readouterr().err
+
+
+def test_bytes_have_units(factory, capsys):
+    from sptc.cli import _bytes
+
+    assert [_bytes(text) for text in ("1e3", "5MB", "2GiB", "1.5 kb")] == [1e3, 5e6, 2 * 2.0**30, 1500]
+    with pytest.raises(SystemExit):
+        main(["plan", f"{factory}:ffn", "--max-memory", "2 apples"])
+    assert "must be bytes, such as 2e9, 500MB or 2GiB, got '2 apples'" in capsys.readouterr().err
 
 
 def test_options_are_read_by_type():

@@ -118,6 +118,11 @@ class LossShape:
     need_adapter: bool
 
 
+def kept_for_backward(dense: Cost, sparse: Cost) -> str:
+    """What a region keeps in its sparse form and in its dense one, for people."""
+    return f"{sparse.kept / 2**20:.3g} MiB kept for backward instead of {dense.kept / 2**20:.3g}"
+
+
 def share(density: float) -> Fraction:
     """A density as the fraction that was meant: 0.1 is 1/10."""
     return Fraction(density).limit_denominator(2**16) or Fraction(1, 2**16)

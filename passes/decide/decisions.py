@@ -40,6 +40,7 @@ from sptc.passes.decide.cost import (
     dense_ffn,
     ffn_over_units,
     ffn_through_units,
+    kept_for_backward,
     share,
     sparse_attention,
     sparse_ffn,
@@ -47,7 +48,7 @@ from sptc.passes.decide.cost import (
 from sptc.passes.decide.gradients import with_gradients
 from sptc.passes.decide.loss import decide_loss
 from sptc.passes.decide.operand_dtypes import misfit
-from sptc.passes.decide.planned import planned_densities
+from sptc.passes.decide.planned import planned_densities, planned_lean
 from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
@@ -89,6 +90,7 @@ def decide(unit: Unit) -> Unit:
         if unit.config.ffn_padding == "skip":
             unit = replace(unit, read=read_rows(unit), visible_share=visible_share(unit))
     planned = planned_densities(unit)
+    unit = replace(unit, lean=planned_lean(unit))
     losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
     logits = frozenset(node for loss in losses if isinstance(loss, Decision) and loss.rewrite for node in loss.region.nodes)
     return replace(
@@ -128,7 +130,7 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
     units = _units(region, unit.config.ffn_gradient_density)
     rows = unit.read.get(region, "all")
     context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
-    settings = UnitSettings(region.hidden, units, context, True, rows, unit.config.ffn_recompute)
+    settings = UnitSettings(region.hidden, units, context, True, rows, _again(unit, region))
     length = length_of(region)
     shape = ffn_shape(region, unit.states.get(region), length)
     if settings.all_units or not shape.needs_hidden:
@@ -167,7 +169,8 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         return Decision(region, False, f"option '{region.kind}.enabled' is False", settings, *costs)
     if logits:
         return Decision(region, False, "its output is logits of a loss that is rewritten", settings, *costs)
-    if planned == 1.0 and not (isinstance(settings, UnitSettings) and not settings.whole):
+    less = settings.recompute if isinstance(settings, UnitSettings) else region in unit.lean or unit.config.objective == "memory"
+    if planned == 1.0 and not less and not (isinstance(settings, UnitSettings) and not settings.whole):
         return Decision(region, False, "the plan keeps it dense", settings, *costs)
     if not trained and unit.config.inference == "dense" and ("inference" in unit.config.given or not unit.states):
         return Decision(region, False, "no gradient is recorded here, and option 'inference' is 'dense'", settings, *costs)
@@ -177,14 +180,46 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
         return Decision(region, False, reason, settings, *costs)
     if unit.config.decline == "never":
         return Decision(region, True, "option 'decline' is 'never'", settings, *costs)
-    if isinstance(settings, UnitSettings) and settings.recompute and trained:
+    if isinstance(settings, UnitSettings) and settings.recompute and unit.config.ffn_recompute and trained:
         return Decision(region, True, "option 'ffn.recompute' is True", settings, *costs)
     if isinstance(settings, UnitSettings) and settings.whole:
         return Decision(region, False, "at density 1 nothing would be left out", settings, *costs)
+    if region in unit.lean and trained and costs[1].kept < costs[0].kept:
+        return Decision(region, True, f"the plan wants it lean: {kept_for_backward(*costs)}{left_out(settings)}", settings, *costs)
+    if unit.config.objective == "memory" and trained and costs[1].kept != costs[0].kept:
+        smaller, figures = costs[1].kept < costs[0].kept, kept_for_backward(*costs)
+        return Decision(region, smaller, f"{'pays' if smaller else 'would not pay'}: {figures}{left_out(settings)}", settings, *costs)
     rewrite, border = _pays(unit, dense, sparse, length)
     figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense{left_out(settings)}"
     reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
     return Decision(region, rewrite, reason + border, settings, *costs)
+
+
+def lean_form(unit: Unit, region: Region) -> tuple[Settings, Cost, Cost] | None:
+    """How a region would keep less for backward and leave nothing out, and what it costs dense and so; None where it can't."""
+    if not enabled(unit, region) or region in unit.states or (isinstance(region, FfnRegion) and routes(unit, region)):
+        return None
+    if isinstance(region, FfnRegion) and unit.config.ffn_recompute is False:
+        return None
+    settings, dense, sparse = at_density(replace(unit, lean=unit.lean | {region}), region, 1.0)
+    if isinstance(region, AttentionRegion) and isinstance(settings, AttentionSettings) and unfit(unit, region, settings):
+        return None
+    return (settings, dense, sparse) if sparse.kept < dense.kept else None
+
+
+def exact_pays(unit: Unit, region: Region, settings: Settings, dense: Cost, sparse: Cost) -> bool:
+    """Whether a region that is left nothing out of is better in its sparse form all the same, where gradients are recorded."""
+    if unit.config.decline == "never":
+        pays = True
+    elif unit.config.objective == "memory" and sparse.kept != dense.kept:
+        pays = sparse.kept < dense.kept
+    else:
+        pays = sparse.seconds < dense.seconds
+    if isinstance(settings, UnitSettings):
+        return not settings.whole and (pays or (settings.recompute and bool(unit.config.ffn_recompute)))
+    if isinstance(region, AttentionRegion) and isinstance(settings, AttentionSettings):
+        return pays and not unfit(unit, region, settings)
+    return pays
 
 
 def left_out(settings: Settings) -> str:
@@ -328,12 +363,17 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
-    rows, again = unit.read.get(region, "all"), unit.config.ffn_recompute
+    rows, again = unit.read.get(region, "all"), _again(unit, region)
     if not splits(unit, region):
         return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again)
     counted = unit.config.ffn_density
     context = None if rows == "counted" else _units(region, density)
     return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), context, rows=rows, recompute=again)
+
+
+def _again(unit: Unit, region: FfnRegion) -> bool:
+    """Whether backward computes its hidden values again."""
+    return unit.config.recomputes or region in unit.lean
 
 
 def _units(region: FfnRegion, density: float) -> int:

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
-from sptc.passes.decide.cost import LossShape, dense_loss, loss_by_rows
+from sptc.passes.decide.cost import LossShape, dense_loss, kept_for_backward, loss_by_rows
 from sptc.passes.find.loss import needed
 from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
@@ -32,9 +32,12 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
         return Decision(region, False, "option 'loss.enabled' is False", settings, *costs)
     if not recorded or not any(needed(region)):
         return Decision(region, False, "no gradient is recorded here", settings, *costs)
-    if unit.config.decline == "auto" and region.classes <= _FEW * features:
+    kept = kept_for_backward(dense, by_rows)
+    if unit.config.decline == "auto" and unit.config.objective == "memory":
+        if by_rows.kept >= dense.kept:
+            return Decision(region, False, f"would not pay: {kept}", settings, *costs)
+    elif unit.config.decline == "auto" and region.classes <= _FEW * features:
         return Decision(region, False, f"would not pay: {region.classes} classes of {features} features", settings, *costs)
-    kept = f"{by_rows.kept / 2**20:.3g} MiB kept for backward instead of {dense.kept / 2**20:.3g}"
     if region.returned and unit.config.loss_logits == "keep":
         names = ", ".join(node.name for node in region.returned)
         reason = f"the graph returns its logits ({names}); options={{'loss.logits': 'drop'}} would not, with {kept}"

@@ -56,6 +56,14 @@ def planned_densities(unit: Unit) -> Mapping[Region, float]:
     return {region: planned[key].density for region, key in keys.items()}
 
 
+def planned_lean(unit: Unit) -> frozenset[Region]:
+    """The regions that the unit's plan, which fits, wants to keep less for backward."""
+    if unit.plan is None:
+        return frozenset()
+    lean = {region.key for region in unit.plan.regions if region.lean}
+    return frozenset(region for region, key in region_keys(unit.regions).items() if key in lean)
+
+
 _AGAIN = "make a plan for this model with sptc.plan"
 
 

@@ -18,7 +18,7 @@ from sptc.device.cache import write_whole
 DENSITIES = {"attention": (1 / 2, 1 / 4, 1 / 8, 1 / 16), "ffn": (3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)}
 """What is tried of a region of each kind, besides dense."""
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Choice:
     density: float
     seconds: float  # predicted, of the region in one step
     error: float  # measured, relative, of the model's output
+    kept: float = 0.0  # bytes, predicted, that it keeps for backward
+    lean: bool = False  # exact, in the form that keeps less for backward: hidden values computed again, attention's scores never whole
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class PlannedRegion:
     facts: Mapping[str, int]  # sizes that it must still have when the plan is applied
     density: float
     choices: tuple[Choice, ...]
+    lean: bool = False  # of the choice at that density
 
     @property
     def kind(self) -> str:
@@ -47,24 +50,31 @@ class PlannedRegion:
 
     @property
     def chosen(self) -> Choice:
-        return self._at(self.density)
+        return {(choice.density, choice.lean): choice for choice in self.choices}[self.density, self.lean]
+
+    @property
+    def dense(self) -> Choice:
+        """What it costs where nothing is left out and nothing kept less, as far as options allow."""
+        return self.choices[0]
 
     @property
     def dense_seconds(self) -> float:
-        return self._at(1.0).seconds
+        return self.dense.seconds
 
-    def _at(self, density: float) -> Choice:
-        return {choice.density: choice for choice in self.choices}[density]
+    def at(self, choice: Choice) -> PlannedRegion:
+        """The region with this choice."""
+        return replace(self, density=choice.density, lean=choice.lean)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Densities for one model. `options={"plan": path}` applies a saved one; `str(plan)` is a table."""
 
-    target: Mapping[str, float]  # {"speedup": 1.5} or {"max_error": 0.05}
+    target: Mapping[str, float]  # {"speedup": 1.5}, {"max_error": 0.05} or {"max_memory": 2e9}
     options: Mapping[str, Any]  # those that it was made with and is to be used with
     other_seconds: float  # predicted, of everything outside the regions
     regions: tuple[PlannedRegion, ...]
+    losses_kept: float = 0.0  # bytes, predicted, that losses keep for backward: no choice changes that
 
     @property
     def dense_seconds(self) -> float:
@@ -78,6 +88,15 @@ class Plan:
     def speedup(self) -> float:
         """Predicted, of forward and backward."""
         return self.dense_seconds / self.seconds
+
+    @property
+    def kept(self) -> float:
+        """Bytes, predicted, that attention, FFNs and losses keep for backward: the total of "MB kept" in a report."""
+        return self.losses_kept + math.fsum(region.chosen.kept for region in self.regions)
+
+    @property
+    def dense_kept(self) -> float:
+        return self.losses_kept + math.fsum(region.dense.kept for region in self.regions)
 
     @property
     def error(self) -> float:
@@ -98,8 +117,8 @@ class Plan:
             if density not in (1.0, *DENSITIES[kind]):
                 known = ", ".join(f"{d:.4g}" for d in DENSITIES[kind])
                 raise ValueError(f"plans measure nothing of {kind} at density {density:g}, only at {known}")
-        least = [min(c.density for c in r.choices if c.density >= wanted[r.kind]) for r in self.regions]
-        regions = tuple(replace(region, density=density) for region, density in zip(self.regions, least, strict=True))
+        least = [min((c for c in r.choices if c.density >= wanted[r.kind] and not c.lean), key=lambda c: c.density) for r in self.regions]
+        regions = tuple(region.at(choice) for region, choice in zip(self.regions, least, strict=True))
         return replace(self, target={}, regions=regions)
 
     def graphs(self) -> list[set[str]]:
@@ -114,6 +133,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data. What is derived stands beside what it derives from, for people."""
         summary = {"seconds": self.seconds, "dense_seconds": self.dense_seconds, "speedup": self.speedup, "error": self.error}
+        summary |= {"kept": self.kept, "dense_kept": self.dense_kept}
         return {"version": VERSION, **asdict(self), "predicted": summary}
 
     @classmethod
@@ -152,19 +172,26 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (r.key, f"{r.density:.3g}", f"{r.dense_seconds * 1e3:.3g}", f"{r.chosen.seconds * 1e3:.3g}", f"{r.chosen.error:.2g}")
+            (r.key, f"{r.density:.3g}", *_figures(r.dense_seconds, r.chosen.seconds, r.chosen.error, r.dense.kept, r.chosen.kept))
             for r in self.regions
         ]
-        other = f"{self.other_seconds * 1e3:.3g}"
-        total = ("total", "", f"{self.dense_seconds * 1e3:.3g}", f"{self.seconds * 1e3:.3g}", f"{self.error:.2g}")
-        headers = ("region", "density", "ms dense", "ms planned", "error")
-        table = tabulate([*rows, ("elsewhere", "", other, other, ""), total], headers, disable_numparse=True, colalign=_ALIGN)
+        elsewhere = ("elsewhere", "", *_figures(self.other_seconds, self.other_seconds, None, self.losses_kept, self.losses_kept))
+        total = ("total", "", *_figures(self.dense_seconds, self.seconds, self.error, self.dense_kept, self.kept))
+        headers = ("region", "density", "ms dense", "ms planned", "error", "MB kept", "planned")
+        table = tabulate([*rows, elsewhere, total], headers, disable_numparse=True, colalign=_ALIGN)
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
         reached = f"{self.speedup:.2f}x by predicted times of forward and backward, output off by {self.error:.2g}"
+        reached += f", {self.kept / 1e6:.3g} MB kept for backward"
         return f"{table}\n\n{f'planned for {wanted}' if wanted else 'not planned'}: {reached}"
 
 
-_ALIGN = ("left", *("right",) * 4)
+_ALIGN = ("left", *("right",) * 6)
+
+
+def _figures(dense: float, planned: float, error: float | None, kept_before: float, kept_after: float) -> tuple[str, ...]:
+    """Seconds as milliseconds, an error, bytes as megabytes."""
+    seconds = f"{dense * 1e3:.3g}", f"{planned * 1e3:.3g}"
+    return *seconds, "" if error is None else f"{error:.2g}", f"{kept_before / 1e6:.3g}", f"{kept_after / 1e6:.3g}"
 
 
 def combined(errors: Iterable[float]) -> float:
@@ -174,7 +201,7 @@ def combined(errors: Iterable[float]) -> float:
 
 def _region(entry: Mapping[str, Any]) -> PlannedRegion:
     choices = tuple(Choice(**choice) for choice in entry["choices"])
-    region = PlannedRegion(entry["key"], tuple(entry["graphs"]), entry["facts"], entry["density"], choices)
-    if region.chosen.error < 0 or not 0 < region.density <= 1 or region.dense_seconds < 0:
+    region = PlannedRegion(entry["key"], tuple(entry["graphs"]), entry["facts"], entry["density"], choices, entry["lean"])
+    if region.chosen.error < 0 or not 0 < region.density <= 1 or region.dense_seconds < 0 or region.chosen.kept < 0:
         raise ValueError(f"{region.key} has a negative figure")
     return region

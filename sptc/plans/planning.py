@@ -1,4 +1,4 @@
-"""`sptc.plan(model, example_inputs, speedup=1.5)`: densities by region for a budget of time or of error.
+"""`sptc.plan(model, example_inputs, speedup=1.5)`: densities by region for a budget of time, of error or of memory.
 
 `sptc/plans/budget.py` chooses them.
 """
@@ -13,7 +13,7 @@ from sptc.config import Config
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.model.capture import capture
 from sptc.plans.budget import PlanError, check_target, replan
-from sptc.plans.sensitivity import Measured, Sensitivity
+from sptc.plans.sensitivity import DENSE, LEAN, Measured, Sensitivity
 
 _NOT_PLANNED = {"plan", "dump", "on_error", "inductor", "attention.density", "ffn.density"}  # options that a plan does not repeat
 
@@ -24,10 +24,11 @@ def plan(
     *,
     speedup: float | None = None,
     max_error: float | None = None,
+    max_memory: float | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Choose a density for each region: sparse where it harms least, as far as a speed-up needs or an error allows.
+    """Choose a density for each region: sparse where it harms least, as far as a speed-up or a memory needs or an error allows.
 
         sptc.plan(model, batch, speedup=1.5).save("plan.json")
         model.compile(backend="spt", options={"plan": "plan.json"})
@@ -46,15 +47,19 @@ def plan(
             Many examples if the model returns few numbers for each, as a classifier does: a plan trusts what it measures.
         speedup: predicted time of the dense model over that of the planned one, above 1.
         max_error: the greatest predicted relative change, at least 0.
+        max_memory: the most bytes that attention, FFNs and losses may keep for backward, predicted: the total of "MB kept" in a report,
+            which counts neither parameters nor what lies between the regions. Regions that can keep less and stay exact do so first, those
+            first that lose least time by it: hidden values of FFNs are computed again (unless option `ffn.recompute` is False), scores
+            of attention that is spelled out are never whole. Then hidden units are left out.
         options: as for `torch.compile(model, backend="spt", options=...)`; the plan keeps them. Densities in them have no effect.
         progress: called with (runs done, runs in all).
 
     Raises:
-        PlanError: not exactly one target, one out of range, or a speed-up that no densities reach; the best one is named.
+        PlanError: not exactly one target, one out of range, or a speed-up or a memory that no densities reach; the best one is named.
         SensitivityError: the model returns nothing that can be measured, or its time can't be predicted.
         ConfigError, CaptureError: as `sptc.explain`.
     """
-    check_target(speedup, max_error)
+    check_target(speedup, max_error, max_memory)
     config = Config.from_options(options)
     if config.plan is not None:
         raise PlanError("option 'plan' is for applying a plan; leave it out to make one")
@@ -62,10 +67,12 @@ def plan(
     capture(model, example_inputs, sensitivity.on_graph, sensitivity.again)
     kept = {key: value for key, value in config.to_options().items() if key not in _NOT_PLANNED}
     regions = tuple(PlannedRegion(key, tuple(sorted(m.graphs)), m.facts, 1.0, _choices(m)) for key, m in sensitivity.regions.items())
-    return replan(Plan({}, kept, sensitivity.other_seconds, regions), speedup=speedup, max_error=max_error)
+    made = Plan({}, kept, sensitivity.other_seconds, regions, sensitivity.losses_kept)
+    return replan(made, speedup=speedup, max_error=max_error, max_memory=max_memory)
 
 
 def _choices(measured: Measured) -> tuple[Choice, ...]:
-    """Dense, then what was tried, from dense to sparse; a density at which the model overflows is none."""
-    tried = [Choice(density, measured.seconds[density], error) for density, error in measured.errors.items() if math.isfinite(error)]
-    return (Choice(1.0, measured.seconds[1.0], 0.0), *sorted(tried, key=lambda c: -c.density))
+    """Dense, exact but with less kept, then what was tried, from dense to sparse; a density at which the model overflows is none."""
+    errors = {(density, False): error for density, error in measured.errors.items() if math.isfinite(error)}
+    forms = [DENSE, *([LEAN] if LEAN in measured.seconds else []), *sorted(errors, reverse=True)]
+    return tuple(Choice(form[0], measured.seconds[form], errors.get(form, 0.0), measured.kept[form], form[1]) for form in forms)

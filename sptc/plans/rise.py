@@ -27,19 +27,9 @@ from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sptc.ir.plan import Choice, Plan, PlannedRegion
-from sptc.ir.region import (
-    AttentionRegion,
-    AttentionSettings,
-    Cost,
-    Counted,
-    Decision,
-    FfnRegion,
-    LossRegion,
-    Region,
-    Settings,
-    UnitSettings,
-)
-from sptc.passes.decide.decisions import at_density, left_out, measured, splits, through_units, tried, unfit
+from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
+from sptc.passes.decide.cost import kept_for_backward
+from sptc.passes.decide.decisions import at_density, exact_pays, left_out, measured, splits, through_units, tried
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
@@ -221,12 +211,7 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
             if density < 1.0:
                 yield Decision(decision.region, True, f"{decision.reason}; {reason}", settings, dense, sparse)
                 continue
-            pays = unit.config.decline == "never" or sparse.seconds < dense.seconds
-            if isinstance(settings, UnitSettings):
-                exact = not settings.whole and (pays or settings.recompute)
-            else:
-                assert isinstance(decision.region, AttentionRegion) and isinstance(settings, AttentionSettings)
-                exact = pays and not unfit(unit, decision.region, settings)
+            exact = exact_pays(unit, decision.region, settings, dense, sparse)
             kept = f"kept whole; {reason}" + (_exactly(settings, dense, sparse) if exact else "")
             yield Decision(decision.region, exact, kept, settings, dense, sparse)
 
@@ -237,4 +222,6 @@ def _exactly(settings: Settings, dense: Cost, sparse: Cost) -> str:
     """What is saved although nothing that counts is left out: tokens that nothing reads, or the time of a slower kernel."""
     if isinstance(settings, UnitSettings):
         return left_out(settings)
+    if sparse.seconds >= dense.seconds:
+        return f", by the kernel of sparse attention: {kept_for_backward(dense, sparse)}"
     return f", by the kernel of sparse attention: {sparse.seconds * 1e3:.3g} ms, dense {dense.seconds * 1e3:.3g} ms"

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from sptc.backend import captured_unit
 from sptc.config import Config
 from sptc.ir.plan import DENSITIES
-from sptc.ir.region import Region, Settings, UnitSettings
+from sptc.ir.region import Cost, LossRegion, Region, Settings, UnitSettings
 from sptc.passes import ANALYSIS
-from sptc.passes.decide.decisions import at_density, enabled
+from sptc.passes.decide.decisions import at_density, enabled, exact_pays, lean_form
 from sptc.passes.decide.key import region_keys
 from sptc.passes.decide.planned import region_facts
 from sptc.passes.decide.remainder import remainder_seconds
@@ -36,13 +36,21 @@ class SensitivityError(ValueError):
     """The model can't be measured: why, and what to do."""
 
 
+Form = tuple[float, bool]
+DENSE, LEAN = (1.0, False), (1.0, True)
+
+
 @dataclass
 class Measured:
-    """One region: what it costs in a step by density, and how much the model changes with it alone at that density."""
+    """One region: what it costs in a step by density, and how much the model changes with it alone at that density.
+
+    A form is a density, 1 for dense, and whether it is exact and keeps less.
+    """
 
     facts: Mapping[str, int]
     graphs: set[int] = field(default_factory=set)
-    seconds: dict[float, float] = field(default_factory=dict)  # density 1 is dense
+    seconds: dict[Form, float] = field(default_factory=dict)
+    kept: dict[Form, float] = field(default_factory=dict)
     errors: dict[float, float] = field(default_factory=dict)
 
 
@@ -56,6 +64,7 @@ class Sensitivity:
     def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None) -> None:
         self.regions: dict[str, Measured] = {}
         self.other_seconds = 0.0
+        self.losses_kept = 0.0
         self._config = config
         self._progress = progress or (lambda done, of: None)
         self._graphs = 0
@@ -71,10 +80,11 @@ class Sensitivity:
         beside, ends = insert_beside(unit, {r: tuple(_candidates(unit, r)) for r in unit.regions}), _before_scalars(unit)
         costs = _costs(unit, self._graphs, self.regions)
         other, self._graphs = remainder_seconds(unit), self._graphs + 1
+        losses = math.fsum((d.sparse if d.rewrite else d.dense).kept for d in unit.decisions if isinstance(d.region, LossRegion))
 
         def call(*args: Any) -> Any:
             if self._dense is None:
-                self._count(costs, other)
+                self._count(costs, other, losses)
             with torch.no_grad():
                 mixed = Mixed(unit.gm, beside, self._densities, ends)
                 output = mixed.run(*args)
@@ -83,13 +93,15 @@ class Sensitivity:
 
         return call
 
-    def _count(self, costs: Mapping[str, Mapping[float, float]], other: float) -> None:
+    def _count(self, costs: Mapping[str, Mapping[Form, Cost]], other: float, losses: float) -> None:
         """One more call of a graph in a step."""
         self.other_seconds += other
-        for key, by_density in costs.items():
-            seconds = self.regions[key].seconds
-            for density, spent in by_density.items():
-                seconds[density] = seconds.get(density, 0.0) + spent
+        self.losses_kept += losses
+        for key, by_form in costs.items():
+            seconds, kept = self.regions[key].seconds, self.regions[key].kept
+            for form, cost in by_form.items():
+                seconds[form] = seconds.get(form, 0.0) + cost.seconds
+                kept[form] = kept.get(form, 0.0) + cost.kept
 
     def again(self, output: Any) -> bool:
         """Take note of a run's output; whether there is something left to try."""
@@ -108,12 +120,12 @@ class Sensitivity:
         return bool(self._densities)
 
 
-def _faster(seconds: Mapping[float, float]) -> Iterator[float]:
+def _faster(seconds: Mapping[Form, float]) -> Iterator[float]:
     """The densities that save time, densest first; in a short sequence two may keep the same blocks."""
-    least = seconds[1.0]
-    for density in sorted(seconds, reverse=True):
-        if seconds[density] < least:
-            least = seconds[density]
+    least = seconds[DENSE]
+    for density, lean in sorted(seconds, reverse=True):
+        if not lean and seconds[density, lean] < least:
+            least = seconds[density, lean]
             yield density
 
 
@@ -154,13 +166,18 @@ def _before_scalars(unit: Unit) -> frozenset[Node]:
     return frozenset(node for node in found if requires_grad(node)) or frozenset(found)
 
 
-def _costs(unit: Unit, graph: int, measured: dict[str, Measured]) -> dict[str, dict[float, float]]:
-    """Seconds of each region of a graph by density, dense (1) first; the regions get an entry in `measured`."""
-    costs: dict[str, dict[float, float]] = {}
+def _costs(unit: Unit, graph: int, measured: dict[str, Measured]) -> dict[str, dict[Form, Cost]]:
+    """What each region of a graph costs by its form, dense first; the regions get an entry in `measured`."""
+    costs: dict[str, dict[Form, Cost]] = {}
     for region, key in region_keys(unit.regions).items():
         measured.setdefault(key, Measured(region_facts(unit, region))).graphs.add(graph)
-        costs[key] = {1.0: at_density(unit, region, 1.0)[1].seconds}
-        costs[key] |= {settings.density: at_density(unit, region, settings.density)[2].seconds for settings in _candidates(unit, region)}
+        settings, dense, exact = at_density(unit, region, 1.0)
+        lean = lean_form(unit, region)
+        asked = settings.recompute if isinstance(settings, UnitSettings) else unit.config.objective == "memory"
+        if lean is not None and asked and exact_pays(unit, region, settings, dense, exact):  # the options have it so, whatever the plan
+            dense, lean = exact, None
+        costs[key] = {DENSE: dense} if lean is None else {DENSE: dense, LEAN: lean[2]}
+        costs[key] |= {(s.density, False): at_density(unit, region, s.density)[2] for s in _candidates(unit, region)}
     return costs
 
 

@@ -48,12 +48,12 @@ def test_round_trip_and_what_it_predicts(tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     data = json.loads((tmp_path / "plan.json").read_text())
-    assert data["version"] == 1 and data["regions"][1]["key"] == "blocks.0.mlp:ffn0"
+    assert data["version"] == 2 and data["regions"][1]["key"] == "blocks.0.mlp:ffn0"
     assert plan.dense_seconds == 3 + 4 * 2 and plan.seconds == 3 + 2 + 1.5 + 1 + 1.5
     assert data["predicted"]["speedup"] == plan.speedup == pytest.approx(11 / 9)
     assert plan.error == pytest.approx((2 * 0.1**2 + 0.3**2) ** 0.5)
     lines = str(plan).splitlines()
-    assert lines[3].split() == ["blocks.0.mlp:ffn0", "0.5", "2e+03", "1.5e+03", "0.1"] and "1.22x" in lines[-1]
+    assert lines[3].split() == ["blocks.0.mlp:ffn0", "0.5", "2e+03", "1.5e+03", "0.1", "0", "0"] and "1.22x" in lines[-1]
 
 
 def test_densities_of_a_plan_win_over_those_of_the_options(tmp_path):
@@ -102,10 +102,10 @@ def widened() -> Gpt:
     [
         (None, "cannot read"),
         ("{", "cannot read"),
-        ("[]", "no plan of version 1"),
-        ('{"version": 2}', "no plan of version 1"),
-        ('{"version": 1, "regions": []}', "not a whole plan"),
-        ('{"version": 1, "regions": [{"key": "a", "graphs": [0], "facts": {}, "density": 0.5, "choices": []}]}', "not a whole plan"),
+        ("[]", "no plan of version 2"),
+        ('{"version": 1}', "no plan of version 2"),
+        ('{"version": 2, "regions": []}', "not a whole plan"),
+        ('{"version": 2, "regions": [{"key": "a", "graphs": [0], "facts": {}, "density": 0.5, "choices": []}]}', "not a whole plan"),
     ],
 )
 def test_a_file_that_is_no_plan(tmp_path, text, says):

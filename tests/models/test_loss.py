@@ -13,9 +13,10 @@ import sptc
 from bench.architectures.__main__ import MODELS
 from bench.architectures.build import Unbuildable
 from bench.architectures.look import build, quiet
-from tests.models.compiled import assert_gradients_close, gradients, without_inductor
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.models.zoo import CASES
 
+WHOLE = {**FULL, "loss.logits": "drop", "objective": "memory"}  # attention and FFNs too, which leave nothing out
 LOSS_ALONE = {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop", "decline": "never"}
 
 # What they have of their own between the last layer and the loss.
@@ -57,14 +58,14 @@ def _error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(float((got[n].double() - g).abs().max()) / max(float(g.abs().max()), 1e-2 * largest) for n, g in want.items())
 
 
-def assert_equals_eager(name: str, attention: str) -> None:
+def assert_equals_eager(name: str, attention: str, options: dict[str, Any] = LOSS_ALONE) -> None:
     """Three shares of labels that count through one compile; the bound of the suite, or twice eager's own error if that is more."""
     model, batch = build(name, attention)
     if getattr(model, "loss_type", "") is None:
         model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning that breaks the graph
     reference = copy.deepcopy(model).double()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=without_inductor(**LOSS_ALONE))
+    compiled = torch.compile(model, backend=without_inductor(**options))
     for counted in (1.0, 0.3, 0.0):
         given = with_labels(model, batch, counted)
         torch.manual_seed(3)
@@ -101,6 +102,34 @@ def test_every_architecture_equals_eager(name):
             assert_equals_eager(name, "eager")
         except (Unbuildable, ValueError) as error:
             pytest.skip(str(error))
+
+
+# With all regions rewritten: none of these may be passed over.
+TOGETHER = [
+    *("AlbertForMaskedLM", "BioGptForCausalLM", "BloomForCausalLM", "CodeGenForCausalLM", "Cohere2ForCausalLM", "DistilBertForMaskedLM"),
+    *("ElectraForMaskedLM", "Exaone4ForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTJForCausalLM"),
+    *("GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "Glm4ForCausalLM", "GlmForCausalLM"),
+    *("GraniteForCausalLM", "HeliumForCausalLM", "M2M100ForConditionalGeneration", "MBartForConditionalGeneration", "MistralForCausalLM"),
+    *(
+        "ModernBertForMaskedLM",
+        "MptForCausalLM",
+        "OPTForCausalLM",
+        "Olmo2ForCausalLM",
+        "OlmoForCausalLM",
+        "PegasusForConditionalGeneration",
+    ),
+    *("PersimmonForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "RobertaForMaskedLM"),
+    *("SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM", "T5ForConditionalGeneration", "XGLMForCausalLM"),
+]
+ONLY_EAGER = {"BloomForCausalLM", "CodeGenForCausalLM", "GPTJForCausalLM", "Gemma2ForCausalLM", "MptForCausalLM", "XGLMForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "LlamaForCausalLM", *(pytest.param(name, marks=pytest.mark.slow) for name in TOGETHER)]
+)
+def test_with_all_regions_equals_eager(name):
+    with quiet():
+        assert_equals_eager(name, "eager" if name in ONLY_EAGER else "sdpa", WHOLE)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])

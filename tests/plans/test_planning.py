@@ -190,6 +190,9 @@ def test_targets_that_make_no_sense_or_are_out_of_reach():
         ({"speedup": 1.5, "max_error": 0.1}, "exactly one"),
         ({"speedup": 1.0}, "above 1"),
         ({"max_error": -0.1}, "at least 0"),
+        ({"speedup": 1.5, "max_memory": 1e6}, "exactly one"),
+        ({"max_memory": 0}, "bytes above 0"),
+        ({"max_memory": float("nan")}, "bytes above 0"),
         ({"speedup": 1.5, "options": {"plan": "p.json"}}, "applying a plan"),
     ):
         with pytest.raises(PlanError, match=says):

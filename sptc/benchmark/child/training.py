@@ -117,6 +117,23 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
+def most_of_tensors(training: Training) -> float:
+    """MiB that the tensors of a step take at once, beyond those that were there before; told by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if training.device.type == "cuda":
+        _, added = training.memory() or (0.0, 0.0)
+        return added
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        training.step()
+    taken = most = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            taken += event.nbytes()
+            most = max(most, taken)
+    return most / 2**20
+
+
 def kinds_of_operators(training: Training) -> dict[str, float]:
     """Shares of a step by kind of operator, told by torch's profiler; what stands between operators counts as the rest."""
     from torch.profiler import ProfilerActivity, profile

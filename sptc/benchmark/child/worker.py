@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sptc.benchmark.child.training import Gradients, Training, kinds_of_operators
+from sptc.benchmark.child.training import Gradients, Training, kinds_of_operators, most_of_tensors
 from sptc.benchmark.job import Job
 from sptc.model.compiled import report
 
@@ -103,6 +103,10 @@ class Runner:
     def memory(self) -> Iterator[tuple[float, float] | None]:
         """MiB at rest, and of a step beyond them."""
         yield self.training.memory()
+
+    def tensors(self) -> Iterator[float]:
+        """MiB that the tensors of a step take at once."""
+        yield most_of_tensors(self.training)
 
     def kinds(self) -> Iterator[dict[str, float]]:
         """Shares of a step by kind of operator."""

@@ -131,6 +131,7 @@ def test_figures_of_a_step(job):
     assert len(steps) == 3 and all(wall > 0 and processor >= 0 for wall, processor in steps)
     memory = one(runner.memory())
     assert memory is None or (memory[0] > 50 and memory[1] >= 0)
+    assert one(runner.tensors()) > 0
     kinds = one(runner.kinds())
     assert (
         set(kinds) == {"attention", "products", "choosing", "rest"} and kinds["products"] > 0 and sum(kinds.values()) == pytest.approx(1.0)
@@ -141,7 +142,9 @@ def test_figures_of_a_step(job):
 def test_a_step_takes_the_memory_that_it_needs(tmp_path, job):
     """64 MiB of activations show in the peak, and not in what rests."""
     source = Source.saved(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 64)), torch.randn(1 << 18, 8), tmp_path)
-    memory = one(Runner(replace(job, source=source)).memory())
+    runner = Runner(replace(job, source=source))
+    memory, tensors = one(runner.memory()), one(runner.tensors())
+    assert 64 < tensors < 1000
     if memory is None:
         pytest.skip("this system does not tell")
     assert 64 < memory[1] < 1000

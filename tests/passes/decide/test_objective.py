@@ -1,0 +1,126 @@
+"""Objective "memory": what keeps less for backward is rewritten, however long it takes, and nothing that is cheap is kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import sptc
+from tests.models.compiled import assert_gradients_close, gradients, without_inductor
+from tests.passes.decide.test_decisions import Attention, Ffn, decided, qkv
+from tests.passes.ffns import D, Gated, batch
+from tests.passes.rewrite.test_units import kept_for_backward
+
+MEMORY = {"objective": "memory", "max_rise": 0.0}
+
+
+class Spelled(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) / 8, -1) @ v
+
+
+def test_hidden_values_are_computed_again_where_that_saves_some() -> None:
+    x = torch.randn(10, 64, requires_grad=True)
+    (ffn,) = decided(Ffn(), x, **MEMORY, **{"ffn.density": 1.0}).decisions
+    assert ffn.rewrite and ffn.settings.recompute and ffn.settings.all_units and ffn.sparse.seconds > ffn.dense.seconds
+    assert ffn.reason == "pays: 0.00244 MiB kept for backward instead of 0.0122, hidden values computed again in backward"
+    (kept,) = decided(Ffn(), x, **MEMORY, **{"ffn.density": 1.0, "ffn.recompute": False}).decisions
+    assert not kept.rewrite and not kept.settings.recompute
+    (dense,) = decided(Ffn(), x, **{"ffn.density": 1.0}).decisions
+    assert not dense.rewrite and not dense.settings.recompute
+
+
+def test_an_ffn_that_keeps_nothing_is_left_alone() -> None:
+    """Below the first adapter nothing is trained, and no hidden value is kept."""
+    model = nn.Sequential(Ffn(), nn.Linear(64, 64))
+    model[0].requires_grad_(False)
+    (ffn,) = decided(model, torch.randn(10, 64), **MEMORY, **{"ffn.density": 1.0}).decisions
+    assert not ffn.rewrite and ffn.dense.kept == ffn.sparse.kept
+
+
+def test_attention_is_rewritten_where_it_keeps_less() -> None:
+    inputs, options = qkv(64), {"attention.density": 1.0}
+    (timed,), (spelled,) = (decided(Spelled(), inputs, **options, **more).decisions for more in ({}, MEMORY))
+    assert timed.sparse.seconds > timed.dense.seconds and not timed.rewrite
+    assert spelled.rewrite and spelled.sparse.kept < spelled.dense.kept and "MiB kept for backward instead of" in spelled.reason
+    (fused,) = decided(Attention(), inputs, **options, **MEMORY).decisions
+    assert fused.sparse.kept == fused.dense.kept and not fused.rewrite, "time decides where memory does not"
+    with torch.no_grad():
+        (frozen,) = decided(Spelled(), inputs, **options, **MEMORY, inference="sparse").decisions
+    assert not frozen.rewrite, "nothing is kept for a backward that there is none of"
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(self.head(torch.tanh(self.inner(x))), labels)
+
+
+@pytest.mark.parametrize(
+    "classes, rows, frozen, objective, rewritten",
+    [
+        (16, 64, False, "time", False),  # few classes
+        (16, 64, False, "memory", True),  # which keep more than what replaces them all the same
+        (64, 4, False, "time", True),  # many
+        (64, 4, False, "memory", False),  # but a gradient of the head's weight is more than logits of so few rows
+        (64, 4, True, "memory", True),
+    ],
+)
+def test_losses_obey_the_same_rule(classes: int, rows: int, frozen: bool, objective: str, rewritten: bool) -> None:
+    model = Classifier(classes)
+    model.head.requires_grad_(not frozen)
+    unit = decided(model, (torch.randn(rows, 8), torch.randint(classes, (rows,))), objective=objective)
+    (loss,) = (d for d in unit.decisions if d.region.kind == "loss")
+    assert loss.rewrite == rewritten
+    assert objective == "time" or rewritten == (loss.sparse.kept < loss.dense.kept)
+
+
+class Layer(nn.Module):
+    """Norms, attention and an FFN. What is trained reads what the norms give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.RMSNorm(D), nn.RMSNorm(D)
+        self.q, self.k, self.v = (nn.Linear(D, D, bias=False) for _ in range(3))
+        self.ffn, self.head = Gated(), nn.Linear(D, 99)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (p(y).unflatten(-1, (2, D // 2)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return cross_entropy(self.head(x + self.ffn(self.other(x))).flatten(0, 1), labels.flatten())
+
+
+def test_what_is_cheap_is_not_kept_and_nothing_changes() -> None:
+    torch.manual_seed(0)
+    model, inputs = Layer(), batch(41)
+    reference = copy.deepcopy(model).double()
+    want = gradients(reference, reference(inputs[0].double(), inputs[1]))
+
+    def kept(**options: Any) -> int:
+        shapes = kept_for_backward(model, inputs, {"decline": "auto", "max_rise": 0.0, "ffn.recompute": True, **options})
+        return sum(math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
+
+    assert kept() - kept(objective="memory") > inputs[0].numel(), "what the norms give"
+    compiled = torch.compile(model, backend=without_inductor(**MEMORY))
+    assert_gradients_close(gradients(model, compiled(*inputs)), want)
+    assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"attention": "declined", "ffn": "rewritten", "loss": "rewritten"}
+
+
+def test_what_is_random_is_not_drawn_again() -> None:
+    def masked(x: Tensor) -> Tensor:
+        return torch.dropout(x.sin(), 0.5, True).cos() - 1
+
+    x = torch.ones(64, 512, requires_grad=True)
+    y = torch.compile(masked, backend="spt", options={"objective": "memory"})(x)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(y != 0, x.grad != 0) and 0.4 < float((y != 0).float().mean()) < 0.6
