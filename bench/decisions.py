@@ -205,12 +205,15 @@ def _turns(runs: tuple[Callable[[], None], ...], seconds: float) -> list[list[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decisions", description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name contains this, or, after a semicolon, this")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each case (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = [measure(case, arguments.seconds) for case in tqdm([c for c in cases() if arguments.only in str(c)], disable=None)]
+    results = [
+        measure(case, arguments.seconds)
+        for case in tqdm([c for c in cases() if any(part in str(c) for part in arguments.only.split(";"))], disable=None)
+    ]
     headers = ("region", "dense ms", "sparse ms", "faster", "predicted", "auto is")
     rows = [(str(r.case), f"{r.dense:.3g}", f"{r.sparse:.3g}", f"{r.faster:.2f}x", f"{r.predicted:.2f}x", r.verdict) for r in results]
     print(tabulate(rows, headers, disable_numparse=True))
