@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch.fx.experimental import symbolic_shapes
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
@@ -236,6 +237,8 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
 @pytest.mark.parametrize("form", RECOMPUTED)
 def test_recompute_keeps_no_hidden_values_and_changes_nothing(form: str, ffn: Callable[[], nn.Module], adapted: bool) -> None:
+    if form == "apart" and not hasattr(symbolic_shapes, "optimization_hint"):
+        pytest.skip("this torch's partitioner ignores hints of sizes that only data will tell, and keeps what has such a size")
     model, inputs, options = model_of(ffn, adapted), batch(41), RECOMPUTED[form]
     reference = copy.deepcopy(model)
     weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(p.shape)[::-1])}
