@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
-from torch.fx.experimental import symbolic_shapes
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental import symbolic_shapes
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
