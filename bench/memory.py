@@ -56,6 +56,8 @@ CASES = {
     "gpt2, checkpointing": Case("bench.shapes:gpt2", 4, 512, checkpointing=True),
     "qwen2, bf16": Case("bench.shapes:qwen2", 2, 1024, dtype="bf16"),
     "qwen2, fp32": Case("bench.shapes:qwen2", 2, 1024),
+    "qwen2, bf16, checkpointing": Case("bench.shapes:qwen2", 2, 1024, dtype="bf16", checkpointing=True),
+    "qwen2, fp32, checkpointing": Case("bench.shapes:qwen2", 2, 1024, checkpointing=True),
 }
 
 
