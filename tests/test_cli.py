@@ -100,6 +100,7 @@ def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, ca
         (["explain", "{llama}", "--length", "65"], "more than the 64 positions"),
         (["dump", "{factory}:ffn", "--out", "factory_of_tests.py"], "option 'dump': cannot write"),
         (["plan", "{factory}:ffn", "--speedup", "0.5"], "speedup must be above 1"),
+        (["plan", "{factory}:ffn", "--speedup", "1.5", "--out", "."], "--out '.' is a folder"),
         (["plan", "{factory}:ffn", "--max-memory", "0"], "max_memory must be a number of bytes above 0"),
         (["plan", "{factory}:ffn", "--max-memory", "1"], "a memory of 1 bytes is out of reach"),
         (["bench", "./no/such/folder"], "no model './no/such/folder'"),
