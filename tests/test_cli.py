@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -157,6 +158,20 @@ def test_options_are_read_by_type():
     }
     with pytest.raises(ConfigError, match="given twice"):
         parse_options(["ffn.blocks=4", "ffn.blocks=8"])
+
+
+@pytest.mark.parametrize("given", ["0", "x"])
+def test_counts_are_numbers_from_1_on(given, capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "any:model", "--length", given])
+    assert f"argument --length: must be a number of at least 1, got '{given}'" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sptc", "explain", "./no/such/folder"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("sptc", run_name="__main__")
+    assert "sptc: no model './no/such/folder'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
