@@ -192,8 +192,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         if float in others and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if value not in typing.get_args(literal) or not isinstance(value, str):
-            names = [*("a number" for a in others if a is float), *("None" for a in others if a is type(None))]
-            named = " or ".join([*names, *map(repr, typing.get_args(literal))])
+            kinds = [*("a number" for a in others if a is float), *("None" for a in others if a is type(None))]
+            named = " or ".join([*kinds, *map(repr, typing.get_args(literal))])
             raise ConfigError(f"option {key!r} must be {named}, got {value!r}")
         return value
     plain = tuple(typing.get_origin(a) or a for a in allowed)
