@@ -89,9 +89,12 @@ def _bytes(text: str) -> float:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
     return value
 
 
@@ -128,6 +131,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
         raise ConfigError(f"--out {arguments.out!r}: there is no such folder")
+    if arguments.out is not None and Path(arguments.out).is_dir():
+        raise ConfigError(f"--out {arguments.out!r} is a folder; name the file to write the plan to")
     targets = {"speedup": arguments.speedup, "max_error": arguments.max_error, "max_memory": arguments.max_memory}
     check_target(**targets)
     with tqdm(desc="runs", unit="run", disable=None) as bar:

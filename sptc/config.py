@@ -189,9 +189,13 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         others = tuple(a for a in allowed if a is not literal)
         if value is None and type(None) in others:
             return None
-        if float not in others or isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
-            return _checked(key, value, literal)
-        return float(value)
+        if float in others and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if value not in typing.get_args(literal) or not isinstance(value, str):
+            kinds = [*("a number" for a in others if a is float), *("None" for a in others if a is type(None))]
+            named = " or ".join([*kinds, *map(repr, typing.get_args(literal))])
+            raise ConfigError(f"option {key!r} must be {named}, got {value!r}")
+        return value
     plain = tuple(typing.get_origin(a) or a for a in allowed)
     if isinstance(value, bool) and bool not in plain:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -100,6 +101,7 @@ def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, ca
         (["explain", "{llama}", "--length", "65"], "more than the 64 positions"),
         (["dump", "{factory}:ffn", "--out", "factory_of_tests.py"], "option 'dump': cannot write"),
         (["plan", "{factory}:ffn", "--speedup", "0.5"], "speedup must be above 1"),
+        (["plan", "{factory}:ffn", "--speedup", "1.5", "--out", "."], "--out '.' is a folder"),
         (["plan", "{factory}:ffn", "--max-memory", "0"], "max_memory must be a number of bytes above 0"),
         (["plan", "{factory}:ffn", "--max-memory", "1"], "a memory of 1 bytes is out of reach"),
         (["bench", "./no/such/folder"], "no model './no/such/folder'"),
@@ -156,6 +158,20 @@ def test_options_are_read_by_type():
     }
     with pytest.raises(ConfigError, match="given twice"):
         parse_options(["ffn.blocks=4", "ffn.blocks=8"])
+
+
+@pytest.mark.parametrize("given", ["0", "x"])
+def test_counts_are_numbers_from_1_on(given, capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "any:model", "--length", given])
+    assert f"argument --length: must be a number of at least 1, got '{given}'" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sptc", "explain", "./no/such/folder"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("sptc", run_name="__main__")
+    assert "sptc: no model './no/such/folder'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

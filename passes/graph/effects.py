@@ -101,6 +101,23 @@ def alias_sets(graph: Graph) -> UnionFind:
     return sets
 
 
+def reads(node: Node) -> set[Node]:
+    """The nodes of its graph that a value may depend on, itself included: also by way of memory, whenever it is written."""
+    written = [(writer, target) for writer in node.graph.nodes for target in written_by(writer)]
+    sets = alias_sets(node.graph) if written else {}
+    writers: dict[Any, list[Node]] = {}
+    for writer, target in written:
+        writers.setdefault(sets[target], []).append(writer)
+    waiting, seen = [node], {node}
+    while waiting:
+        here = waiting.pop()
+        near = [*here.all_input_nodes, *(writers.get(sets[here], ()) if written else ())]
+        fresh = {n for n in near if n not in seen}
+        seen |= fresh
+        waiting += fresh
+    return seen
+
+
 def _nodes(argument: Any) -> list[Node]:
     return [arg for arg in pytree.tree_leaves(argument) if isinstance(arg, Node)]
 

@@ -111,8 +111,7 @@ class Mixed(fx.Interpreter):
                     yield node
                 self._step(node)
         finally:
-            for mode in reversed(_modes(self.env)):
-                mode.__exit__(None, None, None)
+            self._leave()
 
     def resume(self, start: Node, env: Mapping[Node, Any]) -> None:
         """Run from `start` on.
@@ -122,10 +121,26 @@ class Mixed(fx.Interpreter):
         """
         self.env = dict(env)
         self._open = _modes(env)
-        for node in itertools.dropwhile(lambda node: node is not start, self.graph.nodes):
-            self._step(node)
-        for mode in reversed(self._left):  # the other run is still inside
-            mode.__enter__()
+        try:
+            for node in itertools.dropwhile(lambda node: node is not start, self.graph.nodes):
+                self._step(node)
+        finally:
+            self._leave()
+            for mode in reversed(self._left):  # the other run is still inside
+                mode.__enter__()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Interpreter.run`, and wherever it fails, no autocast stays open."""
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Leave the autocasts that this run entered and has not left: those that it failed in."""
+        for mode in reversed(_modes(self.env)):
+            if mode not in self._open:
+                mode.__exit__(None, None, None)
 
     def _step(self, node: Node) -> None:
         self.env[node] = self.run_node(node)

@@ -15,6 +15,7 @@ For a budget of memory the moves save bytes, and those without an error come fir
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -29,6 +30,9 @@ def check_target(speedup: float | None, max_error: float | None, max_memory: flo
     """Raises PlanError unless exactly one target is given, and in its range."""
     if sum(target is not None for target in (speedup, max_error, max_memory)) != 1:
         raise PlanError("give exactly one of speedup, max_error and max_memory")
+    for name, target in (("speedup", speedup), ("max_error", max_error), ("max_memory", max_memory)):
+        if target is not None and (isinstance(target, bool) or not isinstance(target, numbers.Real)):
+            raise PlanError(f"{name} must be a number{' of bytes' * (name == 'max_memory')}, got {target!r}")
     if speedup is not None and not 1 < speedup < math.inf:
         raise PlanError(f"speedup must be above 1, got {speedup}")
     if max_error is not None and not 0 <= max_error < math.inf:

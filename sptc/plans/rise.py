@@ -31,7 +31,7 @@ from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Regio
 from sptc.passes.decide.cost import kept_for_backward
 from sptc.passes.decide.decisions import at_density, exact_pays, left_out, measured, splits, through_units, tried
 from sptc.passes.decide.key import region_keys
-from sptc.passes.graph.effects import alias_sets, written_by
+from sptc.passes.graph.effects import alias_sets, reads, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
 from sptc.passes.unit import Unit
 from sptc.plans.beside import insert_beside, remove
@@ -58,6 +58,10 @@ def weigh_alone(unit: Unit) -> Unit:
 
 def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], tuple[list[float], str]]) -> Unit:
     waiting = [r for d in unit.decisions if d.rewrite and not isinstance(r := d.region, LossRegion) and measured(unit, r)]
+    unpredicting = [region for region in waiting if not _predicts(unit, region)]
+    if unpredicting:  # a head beside the predictions: however it is thinned, they stay as they are
+        unit = _with(unit, dict.fromkeys(unpredicting, 1.0), _unmeasured("the cross entropy does not depend on it; "))
+        waiting = [region for region in waiting if region not in unpredicting]
     if not waiting:
         return unit
     weights = [_weight(unit, region) for region in waiting]
@@ -69,15 +73,25 @@ def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], t
         return _with(unit, dict.fromkeys(waiting, 1.0), "the loss may not rise at all (max_rise)")
     reason = _obstacle(unit, weights)
     if reason is not None:
-        return _with(
-            unit,
-            dict.fromkeys(waiting, 1.0),
-            f"how much it may leave out can't be measured: {reason}set attention.density and ffn.density",
-        )
+        return _with(unit, dict.fromkeys(waiting, 1.0), _unmeasured(reason))
     chosen, text = agreed(*_measure(unit, waiting))
     for weight, case, density in zip(weights, cases, chosen, strict=True):
         remembered[weight] = {**remembered.get(weight, {}), case: density}
     return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
+
+
+def _unmeasured(reason: str) -> str:
+    return f"how much it may leave out can't be measured: {reason}set attention.density and ffn.density"
+
+
+def _predicts(unit: Unit, region: Region) -> bool:
+    """Whether the predictions that are measured may depend on a region; True where there are none."""
+    if not isinstance(unit.counted, Counted):
+        return True
+    frame = next(frame for frame in frames(unit.gm) if frame.gm.graph is region.y.graph)
+    path = frame.path()
+    inside = region.y if len(path) == 1 else path[1].call
+    return inside in reads(unit.counted.logits)
 
 
 def _weight(unit: Unit, region: Region) -> Tensor | None:

@@ -52,7 +52,9 @@ class Report:
     notes: tuple[str, ...] = ()
     graphs: int = 0
     breaks: tuple[str, ...] = ()  # where Dynamo ended a graph before the model's end, and why
-    first: tuple[int, ...] = ()  # for each graph: the one that was compiled of the same code before, for other sizes; or itself
+    first: tuple[
+        int, ...
+    ] = ()  # for each graph: the one that was compiled of the same code before, for other sizes or in another mode; or itself
     unmatched: tuple[str, ...] = ()  # patterns of option `exclude` that name no region
 
     @classmethod
@@ -132,7 +134,7 @@ class Report:
         apart = len(set(self.first)) if self.first else self.graphs
         graphs = f"{self.graphs} graph{'s' * (self.graphs != 1)}"
         if apart != self.graphs:
-            graphs += f", {self.graphs - apart} of them of the same code for other sizes"
+            graphs += f", {self.graphs - apart} of them of the same code for other sizes or in another mode"
         if apart > 1:
             yield f"sptc: the model is in {apart} graphs; no region reaches from one into another"
             yield from (f"break: {where}" for where in self.breaks)

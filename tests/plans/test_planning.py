@@ -193,6 +193,8 @@ def test_targets_that_make_no_sense_or_are_out_of_reach():
         ({"speedup": 1.5, "max_memory": 1e6}, "exactly one"),
         ({"max_memory": 0}, "bytes above 0"),
         ({"max_memory": float("nan")}, "bytes above 0"),
+        ({"max_memory": "2GB"}, "max_memory must be a number of bytes, got '2GB'"),
+        ({"speedup": True}, "speedup must be a number, got True"),
         ({"speedup": 1.5, "options": {"plan": "p.json"}}, "applying a plan"),
     ):
         with pytest.raises(PlanError, match=says):

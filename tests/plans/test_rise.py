@@ -17,7 +17,7 @@ from sptc.model.capture import capture
 from sptc.passes import ANALYSIS
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
-from sptc.plans import rise, runs
+from sptc.plans import beside, rise, runs
 from tests.models.compiled import without_inductor
 from tests.planning_device import DEVICE
 
@@ -249,6 +249,55 @@ def test_runs_that_share_their_beginning_find_what_whole_runs_find(writes: bool,
     compiled(*batch()).backward()
     shared, whole = found
     assert shared == whole and len(shared) == 4 and all(rise > 0 for rise in shared.values())
+
+
+@pytest.mark.parametrize("products", [1, 6, 9, 11])
+def test_a_measurement_that_fails_leaves_no_autocast_open(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the cache of autocast is never cleared again, and what trains under it goes on with the weights of that moment."""
+    ran: list[int] = []
+    call = beside.Mixed.call_function
+
+    def interrupted(self: beside.Mixed, target: Any, *rest: Any) -> Any:
+        if target is torch.ops.aten.linear.default:
+            ran.append(1)
+            if len(ran) == products:  # of the whole run, before, under and behind autocast, and of a run that shares its beginning
+                raise KeyboardInterrupt
+        return call(self, target, *rest)
+
+    monkeypatch.setattr(beside.Mixed, "call_function", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        torch.compile(Noisy(writes=False), backend=without_inductor(**{**OPTIONS, "max_rise": 1e6}))(*batch())
+    outermost = torch.autocast_increment_nesting() == 1
+    torch.autocast_decrement_nesting()
+    assert outermost and not torch.is_autocast_enabled("cpu") and len(ran) == products
+
+
+class WithAnotherHead(Model):
+    """An FFN that no prediction depends on, by a value or by way of memory, gives the model's second result."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.tokens(ids)
+        first = self.ffns[0](x)
+        if self.writes:
+            x = torch.zeros_like(x).copy_(first) + x
+        else:
+            x = x + first
+        loss = F.cross_entropy(self.head(x + self.mixer(x)).flatten(0, 1), labels.flatten())
+        return loss, self.ffns[1](x)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_predictions_do_not_depend_on_is_not_measured_by_them(writes: bool, measurements: list[int]) -> None:
+    model = WithAnotherHead(writes)
+    compiled = torch.compile(model, backend=without_inductor(**{**OPTIONS, "max_rise": 1e6}))
+    compiled(*batch())
+    assert densities(compiled) == [0.5, 1.0] and measurements == [1]
+    reasons = [r.reason for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert ["the cross entropy does not depend on it" in reason for reason in reasons] == [False, True]
 
 
 def test_what_is_sparser_than_too_sparse_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ def test_recompiles_are_rows_of_one_region():
     report = sptc.report(wrapped)
     assert report.graphs == 3 and len(report.regions) == 6
     text = str(report)
-    assert "2 of 2 regions rewritten, 3 graphs, 2 of them of the same code for other sizes" in text
+    assert "2 of 2 regions rewritten, 3 graphs, 2 of them of the same code for other sizes or in another mode" in text
     assert text.count("ffn") == 2 and "break:" not in text and "the model is in" not in text
     assert report.totals()["flops_before"] == sum(r.flops_before for r in report.regions if r.graph == 2)
 
