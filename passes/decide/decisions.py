@@ -187,11 +187,10 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
     if region in unit.lean and trained and costs[1].kept < costs[0].kept:
         return Decision(region, True, f"the plan wants it lean: {kept_for_backward(*costs)}{left_out(settings)}", settings, *costs)
     if unit.config.objective == "memory" and trained and costs[1].kept != costs[0].kept:
-        smaller, figures = costs[1].kept < costs[0].kept, kept_for_backward(*costs)
-        return Decision(region, smaller, f"{'pays' if smaller else 'would not pay'}: {figures}{left_out(settings)}", settings, *costs)
+        smaller, kept = costs[1].kept < costs[0].kept, kept_for_backward(*costs)
+        return Decision(region, smaller, f"{'pays' if smaller else 'would not pay'}: {kept}{left_out(settings)}", settings, *costs)
     rewrite, border = _pays(unit, dense, sparse, length)
-    figures = f"{_time(costs[1].seconds)} sparse, {_time(costs[0].seconds)} dense{left_out(settings)}"
-    reason = f"pays: {figures}" if rewrite else f"would not pay: {figures}"
+    reason = f"{'pays' if rewrite else 'would not pay'}: {figures(settings, *costs)}"
     return Decision(region, rewrite, reason + border, settings, *costs)
 
 
@@ -207,19 +206,24 @@ def lean_form(unit: Unit, region: Region) -> tuple[Settings, Cost, Cost] | None:
     return (settings, dense, sparse) if sparse.kept < dense.kept else None
 
 
-def exact_pays(unit: Unit, region: Region, settings: Settings, dense: Cost, sparse: Cost) -> bool:
-    """Whether a region that is left nothing out of is better in its sparse form all the same, where gradients are recorded."""
+def pays(unit: Unit, region: Region, settings: Settings, dense: Cost, sparse: Cost) -> bool:
+    """Whether a region is better in its sparse form by these settings, where gradients are recorded; at density 1 it may be as well."""
     if unit.config.decline == "never":
-        pays = True
+        better = True
     elif unit.config.objective == "memory" and sparse.kept != dense.kept:
-        pays = sparse.kept < dense.kept
+        better = sparse.kept < dense.kept
     else:
-        pays = sparse.seconds < dense.seconds
+        better = sparse.seconds < dense.seconds
     if isinstance(settings, UnitSettings):
-        return not settings.whole and (pays or (settings.recompute and bool(unit.config.ffn_recompute)))
+        return not settings.whole and (better or (settings.recompute and bool(unit.config.ffn_recompute)))
     if isinstance(region, AttentionRegion) and isinstance(settings, AttentionSettings):
-        return pays and not unfit(unit, region, settings)
-    return pays
+        return better and not unfit(unit, region, settings)
+    return better
+
+
+def figures(settings: Settings, dense: Cost, sparse: Cost) -> str:
+    """What a region costs in both forms, for people."""
+    return f"{_time(sparse.seconds)} sparse, {_time(dense.seconds)} dense{left_out(settings)}"
 
 
 def left_out(settings: Settings) -> str:

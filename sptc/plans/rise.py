@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
 from sptc.passes.decide.cost import kept_for_backward
-from sptc.passes.decide.decisions import at_density, exact_pays, left_out, measured, splits, through_units, tried
+from sptc.passes.decide.decisions import at_density, figures, left_out, measured, pays, splits, through_units, tried
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.effects import alias_sets, reads, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
@@ -166,7 +166,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
 
     planned = []
     for key in groups:
-        known = [d for d in settings[key] if math.isfinite(rises.get((key, d), math.inf))]
+        known = [d for d in settings[key] if rises.get((key, d), math.inf) <= allowed]
         choices = [Choice(d, flops(key, d), math.sqrt(rises[key, d])) for d in known]
         planned.append(PlannedRegion(key, (0,), {}, 1.0, (Choice(1.0, flops(key, 1.0), 0.0), *choices)))
     squares = {(r.key, c.density): c.error**2 for r in planned for c in r.choices}
@@ -221,12 +221,18 @@ def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:
                 text = f"gradients through fewer units, forward all of them; {reason}{left_out(through[0])}"
                 yield Decision(decision.region, True, text, *through)
                 continue
-            settings, dense, sparse = at_density(unit, decision.region, density)
+            why = reason
             if density < 1.0:
-                yield Decision(decision.region, True, f"{decision.reason}; {reason}", settings, dense, sparse)
-                continue
-            exact = exact_pays(unit, decision.region, settings, dense, sparse)
-            kept = f"kept whole; {reason}" + (_exactly(settings, dense, sparse) if exact else "")
+                settings, dense, sparse = at_density(unit, decision.region, density)
+                if pays(unit, decision.region, settings, dense, sparse):
+                    same = settings == decision.settings or unit.config.decline == "never"
+                    text = decision.reason if same else f"pays: {figures(settings, dense, sparse)}"
+                    yield Decision(decision.region, True, f"{text}; {reason}", settings, dense, sparse)
+                    continue
+                why = f"at density {density:g} it would not pay: {figures(settings, dense, sparse)}; {reason}"
+            settings, dense, sparse = at_density(unit, decision.region, 1.0)
+            exact = pays(unit, decision.region, settings, dense, sparse)
+            kept = f"kept whole; {why}" + (_exactly(settings, dense, sparse) if exact else "")
             yield Decision(decision.region, exact, kept, settings, dense, sparse)
 
     return replace(unit, decisions=tuple(decided()))

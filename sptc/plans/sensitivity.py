@@ -22,7 +22,7 @@ from sptc.config import Config
 from sptc.ir.plan import DENSITIES
 from sptc.ir.region import Cost, LossRegion, Region, Settings, UnitSettings
 from sptc.passes import ANALYSIS
-from sptc.passes.decide.decisions import at_density, enabled, exact_pays, lean_form
+from sptc.passes.decide.decisions import at_density, enabled, lean_form, pays
 from sptc.passes.decide.key import region_keys
 from sptc.passes.decide.planned import region_facts
 from sptc.passes.decide.remainder import remainder_seconds
@@ -174,7 +174,7 @@ def _costs(unit: Unit, graph: int, measured: dict[str, Measured]) -> dict[str, d
         settings, dense, exact = at_density(unit, region, 1.0)
         lean = lean_form(unit, region)
         asked = settings.recompute if isinstance(settings, UnitSettings) else unit.config.objective == "memory"
-        if lean is not None and asked and exact_pays(unit, region, settings, dense, exact):  # the options have it so, whatever the plan
+        if lean is not None and asked and pays(unit, region, settings, dense, exact):  # the options have it so, whatever the plan
             dense, lean = exact, None
         costs[key] = {DENSE: dense} if lean is None else {DENSE: dense, LEAN: lean[2]}
         costs[key] |= {(s.density, False): at_density(unit, region, s.density)[2] for s in _candidates(unit, region)}

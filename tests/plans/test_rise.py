@@ -408,3 +408,26 @@ def test_queries_that_see_nothing_average_when_nothing_is_left_out(
     torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), want)
     (region,) = sptc.report(compiled).regions
     assert region.status == "declined" and ("averages over all keys" in region.reason or "kept whole" in region.reason)
+
+
+def test_what_pays_when_sparser_only_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3/4 of the first FFN's units is what the loss allows, and the overhead of choosing them is more than a quarter."""
+    found: list[dict[tuple[str, float], float]] = []
+    rises = runs.Runs.rises
+    monkeypatch.setattr(runs.Runs, "rises", lambda *args: (found.append(rises(*args)), found[-1])[1])
+    ids, labels = batch()
+    compiled = torch.compile(Model(), backend=without_inductor(**{**OPTIONS, "max_rise": 1e6}))
+    loss = compiled(ids, labels).item()
+    (mild, harsh) = (rise for (key, _), rise in found[0].items() if key.startswith("ffns.0"))
+    allowed = {"max_rise": (mild * harsh) ** 0.5 / loss, "decline": "auto"}
+    regions = {}
+    for overhead in (0.0, 4e-6):
+        torch._dynamo.reset()
+        monkeypatch.setattr("sptc.backend.calibrate", lambda *_, overhead=overhead: replace(DEVICE, op_seconds=overhead))
+        compiled = torch.compile(Model(), backend=without_inductor(**{**OPTIONS, **allowed}))
+        compiled(ids, labels)
+        regions[overhead] = {r.module: r for r in sptc.report(compiled).regions if r.kind == "ffn"}
+    free, dear = (regions[overhead]["ffns.0"] for overhead in (0.0, 4e-6))
+    assert (free.status, free.density) == ("rewritten", 0.75) and free.reason.startswith("pays: ")
+    assert (dear.status, dear.density) == ("declined", 1.0) and "at density 0.75 it would not pay" in dear.reason
+    assert regions[4e-6]["ffns.1"].density == 0.5
