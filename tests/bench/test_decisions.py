@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.decisions import Attention, Result, Units, cases, measure
+from bench.decisions import Attention, Counted, Result, Units, cases, measure
 
 CASE = Units(64, 16, 64, "relu", 0.5, "fp32")
 
@@ -17,11 +17,11 @@ def test_verdict(dense, sparse, predicted, verdict):
 
 def test_grid():
     grid = list(cases())
-    assert len(grid) == len({str(case) for case in grid}) == 60
+    assert len(grid) == len({str(case) for case in grid}) == 66
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [CASE, Attention(1, 64, 2, 16, 0.125, "bf16")], ids=str)
+@pytest.mark.parametrize("case", [CASE, Attention(1, 64, 2, 16, 0.125, "bf16"), Counted(256, 16, 64, "relu", "fp32")], ids=str)
 def test_measure(case):
     result = measure(case, seconds=0.0)
     assert min(result.dense, result.sparse, result.predicted_dense, result.predicted_sparse) > 0
