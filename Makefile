@@ -36,7 +36,7 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n 2 -m 'not stack'
 
-# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others; three quarters of an hour on two busy cores. Then `make
+# Every cell of the fine-tuning stack, with trl, lightning-fabric, torchao and others; 20 minutes on two cores. Then `make
 # stack-table` writes docs/stack.md.
 test-stack: .venv/.stack
 	$(BIN)/pytest -n 2 --dist loadfile -m '' tests/stack --stack-complete --stack-results build/stack.jsonl
