@@ -52,9 +52,7 @@ class Report:
     notes: tuple[str, ...] = ()
     graphs: int = 0
     breaks: tuple[str, ...] = ()  # where Dynamo ended a graph before the model's end, and why
-    first: tuple[
-        int, ...
-    ] = ()  # for each graph: the one that was compiled of the same code before, for other sizes or in another mode; or itself
+    first: tuple[int, ...] = ()  # for each graph: the first that was compiled of the same code, for other sizes or another mode
     unmatched: tuple[str, ...] = ()  # patterns of option `exclude` that name no region
 
     @classmethod
