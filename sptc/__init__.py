@@ -8,6 +8,7 @@ did; `plan` chooses densities for a budget; `bench` compares training steps.
 
 from sptc.benchmark.bench import bench
 from sptc.config import Config, ConfigError
+from sptc.ir.errors import SptcError
 from sptc.ir.plan import Plan
 from sptc.model.compiled import report
 from sptc.model.dropped import DroppedLogitsError
@@ -24,6 +25,7 @@ __all__ = [
     "DroppedLogitsError",
     "Plan",
     "Report",
+    "SptcError",
     "StateError",
     "bench",
     "detach",

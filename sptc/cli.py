@@ -14,14 +14,13 @@ from tqdm import tqdm
 
 from sptc.backend import compile_graph
 from sptc.benchmark.command import add_arguments
-from sptc.benchmark.variants import BenchError
 from sptc.config import Config, ConfigError
+from sptc.ir.errors import SptcError
 from sptc.ir.plan import Plan
-from sptc.model.capture import CaptureError, capture
-from sptc.model.load import ModelError, load_model
-from sptc.plans.budget import PlanError, check_target
+from sptc.model.capture import capture
+from sptc.model.load import load_model
+from sptc.plans.budget import check_target
 from sptc.plans.planning import plan
-from sptc.plans.sensitivity import SensitivityError
 from sptc.reports.explain import explain
 from sptc.reports.report import Report
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ConfigError, ModelError, CaptureError, PlanError, SensitivityError, BenchError) as error:
+    except SptcError as error:
         print(f"sptc: {error}", file=sys.stderr)
         return 2
 
@@ -67,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--option", action="append", default=[], metavar="KEY=VALUE", help="as in torch.compile(options={...}); repeatable"
         )
-        command.add_argument("--batch", type=_positive, default=1, help="sequences of a Hugging Face model's example (default 1)")
-        command.add_argument("--length", type=_positive, default=512, help="tokens of each (default 512)")
+        command.add_argument("--batch", type=_positive, help="sequences of a Hugging Face model's example (default 1)")
+        command.add_argument("--length", type=_positive, help="tokens of each (default 512)")
         command.add_argument("--json", action="store_true", help="print as JSON")
 
     bench = commands.add_parser("bench", help="compare training steps, dense and sparse: checked, then timed in turns")

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
+from sptc.ir.errors import SptcError
 
-class ConfigError(ValueError):
+
+class ConfigError(SptcError, ValueError):
     """An option is unknown, of the wrong type, or out of range."""
 
 

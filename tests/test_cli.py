@@ -99,6 +99,8 @@ def test_dump_writes_the_rewritten_graph_without_compiling(folders, tmp_path, ca
         (["explain", "{factory}:ffn", "--option", "ffn.blocks=many"], "'ffn.blocks' must be int"),
         (["explain", "{factory}:ffn", "--option", "ffn.blocks"], "must be KEY=VALUE"),
         (["explain", "{llama}", "--length", "65"], "more than the 64 positions"),
+        (["explain", "{factory}:ffn", "--length", "8"], "makes inputs of its own size"),
+        (["plan", "{factory}:ffn", "--speedup", "1.5", "--batch", "8"], "makes inputs of its own size"),
         (["dump", "{factory}:ffn", "--out", "factory_of_tests.py"], "option 'dump': cannot write"),
         (["plan", "{factory}:ffn", "--speedup", "0.5"], "speedup must be above 1"),
         (["plan", "{factory}:ffn", "--speedup", "1.5", "--out", "."], "--out '.' is a folder"),

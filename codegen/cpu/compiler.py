@@ -20,6 +20,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 from sptc.device.cache import private_folder
 from sptc.device.costs import processor
+from sptc.ir.errors import SptcError
 
 REAL = {torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1"}, torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0"}}
 """Macros of the sources for a dtype of arithmetic."""
@@ -28,7 +29,7 @@ _FOLDER = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 
 
-class CompilerError(RuntimeError):
+class CompilerError(SptcError, RuntimeError):
     """A CPU kernel does not compile here."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from sptc.config import Config
+from sptc.ir.errors import SptcError
 from sptc.ir.plan import Plan
 
 Backend = Literal["eager", "inductor", "spt"]
@@ -21,7 +22,7 @@ DENSITY_ONE = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0,
 _ROUNDING = 1e-5  # relative: what products in fp32 stay within, and products of operands cut to 16 bits do not
 
 
-class BenchError(ValueError):
+class BenchError(SptcError, ValueError):
     """A benchmark that can't begin: what is wrong, and what to write instead."""
 
 

@@ -14,10 +14,12 @@ import stat
 import tempfile
 from pathlib import Path
 
+from sptc.ir.errors import SptcError
+
 log = logging.getLogger(__name__)
 
 
-class CacheError(OSError):
+class CacheError(SptcError, OSError):
     """The cache folder cannot be trusted."""
 
 

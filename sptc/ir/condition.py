@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sptc.ir.errors import SptcError
+
 MIRROR = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}  # with the sides exchanged
 OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}  # what holds where it does not
 
 
-class PredicateError(ValueError):
+class PredicateError(SptcError, ValueError):
     """A predicate is malformed, or does not fit the tensors and sizes given with it."""
 
 

@@ -26,12 +26,14 @@ from sympy.core.function import ArgumentIndexError
 from sympy.printing.str import StrPrinter
 from torch import Tensor
 
+from sptc.ir.errors import SptcError
+
 Number = int | float
 MAX_EXPONENT = 64  # sympy multiplies integers out; no function of a logit is near this
 U0 = sympy.Symbol("u0")
 
 
-class ExpressionError(ValueError):
+class ExpressionError(SptcError, ValueError):
     """A text is not a function of the grammar, or a number in it is not finite."""
 
 

@@ -25,12 +25,13 @@ from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_lis
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+from sptc.ir.errors import SptcError
 from sptc.paper.state import erase_marks
 
 OnGraph = Callable[[fx.GraphModule, list[Any]], Callable[..., Any] | None]
 
 
-class CaptureError(RuntimeError):
+class CaptureError(SptcError, RuntimeError):
     """Dynamo captured nothing, or the example inputs do not fit the model."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, innermost_fn
 
+from sptc.ir.errors import SptcError
 from sptc.model.capture import called_modules
 from sptc.model.dropped import dropped_logits
 from sptc.model.outside import outside_note
@@ -64,6 +65,10 @@ class CompiledGraph:
         return self._shapes <= Counter((tuple(p.shape), p.dtype) for p in parameters)
 
 
+class ReportError(SptcError, RuntimeError):
+    """There is nothing to report on."""
+
+
 def report(model: Callable[..., Any]) -> Report:
     """The report of what backend "spt" compiled for `model` so far; graph breaks and recompiles make several graphs.
 
@@ -71,13 +76,13 @@ def report(model: Callable[..., Any]) -> Report:
         model: what `torch.compile` returned, or a module on which `.compile()` was called.
 
     Raises:
-        RuntimeError: nothing was compiled for it yet.
+        ReportError: nothing was compiled for it yet.
     """
     found, codes = _compiled(model)
     graphs = [found[at] for at in sorted(found)]
     if not graphs:
         name = getattr(model, "__name__", type(model).__name__)
-        raise RuntimeError(
+        raise ReportError(
             f"no graph of {name} was compiled with backend 'spt': compile it with torch.compile(model, backend='spt') or "
             "model.compile(backend='spt'), a deepcopy anew, and run it once before asking for its report (sptc.explain needs no compile)"
         )

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sptc.ir.errors import SptcError
+
 # What tells a kind of tensor and not its content: whoever only passes outputs on, such as a wrapper for mixed precision, asks for these.
 _KIND = frozenset({"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse"})
 
 
-class DroppedLogitsError(RuntimeError):
+class DroppedLogitsError(SptcError, RuntimeError):
     """Logits were used that were not computed."""
 
 

@@ -13,21 +13,27 @@ from typing import Any
 
 import torch
 
+from sptc.ir.errors import SptcError
 
-class ModelError(ValueError):
+
+class ModelError(SptcError, ValueError):
     """The name leads to no model: what is wrong, and what to write instead."""
 
 
-def load_model(name: str, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
+def load_model(name: str, batch: int | None = None, length: int | None = None) -> tuple[Callable[..., Any], Any]:
     """(model, example inputs) of "package.module:factory", of a folder written by `save_pretrained`, or of a Hugging Face name.
 
     A Hugging Face model is made from its configuration with random weights: shapes decide, not values. A factory that has parameters
-    `batch` and `length` gets them.
+    `batch` and `length` gets them; None is 1 sequence, and 512 tokens.
 
     Raises:
-        ModelError: there is no such model, or it can't be given inputs.
+        ModelError: there is no such model, it can't be given inputs, or not of the size that is asked for.
     """
+    sized = batch is not None or length is not None
+    batch, length = batch or 1, length or 512
     if is_factory(name):
+        if sized and not takes_sizes(factory_of(name)):
+            raise ModelError(f"{name!r} makes inputs of its own size: a factory with parameters `batch` and `length` is given them")
         return _from_factory(name, batch, length)
     cls, config = _architecture(name)
     return _with_random_weights(cls, config), _token_inputs(name, config, batch, length)

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from sptc.ir.errors import SptcError
 from sptc.paper.state import owners
 
 NAME = "spt"
 
 
-class AdapterError(ValueError):
+class AdapterError(SptcError, ValueError):
     """The adapter can't hold trainable state."""
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from sptc.backend import captured_unit
 from sptc.config import Config
+from sptc.ir.errors import SptcError
 from sptc.ir.plan import Plan
 from sptc.model.capture import capture
 from sptc.paper import adapter
@@ -26,7 +27,7 @@ from sptc.passes.unit import Unit
 from sptc.reports.report import Report
 
 
-class PrepareError(ValueError):
+class PrepareError(SptcError, ValueError):
     """The model can't be prepared: what is wrong with it, and what to do."""
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from sptc.device.cache import write_whole
+from sptc.ir.errors import SptcError
 from sptc.paper.state import owners
 
 SCHEMA = "sptc-state-1"
 
 
-class StateError(ValueError):
+class StateError(SptcError, ValueError):
     """State can't be saved or loaded: what is wrong with the model or the file."""
 
 

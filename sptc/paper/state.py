@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from torch._logging import warning_once
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sptc.ir.errors import SptcError
+
 log = logging.getLogger(__name__)
 
 CODEBOOK_DECAY = 0.9  # of a codeword in `step`; the rest comes from the mean of its vectors
@@ -142,7 +144,7 @@ class DenseNotice:
             )
 
 
-class ExportError(RuntimeError):
+class ExportError(SptcError, RuntimeError):
     """A prepared model is exported: what it trained would be left out."""
 
 

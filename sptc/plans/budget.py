@@ -19,10 +19,11 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from sptc.ir.errors import SptcError
 from sptc.ir.plan import Choice, Plan, PlannedRegion, combined
 
 
-class PlanError(ValueError):
+class PlanError(SptcError, ValueError):
     """No plan can be made: the target is malformed or out of reach."""
 
 

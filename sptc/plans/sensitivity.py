@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sptc.backend import captured_unit
 from sptc.config import Config
+from sptc.ir.errors import SptcError
 from sptc.ir.plan import DENSITIES
 from sptc.ir.region import Cost, LossRegion, Region, Settings, UnitSettings
 from sptc.passes import ANALYSIS
@@ -32,7 +33,7 @@ from sptc.passes.unit import Unit
 from sptc.plans.beside import Mixed, insert_beside
 
 
-class SensitivityError(ValueError):
+class SensitivityError(SptcError, ValueError):
     """The model can't be measured: why, and what to do."""
 
 

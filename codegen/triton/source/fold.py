@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sptc.codegen.triton.spec import Constant
+from sptc.ir.errors import SptcError
 
 
-class SpecializeError(ValueError):
+class SpecializeError(SptcError, ValueError):
     """A template and its constants or hooks do not fit together."""
 
 

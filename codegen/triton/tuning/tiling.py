@@ -12,11 +12,12 @@ import sympy
 
 from sptc.codegen.triton.target import Target
 from sptc.codegen.triton.tuning import measured
+from sptc.ir.errors import SptcError
 
 Facts = tuple[tuple[str, int], ...]
 
 
-class TilingError(ValueError):
+class TilingError(SptcError, ValueError):
     """No candidate of a table fits the device."""
 
 
