@@ -29,9 +29,18 @@ def llama(batch: int = 1, length: int = 4096) -> Made:
 
 def opt(batch: int = 8, length: int = 512) -> Made:
     """2 layers, d 1024, FFN 4096 with ReLU, 16 heads: blocks of the paper's models."""
+    return _opt(1024, batch, length)
+
+
+def opt2048(batch: int = 8, length: int = 512) -> Made:
+    """The same of twice the width: d 2048, FFN 8192, 32 heads."""
+    return _opt(2048, batch, length)
+
+
+def _opt(d: int, batch: int, length: int) -> Made:
     from transformers import OPTConfig, OPTForCausalLM
 
-    sizes = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096, "num_hidden_layers": 2, "num_attention_heads": 16}
+    sizes = {"hidden_size": d, "word_embed_proj_dim": d, "ffn_dim": 4 * d, "num_hidden_layers": 2, "num_attention_heads": d // 64}
     return _made(OPTForCausalLM, OPTConfig(vocab_size=VOCABULARY, **sizes, dropout=0.0), batch, length)
 
 

@@ -21,7 +21,11 @@ SHAPES: dict[str, tuple[str, int, int]] = {  # a factory, sequences, tokens of e
     "llama-long": ("bench.shapes:llama", 1, 4096),
     "opt": ("bench.shapes:opt", 8, 512),
     "opt-short": ("bench.shapes:opt", 16, 128),
+    "qwen2-2k": ("bench.shapes:qwen2", 1, 2048),
+    "qwen2-8k": ("bench.shapes:qwen2", 1, 8192),
+    "opt-2048": ("bench.shapes:opt2048", 8, 512),
 }
+SMALL = ("qwen2", "llama-long", "opt", "opt-short")  # ten minutes on two cores
 
 BOTH = "both"
 _EIGHTH = {"attention.density": 0.125}
@@ -56,7 +60,7 @@ def _figures(base: Outcome, o: Outcome) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated (default: all)")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help=f"may be repeated (default: {', '.join(SMALL)})")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="bf16: autocast, for all variants (default: %(default)s)")
     parser.add_argument("--counted", type=float, default=1.0, help="share of the tokens with a label (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help=f"compare {', '.join(VARIANTS)}, not only {BOTH}")
@@ -67,7 +71,7 @@ def main() -> None:
     variants = VARIANTS if arguments.all else {BOTH: VARIANTS[BOTH]}
     table: list[tuple[str, ...]] = []
     measured: dict[str, Any] = {}
-    for shape in arguments.shape or SHAPES:
+    for shape in arguments.shape or SMALL:
         factory, batch, length = SHAPES[shape]
         dense = ["inductor-best"] if arguments.dtype == "fp32" else []
         done = bench(

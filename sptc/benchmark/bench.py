@@ -16,7 +16,7 @@ from sptc.benchmark.model import make
 from sptc.benchmark.outcome import Bench
 from sptc.benchmark.run import Settings, run
 from sptc.benchmark.show.progress import Progress
-from sptc.benchmark.variants import BenchError, Variant, chosen, default_variants, fast_products, own_variants
+from sptc.benchmark.variants import BenchError, Variant, chosen, default_variants, fast_products, kind_variants, own_variants
 from sptc.device.costs import check_device
 from sptc.model.load import factory_of, is_factory, takes_sizes
 
@@ -30,6 +30,7 @@ def bench(
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     inductor: Mapping[str, Mapping[str, Any]] | None = None,
     plan: str | None = None,
+    kinds: bool = False,
     only: Iterable[str] | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -59,6 +60,7 @@ def bench(
         variants: more ones of backend "spt", options by name.
         inductor: more ones of Inductor, the options of `torch.compile(model, options=...)` by name.
         plan: a file that `sptc.plan(...).save` wrote.
+        kinds: also "spt" with attention alone, FFNs alone and losses alone, each with its predicted and its measured gain.
         only: names of the variants to run.
         dtype: "fp32", or "bf16" for autocast over fp32 weights; None: a module as it is, a named model in fp32.
         device: where; None: where the module is, a named model on the CPU.
@@ -85,6 +87,7 @@ def bench(
     dtype = dtype or ("fp32" if named else None)
     products = fast_products(at, dtype or "fp32")
     standard = default_variants(at, dtype or "fp32", plan)
+    standard += kind_variants(products) if kinds else []
     all_of_them = [*standard, *own_variants("inductor", inductor, products), *own_variants("spt", variants, products)]
     settings = Settings(
         variants=chosen(sorted(all_of_them, key=lambda variant: not variant.dense), only),

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         help="one more of Inductor, with options of torch.compile; repeatable",
     )
     add("--plan", metavar="FILE", help="one more, with what sptc plan wrote")
+    add("--kinds", action="store_true", help="also spt-attention, spt-ffn and spt-loss: regions of one kind alone, and what each gains")
     add(
         "--only",
         metavar="NAME[,NAME...]",
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         variants=dict(parse_options(text, "spt") for text in arguments.variant),
         inductor=dict(parse_options(text, "inductor") for text in arguments.inductor),
         plan=arguments.plan,
+        kinds=arguments.kinds,
         only=None if arguments.only is None else [name.strip() for name in arguments.only.split(",")],
         dtype=arguments.dtype,
         device=arguments.device,

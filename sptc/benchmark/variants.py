@@ -19,6 +19,7 @@ Precision = Literal["highest", "high", "medium"]
 
 # Tokens that nothing reads are computed as well: what is faster then is so by its products alone.
 DENSITY_ONE = {"decline": "never", "attention.density": 1.0, "ffn.density": 1.0, "ffn.context_density": None, "ffn.padding": "compute"}
+KINDS = ("attention", "ffn", "loss")
 _ROUNDING = 1e-5  # relative: what products in fp32 stay within, and products of operands cut to 16 bits do not
 
 
@@ -73,6 +74,12 @@ def default_variants(device: torch.device, dtype: str, plan: str | None = None) 
         Plan.load(plan)
         variants.append(Variant("spt-plan", "spt", {"plan": plan}, precision=products))
     return variants
+
+
+def kind_variants(precision: Precision) -> list[Variant]:
+    """ "spt" with regions of one kind alone: beside each stands what the cost model says that it gains."""
+    alone = {kind: {f"{other}.enabled": False for other in KINDS if other != kind} for kind in KINDS}
+    return [Variant(f"spt-{kind}", "spt", options, precision=precision) for kind, options in alone.items()]
 
 
 def fast_products(device: torch.device, dtype: str) -> Precision:

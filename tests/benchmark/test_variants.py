@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sptc.benchmark.variants import BenchError, Variant, chosen, default_variants, fast_products, own_variants, parse_options
-from sptc.config import ConfigError
+from sptc.benchmark.variants import BenchError, Variant, chosen, default_variants, fast_products, kind_variants, own_variants, parse_options
+from sptc.config import Config, ConfigError
 
 CPU = torch.device("cpu")
 
@@ -77,3 +77,11 @@ def test_fp32_by_onednn_is_taken_only_where_it_stays_fp32(monkeypatch):
 def test_what_a_gpu_is_compared_with():
     best = {v.name: v for v in default_variants(torch.device("cuda"), "bf16")}["inductor-best"]
     assert best.mode == "max-autotune-no-cudagraphs" and best.precision == "high"
+
+
+def test_each_kind_of_region_has_a_variant_that_rewrites_it_alone():
+    enabled = {
+        variant.name: [kind for kind in ("attention", "ffn", "loss") if getattr(Config.from_options(variant.options), f"{kind}_enabled")]
+        for variant in kind_variants("highest")
+    }
+    assert enabled == {"spt-attention": ["attention"], "spt-ffn": ["ffn"], "spt-loss": ["loss"]}
