@@ -26,6 +26,7 @@ from sptc.config import Config
 from tests.models.compiled import FULL
 
 ROUNDING = ("float32", ".float()")  # of a program in float64
+CALM = 1 / 3  # of the weights: then streams stay small
 CALLS = 2  # the second one sees what the first one wrote
 
 
@@ -108,9 +109,12 @@ def difference(source: str, planted: Mapping[str, str], *, dtype: str, train: bo
     torch.manual_seed(0)
     model = model_class().to(real).train(train)
 
-    def run(compiled_by: Any, real: torch.dtype = real) -> dict[str, Tensor]:
+    def run(compiled_by: Any, real: torch.dtype = real, scale: float = 1.0) -> dict[str, Tensor]:
         torch._dynamo.reset()
         mine = copy.deepcopy(model).to(real)
+        with torch.no_grad():
+            for parameter in mine.parameters():
+                parameter.mul_(scale)
         call = mine if compiled_by is None else torch.compile(mine, backend=compiled_by)
         reports.append(call)
         return observe(mine, call, real, train, input_grad)
@@ -153,6 +157,9 @@ def difference(source: str, planted: Mapping[str, str], *, dtype: str, train: bo
             except RuntimeError:  # such as finfo(x.dtype).min in a float32 tensor: then nothing is known of the rounding
                 precise = {}
             wrong = _beyond_rounding(wrong, ours, eager, precise)
+        if wrong and not exact:  # where nothing explodes, a softmax is not a choice that rounding makes, and what is wrong still is
+            calm = differs(run(sptc_backend, scale=CALM), run(None, scale=CALM), tolerance)
+            wrong = {name: how for name, how in wrong.items() if name in calm}
         found = "; ".join(
             f"{name}: {wrong[name]} from eager, {theirs[name]} from aot_eager" for name in sorted(wrong.keys() & theirs.keys())
         )

@@ -76,6 +76,19 @@ def test_what_float64_refuses_is_judged_without_it():
     assert "from eager" in found
 
 
+@pytest.mark.parametrize("factor, said", [(1.0, False), (1.2, True)])
+def test_a_wrong_backend_is_found(monkeypatch, factor, said):
+    """Weights of a third take nothing from a fault but what it is by rounding alone."""
+    source = ONLY_FLOAT32.replace("(y * 1e7).sin()", "y").replace("torch.finfo(x.dtype).min", "-1e9")
+
+    def compile_graph(gm, inputs, config, inner):
+        return lambda *args: [t * factor for t in gm(*args)]
+
+    monkeypatch.setattr("tests.fuzz.differential.compile_graph", compile_graph)
+    found, _ = difference(source, {}, dtype="float32", train=True, input_grad=False)
+    assert bool(found) == said
+
+
 @pytest.mark.parametrize("shard", range(max(1, EXAMPLES // SHARD)))
 def test_programs(shard):
     @seed(SEED * 100_003 + shard)
