@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--max-memory", type=_bytes, metavar="BYTES", help="predicted bytes kept for backward not to exceed, such as 500MB or 2GiB"
     )
+    budget.add_argument("--max-rise", type=float, help="relative rise of the loss before training not to exceed; what a compile measures")
     plan.add_argument("--out", metavar="FILE", help="where to save the plan, for --plan and options={'plan': FILE}")
     plan.set_defaults(run=_plan, train=True)
     for command in (explain, dump):
@@ -132,7 +133,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {arguments.out!r}: there is no such folder")
     if arguments.out is not None and Path(arguments.out).is_dir():
         raise ConfigError(f"--out {arguments.out!r} is a folder; name the file to write the plan to")
-    targets = {"speedup": arguments.speedup, "max_error": arguments.max_error, "max_memory": arguments.max_memory}
+    targets = {name: getattr(arguments, name) for name in ("speedup", "max_error", "max_memory", "max_rise")}
     check_target(**targets)
     with tqdm(desc="runs", unit="run", disable=None) as bar:
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_
 
 from sptc.device.costs import DeviceCosts
 from sptc.ir.hint import optimization_hint
+from sptc.ir.plan import PlannedRegion
 from sptc.ir.region import (
     AttentionRegion,
     AttentionSettings,
@@ -48,7 +49,7 @@ from sptc.passes.decide.cost import (
 from sptc.passes.decide.gradients import with_gradients
 from sptc.passes.decide.loss import decide_loss
 from sptc.passes.decide.operand_dtypes import misfit
-from sptc.passes.decide.planned import planned_densities, planned_lean
+from sptc.passes.decide.planned import planned_lean, planned_regions
 from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
@@ -89,7 +90,7 @@ def decide(unit: Unit) -> Unit:
             unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
         if unit.config.ffn_padding == "skip":
             unit = replace(unit, read=read_rows(unit), visible_share=visible_share(unit))
-    planned = planned_densities(unit)
+    planned = planned_regions(unit)
     unit = replace(unit, lean=planned_lean(unit))
     losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
     logits = frozenset(node for loss in losses if isinstance(loss, Decision) and loss.rewrite for node in loss.region.nodes)
@@ -153,16 +154,18 @@ def _forms(unit: Unit, region: Region, density: float, length: Length) -> tuple[
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
 
-def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, logits: bool) -> Decision:
+def _decide(unit: Unit, region: Region, planned: PlannedRegion | None, trained: bool, logits: bool) -> Decision:
     """The decision on one region.
 
     Args:
-        planned: its density in the plan, None without one.
+        planned: what the plan has of it, None without one.
         trained: gradients are recorded there.
         logits: its output is what a rewritten loss computes by itself.
     """
     length = length_of(region)
-    settings, dense, sparse = _forms(unit, region, uniform_density(unit, region) if planned is None else planned, length)
+    blurred = planned is not None and planned.apart and planned.density < 1.0 and not splits(unit, region)
+    density = uniform_density(unit, region) if planned is None else 1.0 if blurred else planned.density
+    settings, dense, sparse = _forms(unit, region, density, length)
     here = {LENGTH: length.hint}
     costs = dense.at(here), sparse.at(here)
     if not enabled(unit, region):
@@ -170,8 +173,9 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
     if logits:
         return Decision(region, False, "its output is logits of a loss that is rewritten", settings, *costs)
     less = settings.recompute if isinstance(settings, UnitSettings) else region in unit.lean or unit.config.objective == "memory"
-    if planned == 1.0 and not less and not (isinstance(settings, UnitSettings) and not settings.whole):
-        return Decision(region, False, "the plan keeps it dense", settings, *costs)
+    if planned is not None and density == 1.0 and not less and not _may_be_exact(unit, settings):
+        apart = "the plan's density is that of tokens whose label does not count, which are not told apart here"
+        return Decision(region, False, apart if blurred and trained else "the plan keeps it dense", settings, *costs)
     if not trained and unit.config.inference == "dense" and ("inference" in unit.config.given or not unit.states):
         return Decision(region, False, "no gradient is recorded here, and option 'inference' is 'dense'", settings, *costs)
     if region in unit.states:  # what a trained model computes must not depend on how fast this machine is
@@ -192,6 +196,14 @@ def _decide(unit: Unit, region: Region, planned: float | None, trained: bool, lo
     rewrite, border = _pays(unit, dense, sparse, length)
     reason = f"{'pays' if rewrite else 'would not pay'}: {figures(settings, *costs)}"
     return Decision(region, rewrite, reason + border, settings, *costs)
+
+
+def _may_be_exact(unit: Unit, settings: Settings) -> bool:
+    """Whether the sparse form can be the faster one although nothing that counts is left out, if it need not be taken in any case."""
+    if isinstance(settings, UnitSettings):
+        return not settings.whole
+    measured = unit.plan is not None and "max_rise" in unit.plan.target  # as without a plan; others have dense attention's time and bytes
+    return measured and isinstance(settings, AttentionSettings) and settings.selector == "pooled" and unit.config.decline == "auto"
 
 
 def lean_form(unit: Unit, region: Region) -> tuple[Settings, Cost, Cost] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 
 from sptc.config import ConfigError
+from sptc.ir.plan import PlannedRegion
 from sptc.ir.region import FfnRegion, Region, RouterState
 from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.pattern import shape
@@ -23,8 +24,8 @@ def region_facts(unit: Unit, region: Region) -> dict[str, int]:
     return {"heads": heads, "key_heads": key_heads, "head_size": size}
 
 
-def planned_densities(unit: Unit) -> Mapping[Region, float]:
-    """The density of each region in the unit's plan; {} without a plan, and for a graph without regions.
+def planned_regions(unit: Unit) -> Mapping[Region, PlannedRegion]:
+    """What the unit's plan has of each region; {} without a plan, and for a graph without regions.
 
     Raises:
         ConfigError: the regions of the graph are not those of any graph that was planned, or one has other sizes.
@@ -53,7 +54,7 @@ def planned_densities(unit: Unit) -> Mapping[Region, float]:
         for name, size in region_facts(unit, region).items():
             if wanted.get(name) != size:
                 raise ConfigError(f"the plan does not fit the model: {name} of {key} is {size}, in the plan {wanted.get(name)}; {_AGAIN}")
-    return {region: planned[key].density for region, key in keys.items()}
+    return {region: planned[key] for region, key in keys.items()}
 
 
 def planned_lean(unit: Unit) -> frozenset[Region]:

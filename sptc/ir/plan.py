@@ -42,6 +42,7 @@ class PlannedRegion:
     density: float
     choices: tuple[Choice, ...]
     lean: bool = False  # of the choice at that density
+    apart: bool = False  # densities are of tokens whose label does not count; the others of an FFN keep all
 
     @property
     def kind(self) -> str:
@@ -70,11 +71,12 @@ class PlannedRegion:
 class Plan:
     """Densities for one model. `options={"plan": path}` applies a saved one; `str(plan)` is a table."""
 
-    target: Mapping[str, float]  # {"speedup": 1.5}, {"max_error": 0.05} or {"max_memory": 2e9}
+    target: Mapping[str, float]  # {"speedup": 1.5}, {"max_error": 0.05}, {"max_memory": 2e9} or {"max_rise": 0.01}
     options: Mapping[str, Any]  # those that it was made with and is to be used with
     other_seconds: float  # predicted, of everything outside the regions
     regions: tuple[PlannedRegion, ...]
     losses_kept: float = 0.0  # bytes, predicted, that losses keep for backward: no choice changes that
+    loss: float | None = None  # of the dense model on the batch, where squares of errors are what this rises by
 
     @property
     def dense_seconds(self) -> float:
@@ -102,6 +104,11 @@ class Plan:
     def error(self) -> float:
         """Predicted from those of the regions."""
         return combined(region.chosen.error for region in self.regions)
+
+    @property
+    def rise(self) -> float | None:
+        """What the loss is predicted to rise by before training, where that was measured."""
+        return None if self.loss is None else self.error**2
 
     def uniform(self, attention: float, ffn: float) -> Plan:
         """The same regions at one density for each kind: what a plan is worth is its difference to that.
@@ -132,8 +139,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data. What is derived stands beside what it derives from, for people."""
-        summary = {"seconds": self.seconds, "dense_seconds": self.dense_seconds, "speedup": self.speedup, "error": self.error}
-        summary |= {"kept": self.kept, "dense_kept": self.dense_kept}
+        summary: dict[str, float | None] = {
+            "seconds": self.seconds,
+            "dense_seconds": self.dense_seconds,
+            "speedup": self.speedup,
+            "error": self.error,
+        }
+        summary |= {"kept": self.kept, "dense_kept": self.dense_kept, "rise": self.rise}
         return {"version": VERSION, **asdict(self), "predicted": summary}
 
     @classmethod
@@ -151,7 +163,7 @@ class Plan:
             raise ConfigError(f"option 'plan': {str(path)!r} is no plan of version {VERSION}; make one with sptc.plan")
         try:
             regions = tuple(_region(entry) for entry in data["regions"])
-            return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "regions"}, regions=regions)
+            return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data and f.name != "regions"}, regions=regions)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"option 'plan': {str(path)!r} is not a whole plan ({error!r}); make it again with sptc.plan") from error
 
@@ -171,16 +183,18 @@ class Plan:
         return Config.from_options({**self.options, **given})
 
     def __str__(self) -> str:
+        power = 1 if self.loss is None else 2  # a rise of the loss is the square
         rows = [
-            (r.key, f"{r.density:.3g}", *_figures(r.dense_seconds, r.chosen.seconds, r.chosen.error, r.dense.kept, r.chosen.kept))
+            (r.key, f"{r.density:.3g}", *_figures(r.dense_seconds, r.chosen.seconds, r.chosen.error**power, r.dense.kept, r.chosen.kept))
             for r in self.regions
         ]
         elsewhere = ("elsewhere", "", *_figures(self.other_seconds, self.other_seconds, None, self.losses_kept, self.losses_kept))
-        total = ("total", "", *_figures(self.dense_seconds, self.seconds, self.error, self.dense_kept, self.kept))
-        headers = ("region", "density", "ms dense", "ms planned", "error", "MB kept", "planned")
+        total = ("total", "", *_figures(self.dense_seconds, self.seconds, self.error**power, self.dense_kept, self.kept))
+        headers = ("region", "density", "ms dense", "ms planned", "error" if power == 1 else "rise", "MB kept", "planned")
         table = tabulate([*rows, elsewhere, total], headers, disable_numparse=True, colalign=_ALIGN)
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
-        reached = f"{self.speedup:.2f}x by predicted times of forward and backward, output off by {self.error:.2g}"
+        change = f"output off by {self.error:.2g}" if self.loss is None else f"the loss of {self.loss:.3g} rises by {self.error**2:.2g}"
+        reached = f"{self.speedup:.2f}x by predicted times of forward and backward, {change}"
         reached += f", {self.kept / 1e6:.3g} MB kept for backward"
         return f"{table}\n\n{f'planned for {wanted}' if wanted else 'not planned'}: {reached}"
 
@@ -201,7 +215,8 @@ def combined(errors: Iterable[float]) -> float:
 
 def _region(entry: Mapping[str, Any]) -> PlannedRegion:
     choices = tuple(Choice(**choice) for choice in entry["choices"])
-    region = PlannedRegion(entry["key"], tuple(entry["graphs"]), entry["facts"], entry["density"], choices, entry["lean"])
+    apart = entry.get("apart", False)
+    region = PlannedRegion(entry["key"], tuple(entry["graphs"]), entry["facts"], entry["density"], choices, entry["lean"], apart)
     if region.chosen.error < 0 or not 0 < region.density <= 1 or region.dense_seconds < 0 or region.chosen.kept < 0:
         raise ValueError(f"{region.key} has a negative figure")
     return region

@@ -27,17 +27,22 @@ class PlanError(SptcError, ValueError):
     """No plan can be made: the target is malformed or out of reach."""
 
 
-def check_target(speedup: float | None, max_error: float | None, max_memory: float | None = None) -> None:
+def check_target(
+    speedup: float | None = None, max_error: float | None = None, max_memory: float | None = None, max_rise: float | None = None
+) -> None:
     """Raises PlanError unless exactly one target is given, and in its range."""
-    if sum(target is not None for target in (speedup, max_error, max_memory)) != 1:
-        raise PlanError("give exactly one of speedup, max_error and max_memory")
-    for name, target in (("speedup", speedup), ("max_error", max_error), ("max_memory", max_memory)):
+    targets = {"speedup": speedup, "max_error": max_error, "max_memory": max_memory, "max_rise": max_rise}
+    if sum(target is not None for target in targets.values()) != 1:
+        raise PlanError("give exactly one of speedup, max_error, max_memory and max_rise")
+    for name, target in targets.items():
         if target is not None and (isinstance(target, bool) or not isinstance(target, numbers.Real)):
             raise PlanError(f"{name} must be a number{' of bytes' * (name == 'max_memory')}, got {target!r}")
     if speedup is not None and not 1 < speedup < math.inf:
         raise PlanError(f"speedup must be above 1, got {speedup}")
     if max_error is not None and not 0 <= max_error < math.inf:
         raise PlanError(f"max_error must be a number of at least 0, got {max_error}")
+    if max_rise is not None and not 0 <= max_rise < math.inf:
+        raise PlanError(f"max_rise must be a number of at least 0, got {max_rise}")
     if max_memory is not None and not 0 < max_memory < math.inf:
         raise PlanError(f"max_memory must be a number of bytes above 0, got {max_memory}")
 

@@ -13,9 +13,11 @@ from sptc.config import Config
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.model.capture import capture
 from sptc.plans.budget import PlanError, check_target, replan
+from sptc.plans.rising import Rising
 from sptc.plans.sensitivity import DENSE, LEAN, Measured, Sensitivity
 
-_NOT_PLANNED = {"plan", "dump", "on_error", "inductor", "attention.density", "ffn.density"}  # options that a plan does not repeat
+# Options that a plan does not repeat.
+_NOT_PLANNED = {"plan", "dump", "on_error", "inductor", "attention.density", "ffn.density", "max_rise"}
 
 
 def plan(
@@ -25,10 +27,11 @@ def plan(
     speedup: float | None = None,
     max_error: float | None = None,
     max_memory: float | None = None,
+    max_rise: float | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Choose a density for each region: sparse where it harms least, as far as a speed-up or a memory needs or an error allows.
+    """Choose a density for each region: sparse where it harms least, as far as a speed-up or a memory needs or an error or a loss allows.
 
         sptc.plan(model, batch, speedup=1.5).save("plan.json")
         model.compile(backend="spt", options={"plan": "plan.json"})
@@ -51,22 +54,32 @@ def plan(
             which counts neither parameters nor what lies between the regions. Regions that can keep less and stay exact do so first, those
             first that lose least time by it: hidden values of FFNs are computed again (unless option `ffn.recompute` is False), scores
             of attention that is spelled out are never whole. Then hidden units are left out.
+        max_rise: how much the loss may rise before training, relative, at least 0: what a compile without a plan measures on its first
+            batch (option `max_rise`), here once and for all runs, and for trainers that compute the loss outside of the model. The
+            batch needs the labels by which the model computes its loss.
         options: as for `torch.compile(model, backend="spt", options=...)`; the plan keeps them. Densities in them have no effect.
         progress: called with (runs done, runs in all).
 
     Raises:
         PlanError: not exactly one target, one out of range, or a speed-up or a memory that no densities reach; the best one is named.
-        SensitivityError: the model returns nothing that can be measured, or its time can't be predicted.
+        SensitivityError: the model returns nothing that can be measured, its time can't be predicted, or, for `max_rise`, its loss is in
+            none of its graphs.
         ConfigError, CaptureError: as `sptc.explain`.
     """
-    check_target(speedup, max_error, max_memory)
+    check_target(speedup, max_error, max_memory, max_rise)
     config = Config.from_options(options)
     if config.plan is not None:
         raise PlanError("option 'plan' is for applying a plan; leave it out to make one")
+    kept = {key: value for key, value in config.to_options().items() if key not in _NOT_PLANNED}
+    if max_rise is not None:
+        rising = Rising(config, max_rise)
+        capture(model, example_inputs, rising.on_graph)
+        return rising.plan(kept)
     sensitivity = Sensitivity(config, progress)
     capture(model, example_inputs, sensitivity.on_graph, sensitivity.again)
-    kept = {key: value for key, value in config.to_options().items() if key not in _NOT_PLANNED}
-    regions = tuple(PlannedRegion(key, tuple(sorted(m.graphs)), m.facts, 1.0, _choices(m)) for key, m in sensitivity.regions.items())
+    regions = tuple(
+        PlannedRegion(key, tuple(sorted(m.graphs)), m.facts, 1.0, _choices(m), apart=m.apart) for key, m in sensitivity.regions.items()
+    )
     made = Plan({}, kept, sensitivity.other_seconds, regions, sensitivity.losses_kept)
     return replan(made, speedup=speedup, max_error=max_error, max_memory=max_memory)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -43,20 +43,43 @@ log = logging.getLogger(__name__)
 _GROUPS = 12  # of FFNs, and as many of attention
 _FARTHEST = 64  # nodes between queries and what computes them
 
+
+@dataclass(frozen=True)
+class Rises:
+    """What was measured: the dense loss (None: nothing was), by region and density what the loss rises by, and what was chosen."""
+
+    loss: float | None
+    of: Mapping[Region, Mapping[float, float]]
+    chosen: Mapping[Region, float]
+
+
 _chosen: Any = WeakTensorKeyDictionary()  # down weight -> {(whether the context was told apart, what was allowed): density}
 
 
 def weigh(unit: Unit) -> Unit:
     """The unit with the densities of its FFNs chosen, where options leave that to measurement; others are as decided."""
-    return _weighed(unit, _chosen, _agreed)
+    return _weighed(unit, _chosen, lambda unit, regions: _agreed(*_measure(unit, regions)[:2]))
 
 
 def weigh_alone(unit: Unit) -> Unit:
     """What `weigh` would do, without telling other ranks or a later compile."""
-    return _weighed(unit, WeakTensorKeyDictionary(_chosen), lambda chosen, text: (chosen, text))
+    return _weighed(unit, WeakTensorKeyDictionary(_chosen), lambda unit, regions: _measure(unit, regions)[:2])
 
 
-def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], tuple[list[float], str]]) -> Unit:
+def weigh_and_tell(unit: Unit) -> tuple[Unit, Rises]:
+    """`weigh_alone` of a unit of which no density is remembered, and what was measured."""
+    told: list[Rises] = []
+
+    def measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
+        chosen, text, rises = _measure(unit, regions)
+        told.append(rises)
+        return chosen, text
+
+    weighed = _weighed(unit, WeakTensorKeyDictionary(), measure)
+    return weighed, told[0] if told else Rises(None, {}, {})
+
+
+def _weighed(unit: Unit, remembered: Any, measure: Callable[[Unit, Sequence[Region]], tuple[list[float], str]]) -> Unit:
     waiting = [r for d in unit.decisions if d.rewrite and not isinstance(r := d.region, LossRegion) and measured(unit, r)]
     unpredicting = [region for region in waiting if not _predicts(unit, region)]
     if unpredicting:  # a head beside the predictions: however it is thinned, they stay as they are
@@ -74,7 +97,7 @@ def _weighed(unit: Unit, remembered: Any, agreed: Callable[[list[float], str], t
     reason = _obstacle(unit, weights)
     if reason is not None:
         return _with(unit, dict.fromkeys(waiting, 1.0), _unmeasured(reason))
-    chosen, text = agreed(*_measure(unit, waiting))
+    chosen, text = measure(unit, waiting)
     for weight, case, density in zip(weights, cases, chosen, strict=True):
         remembered[weight] = {**remembered.get(weight, {}), case: density}
     return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
@@ -141,8 +164,8 @@ def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
-    """Densities in the order of `regions`, and what was measured, for the report."""
+def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str, Rises]:
+    """Densities in the order of `regions`, and what was measured, for the report and for a plan."""
     keys = region_keys(unit.regions)
     candidates: dict[Region, tuple[Settings, ...]] = {
         r: tuple(at_density(unit, r, density)[0] for density in tried(unit, r)) for r in regions
@@ -174,7 +197,9 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
     log.info("densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
     chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
     text = f"measured: the loss of {runs.dense.loss:.3g} rises by {plan.error**2:.2g} with all densities so, before training"
-    return [chosen[region] for region in regions], text
+    # A group's rise is shared out among its regions.
+    shares = {r: {c.density: c.error**2 / len(groups[p.key]) for c in p.choices} for p in planned for r in groups[p.key]}
+    return [chosen[region] for region in regions], text, Rises(runs.dense.loss, shares, chosen)
 
 
 def _tried(unit: Unit, group: Sequence[Region]) -> list[float]:

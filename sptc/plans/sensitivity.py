@@ -23,7 +23,7 @@ from sptc.ir.errors import SptcError
 from sptc.ir.plan import DENSITIES
 from sptc.ir.region import Cost, LossRegion, Region, Settings, UnitSettings
 from sptc.passes import ANALYSIS
-from sptc.passes.decide.decisions import at_density, enabled, lean_form, pays
+from sptc.passes.decide.decisions import at_density, enabled, lean_form, pays, splits
 from sptc.passes.decide.key import region_keys
 from sptc.passes.decide.planned import region_facts
 from sptc.passes.decide.remainder import remainder_seconds
@@ -49,6 +49,7 @@ class Measured:
     """
 
     facts: Mapping[str, int]
+    apart: bool
     graphs: set[int] = field(default_factory=set)
     seconds: dict[Form, float] = field(default_factory=dict)
     kept: dict[Form, float] = field(default_factory=dict)
@@ -171,7 +172,7 @@ def _costs(unit: Unit, graph: int, measured: dict[str, Measured]) -> dict[str, d
     """What each region of a graph costs by its form, dense first; the regions get an entry in `measured`."""
     costs: dict[str, dict[Form, Cost]] = {}
     for region, key in region_keys(unit.regions).items():
-        measured.setdefault(key, Measured(region_facts(unit, region))).graphs.add(graph)
+        measured.setdefault(key, Measured(region_facts(unit, region), splits(unit, region))).graphs.add(graph)
         settings, dense, exact = at_density(unit, region, 1.0)
         lean = lean_form(unit, region)
         asked = settings.recompute if isinstance(settings, UnitSettings) else unit.config.objective == "memory"

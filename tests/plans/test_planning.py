@@ -63,6 +63,63 @@ def test_a_plan_reaches_its_target_and_compiles_as_it_says(gpt, tmp_path):
     assert "\n" in str(plan) and all(r.key in str(plan) for r in plan.regions)
 
 
+def test_a_plan_within_a_rise_is_what_a_first_batch_would_choose(tmp_path):
+    model, inputs = CASES["gpt"].make()
+    plan = sptc.plan(model, inputs, max_rise=0.05)
+    assert any(d < 1 for d in densities(plan).values())
+    assert plan.loss is not None and 0 < plan.rise <= 0.05 * plan.loss and "rises by" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    by_plan = sptc.explain(model, inputs, {"plan": str(tmp_path / "plan.json")})
+    measured = sptc.explain(model, inputs, {"max_rise": 0.05})
+    assert compiled_densities(by_plan) == compiled_densities(measured)
+    assert sorted(compiled_densities(by_plan)) == sorted(by_key(plan))
+    assert not any("measured" in region.reason for region in by_plan.regions)
+
+
+def test_a_plan_within_a_rise_needs_the_loss():
+    model, inputs = CASES["gpt"].make()
+    with pytest.raises(SensitivityError, match="computes no cross entropy"):
+        sptc.plan(WithoutLoss(model), inputs["ids"], max_rise=0.05)
+    assert set(densities(sptc.plan(WithoutLoss(model), inputs["ids"], max_rise=0.0)).values()) == {1.0}
+
+
+class OptionalLoss(Gpt):
+    """As models of Hugging Face: the loss with labels, logits without."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(ids, labels) if labels is not None else WithoutLoss.forward(self, ids)
+
+
+def test_a_plan_by_the_models_loss_serves_a_trainer_with_a_loss_of_its_own(tmp_path):
+    """Of all tokens, since the graph then does not tell which count."""
+    torch.manual_seed(0)
+    model, ids = OptionalLoss(), torch.randint(0, 99, (4, 64))
+    plan = sptc.plan(model, {"ids": ids, "labels": ids}, max_rise=0.05, options={"ffn.context_density": None})
+    plan.save(tmp_path / "plan.json")
+    assert not any(r.apart for r in plan.regions) and any(r.density < 1 for r in plan.regions if r.kind == "ffn")
+    report = sptc.explain(model, {"ids": ids}, {"plan": str(tmp_path / "plan.json"), "ffn.context_density": None})
+    assert sorted(compiled_densities(report)) == sorted(by_key(plan))
+
+
+def test_densities_of_the_context_are_for_no_other_tokens(tmp_path):
+    """Where all labels count, or none is given, an FFN would lose units of tokens that the plan has dense."""
+    model, inputs = CASES["gpt"].make()
+    few = {**inputs, "labels": inputs["labels"].clone()}
+    few["labels"][:, : few["labels"].shape[1] // 2] = -100
+    plan = sptc.plan(model, few, max_rise=0.5)
+    (apart,) = (r for r in plan.regions if r.apart and r.density < 1)  # of the last FFN only tokens that count are read
+    assert apart.key == "blocks.0.mlp:ffn0"
+    plan.save(tmp_path / "plan.json")
+
+    def of_it(batch: dict[str, Tensor]) -> Any:
+        report = sptc.explain(model, batch, {"plan": str(tmp_path / "plan.json")})
+        return next(r for r in report.regions if r.kind == "ffn" and r.module in apart.key)
+
+    assert of_it(few).density == apart.density
+    assert of_it(inputs).status == "declined" and "not told apart here" in of_it(inputs).reason
+
+
 class WithoutLoss(nn.Module):
     """What the loss of a GPT is computed from."""
 
@@ -71,7 +128,7 @@ class WithoutLoss(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
+        model: Any = getattr(self, "model", self)
         x = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
         for block in model.blocks:
             x = block(x)
