@@ -88,12 +88,13 @@ def decide(unit: Unit) -> Unit:
         unit = replace(unit, counted=find_counted(unit.gm))
         if isinstance(unit.counted, Counted):
             unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
-        if unit.config.ffn_padding == "skip":
-            unit = replace(unit, read=read_rows(unit), visible_share=visible_share(unit))
+    losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
+    by_rows = [loss.region for loss in losses if isinstance(loss, Decision) and loss.rewrite]
+    if trained and unit.config.ffn_padding == "skip":
+        unit = replace(unit, read=read_rows(unit, frozenset(by_rows)), visible_share=visible_share(unit))
     planned = planned_regions(unit)
     unit = replace(unit, lean=planned_lean(unit))
-    losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
-    logits = frozenset(node for loss in losses if isinstance(loss, Decision) and loss.rewrite for node in loss.region.nodes)
+    logits = frozenset(node for region in by_rows for node in region.nodes)
     return replace(
         unit,
         refusals=(*unit.refusals, *(loss for loss in losses if isinstance(loss, Refusal))),

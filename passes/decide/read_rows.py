@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -38,15 +38,17 @@ class _Read(IntEnum):
 _NAMES: Mapping[_Read, Rows] = {_Read.COUNTED: "counted", _Read.VISIBLE: "visible", _Read.ALL: "all", _Read.NONE: "all"}
 
 
-def read_rows(unit: Unit) -> dict[Region, Rows]:
+def read_rows(unit: Unit, rewritten: Collection[Region | LossRegion]) -> dict[Region, Rows]:
     """For each FFN whose tokens are those of the padding mask, or of the labels, the rows of its output that are read.
 
     Logits that the graph returns beside its loss, and caches of keys and values there, are taken to be read where no padding is.
+
+    `rewritten`: the losses that are computed without logits, whose logits the graph does not return any more.
     """
     counted, padding = unit.counted if isinstance(unit.counted, Counted) else None, padding_mask(unit)
     if padding is None and counted is None:
         return {}
-    reader = _Reader(unit, counted, padding)
+    reader = _Reader(unit, counted, padding, rewritten)
     reader.follow(reader.frames[0])
     reader.read(reader.frames[0])
     return {region: _NAMES[reader.needs[region.y]] for region in unit.regions if isinstance(region, FfnRegion) and region.y in reader.needs}
@@ -60,7 +62,7 @@ class _Reader:
         needs: what is read of a value.
     """
 
-    def __init__(self, unit: Unit, counted: Counted | None, padding: Node | None) -> None:
+    def __init__(self, unit: Unit, counted: Counted | None, padding: Node | None, rewritten: Collection[Region | LossRegion]) -> None:
         self.frames = list(frames(unit.gm))
         self.axes: dict[Node, Axes | None] = {}
         self.needs: dict[Node, _Read] = {}
@@ -74,7 +76,7 @@ class _Reader:
         self._inside: dict[Node, Region | LossRegion] = {}
         for region in (*unit.losses, *unit.regions):
             self._inside.update(dict.fromkeys(region.nodes, region))
-        self._dropped = unit.config.loss_logits == "drop" and unit.config.loss_enabled
+        self._rewritten = rewritten
         attentions = [r for r in unit.regions if isinstance(r, AttentionRegion)]
         self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
         # A graph without labels may end at a graph break, behind which keys are read by anything.
@@ -196,7 +198,7 @@ class _Reader:
             lora = region.projection.lora
             if node is not region.projection.x and (lora is None or node is not lora.low):
                 return _Read.ALL
-            return self._beside if region.returned and not self._dropped else _Read.COUNTED
+            return self._beside if region.returned and region not in self._rewritten else _Read.COUNTED
         found = [self.needs.get(region.y, _Read.ALL)] if node is region.q else []
         if node in self._keys[region]:
             hides = self._padding is not None and hiding(region, self._by_graph) is self._padding

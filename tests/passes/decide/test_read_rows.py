@@ -29,8 +29,8 @@ LAYERS = 2
 
 
 def llama(**given: Any) -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=LAYERS, max_position_embeddings=64, **given))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50} | given
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=LAYERS, max_position_embeddings=64))
 
 
 def gpt2() -> nn.Module:
@@ -123,6 +123,18 @@ def test_options() -> None:
     assert_as_dense(llama(use_cache=False).train(), inputs, ["visible", "visible"])
     del inputs["attention_mask"]
     assert_as_dense(llama(use_cache=False).train(), inputs, ["all", "all"])
+
+
+@pytest.mark.parametrize("options", [{"decline": "auto", "ffn.recompute": True}, {"loss.enabled": False}], ids=["declined", "disabled"])
+def test_logits_of_a_loss_that_stays_dense_are_read_though_options_would_drop_them(options: dict[str, Any]) -> None:
+    """With few classes a loss would not pay: the graph returns its logits, and they are those of the dense model where no padding is."""
+    torch.manual_seed(0)
+    model, inputs = llama(use_cache=False, vocab_size=20).train(), {k: v % 20 if k == "input_ids" else v for k, v in padded().items()}
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] == -100, inputs["input_ids"])
+    compiled = torch.compile(copy.deepcopy(model), backend=without_inductor(**{**FULL, "loss.logits": "drop", **options}))
+    real = inputs["attention_mask"] == 1
+    torch.testing.assert_close(compiled(**inputs).logits[real], model(**inputs).logits[real])
+    assert rows(compiled) == ["visible", "visible"]
 
 
 THIN = {
