@@ -28,6 +28,7 @@ from sptc.model.compiled import CompiledGraph
 from sptc.model.recompiles import limit_note
 from sptc.model.wrapped import refuse_wrapped_model
 from sptc.passes import ANALYSIS, PIPELINE, REWRITING
+from sptc.passes.graph.effects import returns_after_writes
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plans.rise import weigh
@@ -116,7 +117,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         kernels = emit(unit, _device(example_inputs))
         # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
         rewritten = any(decision.rewrite for decision in unit.decisions)
-        with _keeping_little(unit.config):
+        with _keeping_little(unit):
             compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
         called = _summary.gather(report, config, example_inputs)
     except (TorchDynamoException, ConfigError):
@@ -136,12 +137,13 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
 spt.reset = _summary.forget  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls
 
 
-def _keeping_little(config: Config) -> AbstractContextManager[Any]:
+def _keeping_little(unit: Unit) -> AbstractContextManager[Any]:
     """With objective "memory", AOTAutograd's partitioner keeps for backward only what is not cheap to compute again.
 
-    By default it keeps whatever backward's products read as it is: outputs of norms, copies of weights in another dtype, activations.
+    By default it keeps whatever backward's products read as it is: outputs of norms, copies of weights in another dtype, activations. It
+    takes no notice of writes: what follows from an input that the graph changes in place would be computed of the new value.
     """
-    if config.objective != "memory":
+    if unit.config.objective != "memory" or returns_after_writes(unit.gm):
         return nullcontext()
     patch: AbstractContextManager[Any] = functorch_config.patch(
         ban_recompute_materialized_backward=False, ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False

@@ -59,7 +59,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad_loss is None:
         return (None,) * ctx.inputs
     count, *saved = ctx.saved_tensors
-    factor = grad_loss / count.clamp(min=1) if ctx.mean else grad_loss  # where no label counts, gradients are zeros and the mean is NaN
+    factor = grad_loss / count.clamp(min=1) if ctx.mean else grad_loss
+    # Where no label counts the mean is NaN, and so may be what it is given; gradients are zeros.
+    factor = factor.where(count > 0, 0)
     left = iter(saved)
     grads = [next(left) * factor if wanted else None for wanted in ctx.asked]
     return (*grads, *[None] * (ctx.inputs - len(grads)))

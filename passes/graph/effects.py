@@ -118,6 +118,33 @@ def reads(node: Node) -> set[Node]:
     return seen
 
 
+def after_writes(graph: Graph) -> set[Node]:
+    """The values that follow from an input that the graph changes in place.
+
+    Backward has what such an input holds after the whole of the graph: what it computed again of it would be another value.
+    """
+    written = [target for node in graph.nodes for target in written_by(node)]
+    if not written:
+        return set()
+    sets = alias_sets(graph)
+    inputs = {sets[node] for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    changed = {sets[target] for target in written} & inputs
+    found: set[Node] = set()
+    for node in graph.nodes:
+        follows = sets[node] in changed or not found.isdisjoint(node.all_input_nodes)
+        if follows and not isinstance(value(node), _SYMBOLS):
+            found.add(node)
+    return found
+
+
+def returns_after_writes(gm: fx.GraphModule) -> bool:
+    """Whether a graph returns what follows from an input that it changes in place, or writes in Python's ways, which nobody follows."""
+    if any(not isinstance(node.target, torch._ops.OperatorBase) and _writes_in_python(node) for node in gm.graph.nodes):
+        return True
+    (output,) = gm.graph.find_nodes(op="output")
+    return not after_writes(gm.graph).isdisjoint(output.all_input_nodes)
+
+
 def _nodes(argument: Any) -> list[Node]:
     return [arg for arg in pytree.tree_leaves(argument) if isinstance(arg, Node)]
 

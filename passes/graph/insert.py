@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sptc.passes.graph.effects import after_writes
 from sptc.passes.graph.modes import autocast_dtype, autocast_like
 from sptc.passes.graph.pattern import value
 
@@ -81,6 +82,13 @@ def recomputed(x: Tensor) -> Tensor:
         node = get_proxy_slot(x, mode.tracer).proxy.node
         node.meta.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=0)
     return x
+
+
+def forget_marks(graph: Graph) -> None:
+    """Let what follows from an input that the graph changes in place be kept for backward, which would compute it of what was written."""
+    for node in after_writes(graph):
+        if node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE:
+            del node.meta["recompute"], node.meta["ac_graph_id"]
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -29,6 +29,7 @@ from sptc.ir.region import (
 from sptc.passes.find.counted import fits
 from sptc.passes.graph.effects import remove_dead_code
 from sptc.passes.graph.frame import Frame, drop_unused_operands, frames, hand_down
+from sptc.passes.graph.insert import forget_marks
 from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
@@ -62,6 +63,7 @@ def rewrite(unit: Unit) -> Unit:
     for frame in every:
         if frame.call is not None and any(node.target in _choosers() for node in frame.gm.graph.nodes):
             frame.gm.meta.setdefault("_checkpoint_context_fn", _keeping_choices)
+    forget_marks(unit.gm.graph)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
         remove_dead_code(frame.gm.graph)
         drop_unused_operands(frame)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -85,6 +85,31 @@ def test_equals_cross_entropy(share, options):
         labels = labels.masked_fill(labels == -100, 7)
     want = by_definition({name: value.double() for name, value in given.items()}, labels, **options)
     assert_close(by_op(given, labels, **options), want, 2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_is_made_of_a_loss_without_labels_has_no_gradient(share, options):
+    """A mean of nothing is NaN, and so is the gradient of its square; none of it reaches a row."""
+
+    def squared(loss: Callable[..., Tensor]) -> dict[str, Tensor]:
+        leaves = {name: value.clone().requires_grad_() for name, value in operands(torch.float64).items()}
+        loss(leaves).square().backward()
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def dense(leaves: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(linear(leaves["x"], leaves["weight"], leaves["bias"]) + leaves["low"] @ leaves["up"].t(), labels, **options)
+
+    def op(leaves: dict[str, Tensor]) -> Tensor:
+        mean, smoothing = options.get("reduction", "mean") == "mean", options.get("label_smoothing", 0.0)
+        loss: Tensor = OP(*leaves.values(), labels, -100, mean, smoothing, "u0", 5, [True] * 5)[0]
+        return loss
+
+    labels = some_labels(share)
+    got, want = squared(op), squared(dense)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient)
+        assert bool(gradient.any()) == (share > 0)
 
 
 @pytest.mark.parametrize("adapter", [None, torch.float32])

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import sptc
+from sptc.backend import compile_graph
+from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.decide.test_decisions import Attention, Ffn, decided, qkv
 from tests.passes.ffns import D, Gated, batch
@@ -124,3 +127,40 @@ def test_what_is_random_is_not_drawn_again() -> None:
     y = torch.compile(masked, backend="spt", options={"objective": "memory"})(x)
     y.sum().backward()
     assert x.grad is not None and torch.equal(y != 0, x.grad != 0) and 0.4 < float((y != 0).float().mean()) < 0.6
+
+
+class Cache(nn.Module):
+    """Attention to keys of a buffer that is changed in place after they were read."""
+
+    def __init__(self, changed: bool) -> None:
+        super().__init__()
+        self.q, self.changed = nn.Linear(D, D), changed
+        self.register_buffer("keys", torch.randn(2, 7, D))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.keys.relu()
+        y = scaled_dot_product_attention(self.q(x), keys, keys)
+        if self.changed:
+            self.keys.mul_(0.5)
+        self.calls.add_(1)
+        return y
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_follows_from_what_is_written_is_kept(changed: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Cache(changed).double(), torch.randn(2, 9, D, dtype=torch.float64)
+    reference, config, kept = copy.deepcopy(model), Config.from_options({"objective": "memory", "max_rise": 0.0}), []
+
+    def partitioned(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        def inner(g: fx.GraphModule, given: list[Any], _: Config) -> Any:
+            kept.append(torch._functorch.config.ban_recompute_materialized_backward)
+            return aot_eager(g, given)
+
+        return compile_graph(gm, inputs, config, inner=inner)
+
+    compiled = torch.compile(model, backend=partitioned)
+    got, want = (gradients(m, call(x).square().sum()) for m, call in ((model, compiled), (reference, reference)))
+    assert_gradients_close(got, want)
+    assert set(kept) == {changed}, "a counter that is written does not matter"

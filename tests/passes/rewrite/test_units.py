@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental import symbolic_shapes
 from torch.utils.checkpoint import checkpoint
@@ -281,3 +282,42 @@ def test_one_compile_serves_all_lengths_and_counts() -> None:
         y = torch.where(mask[:, None], reference.ffn(h), over_units(reference.ffn, h, ~mask, 8, h))
         assert_gradients_close(got, gradients(reference, F.cross_entropy(reference.head(h + y), labels.flatten())))
     assert sptc.report(compiled).graphs == 1
+
+
+class Written(nn.Module):
+    """A part of what the hidden values are computed from is an input of the graph that it changes in place, as a frozen weight may be."""
+
+    def __init__(self, written: str, before: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.written, self.before = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D), written, before
+        self.up.requires_grad_(False)
+
+    def write(self, x: Tensor) -> None:
+        with torch.no_grad():
+            {"x": x, "weight": self.up.weight, "bias": self.up.bias, "data": self.up.weight.data, "part": x[:, 0]}[self.written].mul_(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.before:
+            self.write(x)
+        y: Tensor = self.down(F.gelu(self.up(x)))
+        if not self.before:
+            self.write(x)
+        return y
+
+
+@pytest.mark.parametrize("options", [{"ffn.recompute": True}, {"objective": "memory"}], ids=["recompute", "memory"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("written", ["x", "weight", "bias", "data", "part"])
+def test_what_is_written_is_not_read_again_in_backward(written: str, before: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Written(written, before).double()
+    reference, x = copy.deepcopy(model), torch.randn(2, 9, D, dtype=torch.float64)
+    config = Config.from_options({**ALL, **options, "ffn.density": 1.0})
+
+    def partitioned(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return compile_graph(gm, inputs, config, inner=lambda g, given, _: aot_eager(g, given))
+
+    compiled = torch.compile(model, backend=partitioned)
+    got, want = (gradients(m, call(x.clone()).sum()) for m, call in ((model, compiled), (reference, reference)))
+    assert_gradients_close(got, want)
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
