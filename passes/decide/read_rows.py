@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -20,7 +20,7 @@ from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Regi
 from sptc.passes.find.counted import fits
 from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_mask
 from sptc.passes.graph.frame import Frame, frames, operands
-from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, op, same_size, shape
+from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
 from sptc.passes.graph.poles import pole_at_zero
 from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of
 from sptc.passes.unit import Unit
@@ -35,6 +35,10 @@ class _Read(IntEnum):
     ALL = 3
 
 
+# Attention that is no region: what stands first is of the queries' tokens.
+_OF_PAIRS = frozenset(
+    {"aten.scaled_dot_product_attention.default", "aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default", "aten.einsum.default"}
+)
 _NAMES: Mapping[_Read, Rows] = {_Read.COUNTED: "counted", _Read.VISIBLE: "visible", _Read.ALL: "all", _Read.NONE: "all"}
 
 
@@ -70,7 +74,6 @@ class _Reader:
         self._lead = shape(padding) if counted is None or padding is not None else counted.lead
         same = counted is not None and same_size(math.prod(counted.lead), math.prod(self._lead))
         self._labelled = counted.rows_of if counted is not None and same else None  # what labels are of, if they are of these tokens
-        self._beside = _Read.ALL if self._padding is None else _Read.VISIBLE  # of what the graph returns beside its loss
         self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
         self._by_graph = {frame.gm.graph: frame for frame in self.frames}
         self._inside: dict[Node, Region | LossRegion] = {}
@@ -81,6 +84,8 @@ class _Reader:
         self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
         # A graph without labels may end at a graph break, behind which keys are read by anything.
         self._cached = set() if counted is None else set().union(*self._keys.values())
+        hides = [r for r in attentions if padding is not None and hiding(r, self._by_graph) is padding]
+        self._padded = {n for r in hides for n in self._stream(r.k)}  # what keys are computed from, token by token
 
     def follow(self, frame: Frame) -> None:
         """Find the rows of every value of a graph, given those of its inputs."""
@@ -183,7 +188,7 @@ class _Reader:
 
     def _by_output(self, node: Node, frame: Frame) -> _Read:
         if frame.call is None:
-            return self._beside if node in self._cached else _Read.ALL
+            return self._beside(node) if node in self._cached else _Read.ALL
         places = [i for i, returned in enumerate(self._returned(frame)) if returned is node]
         outside = [user for user in frame.call.users if user.target is operator.getitem and user.args[1] in places]
         return max((self.needs.get(user, _Read.ALL) for user in outside), default=_Read.NONE)
@@ -198,13 +203,40 @@ class _Reader:
             lora = region.projection.lora
             if node is not region.projection.x and (lora is None or node is not lora.low):
                 return _Read.ALL
-            return self._beside if region.returned and region not in self._rewritten else _Read.COUNTED
+            return self._beside(node) if region.returned and region not in self._rewritten else _Read.COUNTED
         found = [self.needs.get(region.y, _Read.ALL)] if node is region.q else []
         if node in self._keys[region]:
             hides = self._padding is not None and hiding(region, self._by_graph) is self._padding
             hides = hides and (first_is_seen(region) or not averages(region))
             found.append(_Read.VISIBLE if hides and self._lies(node) else _Read.ALL)
         return max(found, default=_Read.ALL)
+
+    def _beside(self, node: Node) -> _Read:
+        """What is read of what the graph returns beside its loss: of a decoder as long as its encoder, all, since the padding is not its."""
+        return _Read.ALL if self._padded.isdisjoint(self._stream(node)) else _Read.VISIBLE
+
+    def _stream(self, node: Node) -> Iterator[Node]:
+        """The values with as many tokens that a value is computed from, itself included, but for what attention reads as keys and values."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            here = waiting.pop()
+            lead = shape(here)[:-1]
+            if lead and same_size(math.prod(lead), math.prod(self._lead)):
+                yield here
+            fresh = [n for n in self._before(here) if n not in seen and (kind := dtype(n)) is not None and kind.is_floating_point]
+            seen.update(fresh)
+            waiting += fresh
+
+    def _before(self, node: Node) -> Iterable[Node]:
+        region, source = self._inside.get(node), node.args[0] if node.args else None
+        if isinstance(region, AttentionRegion):
+            return [region.q]
+        if node.op == "placeholder":
+            around = self._by_graph[node.graph]
+            return [outer for inner, outer in operands(around).items() if inner is node]
+        if node.target is operator.getitem and source in self._by_call:
+            return [self._returned(self._by_call[source])[int(node.args[1])]]  # type: ignore[index, call-overload]
+        return node.all_input_nodes[:1] if base_name(node) in _OF_PAIRS else node.all_input_nodes
 
     def _returned(self, frame: Frame) -> list[Any]:
         (output,) = frame.gm.graph.find_nodes(op="output")

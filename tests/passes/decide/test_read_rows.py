@@ -392,3 +392,39 @@ def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: lis
 )
 def test_rows_through_views(before: tuple[int, ...], after: tuple[int, ...], rows: tuple[int, ...], want: tuple[int, ...] | None) -> None:
     assert viewed(before, after, rows) == want
+
+
+class Other(nn.Module):
+    """A decoder, or queries of its own, that read from what is padded: as many tokens, and others."""
+
+    def __init__(self, decoder: bool) -> None:
+        super().__init__()
+        self.decoder, self.own = decoder, nn.Parameter(torch.randn(13, D))
+        self.tokens, self.attention = nn.Embedding(CLASSES, D), nn.Linear(D, 3 * D)
+        self.first, self.second, self.head = Gated(), Gated(), nn.Linear(D, CLASSES)
+
+    def read(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (part(t)[:, None] for part, t in zip(self.parts(), (x, y, y), strict=True))
+        return x + F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None].bool())[:, 0]
+
+    def parts(self) -> list[Any]:
+        weights, biases = self.attention.weight.chunk(3), self.attention.bias.chunk(3)
+        return [lambda x, w=w, b=b: F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.tokens(input_ids % CLASSES)
+        x = x + self.first(self.read(x, x, attention_mask))
+        y = self.tokens(labels.clamp(min=0) % CLASSES) if self.decoder else self.own.expand(len(x), -1, -1)
+        y = self.read(y, x, attention_mask)
+        logits = self.head(y + self.second(y))
+        return F.cross_entropy(logits.flatten(0, 1), labels.where(labels < 0, labels % CLASSES).flatten()), logits
+
+
+@pytest.mark.parametrize("decoder", [True, False], ids=["decoder", "queries"])
+def test_padding_is_not_that_of_as_many_other_tokens(decoder: bool) -> None:
+    """Logits that are returned beside the loss are read of all of them, whatever the encoder's padding is."""
+    torch.manual_seed(0)
+    model, inputs = Other(decoder).train(), padded()
+    compiled = torch.compile(copy.deepcopy(model), backend=without_inductor(**FULL))
+    torch.testing.assert_close(compiled(**inputs)[1], model(**inputs)[1])
+    assert rows(compiled) == ["visible", "all"]
