@@ -212,11 +212,11 @@ class _Reader:
         return max(found, default=_Read.ALL)
 
     def _beside(self, node: Node) -> _Read:
-        """What is read of what the graph returns beside its loss: of a decoder as long as its encoder, all, since the padding is not its."""
+        """What is read of what the graph returns beside its loss: all of a decoder as long as its encoder, whose padding it is."""
         return _Read.ALL if self._padded.isdisjoint(self._stream(node)) else _Read.VISIBLE
 
     def _stream(self, node: Node) -> Iterator[Node]:
-        """The values with as many tokens that a value is computed from, itself included, but for what attention reads as keys and values."""
+        """The values with as many tokens that a value is computed from, itself included; of attention, what its queries are."""
         seen, waiting = {node}, [node]
         while waiting:
             here = waiting.pop()
