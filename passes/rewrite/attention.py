@@ -21,6 +21,8 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     bias = mask.bias
     if mask.bias is not None and mask.merged:
         bias = b.call(aten.unflatten.int, mask.bias, 0, [-1, shape(q)[1]])
+    if bias is not None and not dtype(bias).is_floating_point:  # type: ignore[union-attr]
+        bias = b.cast(bias, torch.promote_types(dtype(q), torch.float32))  # type: ignore[arg-type]
     operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, bias)
     blocks = (settings.query_block, settings.key_block)
     statistics = state is not None and state.training

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sptc
 from tests.models.compiled import FULL, without_inductor
 
 N, ODD = 37, 25
@@ -63,3 +64,33 @@ def test_a_number_keeps_its_gradients():
     got = gradients(torch.compile(model, backend=without_inductor(**FULL)))
     for one, other in zip(got, gradients(model), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+class Distances(nn.Module):
+    """Scores to which whole numbers, or truths, are added."""
+
+    def __init__(self, truths: bool) -> None:
+        super().__init__()
+        self.truths, self.qkv = truths, nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        apart = (torch.arange(N)[:, None] - torch.arange(N)).abs() // 5
+        return (q @ k.mT + (apart % 2 == 0 if self.truths else -apart)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("truths", [False, True])
+def test_what_is_added_to_scores_may_be_whole_numbers(truths, dtype):
+    model, x = Distances(truths).to(dtype), torch.randn(2, N, 16, dtype=dtype, requires_grad=True)
+
+    def outcome(call):
+        y = call(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    got, want = outcome(compiled), outcome(model)
+    tolerance = 1e-9 if dtype == torch.float64 else 0.05
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
