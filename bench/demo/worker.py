@@ -1,4 +1,4 @@
-"""One of the two runs, in a process of its own: it acts only when told to, so that the two can take turns on one machine."""
+"""One of the runs, in a process of its own: it acts only when told to, so that the two can take turns on one machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.demo.classifier import classifier
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and how; the two runs differ in `backend` and its options alone."""
+    """What to train and how; two runs that are compared differ in `backend` and its options alone."""
 
     backend: Literal["inductor", "spt"]
     model: str  # a Hugging Face name or a local folder
@@ -31,6 +31,7 @@ class Job:
     learning_rate: float
     dropout: float
     seed: int
+    bf16: bool = False  # autocast over fp32 weights
     options: dict[str, Any] = field(default_factory=dict)  # of torch.compile
 
 
@@ -60,7 +61,8 @@ class Run:
         for step in range(first, last):
             batch = self._batch(step)
             start = time.perf_counter()
-            loss = self.compiled(**batch, labels=self.train_labels[self.order[step]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.job.bf16):
+                loss = self.compiled(**batch, labels=self.train_labels[self.order[step]])
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
