@@ -43,14 +43,14 @@ def insert(before: Node, function: Callable[..., Any], *operands: Any, like: Nod
     nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Node)))
     device, fake_mode = value(like).device.type, detect_fake_mode([value(like)])
     assert fake_mode is not None
-    places = tuple(nodes.index(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves)
+    places = tuple(nodes.index(leaf) if isinstance(leaf, Node) else (leaf,) for leaf in leaves)
     key = alike and (alike, autocast_dtype(before, device), places, tuple(map(_kind, nodes)))
     known = _traced.setdefault(fake_mode, {})
     if key is None or key not in known:
         specs = []
 
         def run(*values: Any) -> list[Any]:
-            given = [values[place] if isinstance(leaf, Node) else leaf for leaf, place in zip(leaves, places, strict=True)]
+            given = [values[place] if isinstance(place, int) else place[0] for place in places]
             results, returned = pytree.tree_flatten(function(*pytree.tree_unflatten(given, spec)))
             specs.append(returned)
             return results
