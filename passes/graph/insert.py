@@ -74,6 +74,12 @@ def _kind(node: Node) -> Hashable:
     return (known.dtype, known.device, str(known.shape), str(known.stride())) if isinstance(known, Tensor) else str(known)
 
 
+def keep_gradient(node: Node, like: Node) -> None:
+    """Let an inserted node be known to carry a gradient if `like` carries one (`pattern.requires_grad`): tracing does not tell."""
+    if "tensor_meta" in like.meta:
+        node.meta["tensor_meta"] = like.meta["tensor_meta"]._replace(shape=value(node).shape, stride=value(node).stride())
+
+
 def recomputed(x: Tensor) -> Tensor:
     """`x`, to be computed again in backward and not kept until then, where a function is traced. Not for random numbers."""
     mode = get_proxy_mode()

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from sptc.passes.find.attention import SOFTMAX, draft_of
 from sptc.passes.find.attention_operands import heads_of, split_heads
-from sptc.passes.graph.insert import insert
+from sptc.passes.graph.insert import insert, keep_gradient
 from sptc.passes.graph.pattern import op, shape
 from sptc.passes.mask.mask import Refused
 from sptc.passes.mask.reader import Reader
@@ -43,9 +43,8 @@ def _insert(node: Node, heads: int) -> None:
         return four, four.flatten(0, 1)
 
     users = list(node.users)
-    four, three = insert(node.next, views, node, like=node)
+    four, three = insert(node.next, views, node, like=node, alike=("heads", heads))
     for view in (four, three):
-        if "tensor_meta" in node.meta:
-            view.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=view.meta["val"].shape, stride=view.meta["val"].stride())
+        keep_gradient(view, node)
     for user in users:
         user.replace_input_with(node, three)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sptc.ir.region import AttentionRegion, AttentionSettings, CodebookState
+from sptc.ir.region import AttentionRegion, AttentionSettings, CodebookState, Site
 from sptc.passes.graph.boundary import alias_sets, written_by
 from sptc.passes.graph.insert import cast, insert
 from sptc.passes.graph.pattern import dtype, exchanged, same_size, shape, value
@@ -21,7 +21,7 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     trained = () if state is None else (state.codebooks, state.code_sums, state.code_counts)
     named = (region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink, *trained)
     nodes = {node: node for node in named if isinstance(node, Node)}
-    form = replace(region, nodes=frozenset()), settings, state
+    form = replace(region, nodes=frozenset(), site=Site("", "")), settings, state  # equal in all layers, but for nodes
     to, together, written = dtype(y), _heads_together(y), _is_written(y)
 
     def run(tensors: dict[Node, Any]) -> Tensor:
@@ -31,7 +31,7 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
         return out.clone() if written else out
 
     number = {node: f"node {i}" for i, node in enumerate((*nodes, y))}
-    alike = ("attention", exchanged((replace(form[0], site=None), settings, state), number), to, together, written)
+    alike = ("attention", exchanged(form, number), to, together, written)
     result: Node = insert(y, run, nodes, alike=alike)
     return result
 
