@@ -87,26 +87,26 @@ def _check_selection(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: 
         raise ValueError(f"codebooks must be [h_kv, M, E, d / M] for k {list(k.shape)}, got {list(codebooks.shape)}")
 
 
-def _cpu_mask(
-    q: Tensor, k: Tensor, predicate: str, tensors: Sequence[Tensor], sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None,
-    query_block: int, key_block: int,
-) -> CpuMask:  # fmt: skip
+def _cpu_mask(q: Tensor, k: Tensor, operands: Sequence[Any], query_block: int, key_block: int) -> CpuMask:
+    """From the five operands that `_MASK` names."""
     (b, h, n, _), (h_kv, m) = q.shape, k.shape[1:3]
+    predicate, tensors, sizes, mask, bias = operands
     return CpuMask(parse(predicate), tensors, sizes, mask, bias, b, h, h_kv, n, m, query_block, key_block)
 
 
 def _select_cpu(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
     *mask, selector, density, scale, query_block, key_block, own, statistics = operands
     _check_selection(q, k, codebooks, *operands)
-    blocks = _cpu_mask(q, k, *mask, query_block=query_block, key_block=key_block)
+    blocks = _cpu_mask(q, k, mask, query_block, key_block)
     return cpu_selection.select_blocks(q, k, codebooks, blocks, selector, density, scale, own, statistics)
 
 
 def select_on_kernels(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
     """`sptc::select_blocks` by launches of emitted kernels."""
     _check_selection(q, k, codebooks, *operands)
-    mask = KernelMask(*operands[:5], shape=(*q.shape[:3], k.shape[2]))
-    return kernel_selection.select_blocks(q, k, codebooks, mask, *operands[5:])
+    predicate, tensors, sizes, mask, bias, *how = operands
+    whole = KernelMask(predicate, tensors, sizes, mask, bias, (*q.shape[:3], k.shape[2]))
+    return kernel_selection.select_blocks(q, k, codebooks, whole, *how)
 
 
 def _select_fake(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operand
     _check_heads(q, k, mask, bias)
     _check_lists(q, k, v, ids, counts, dropout_p, seed, query_block)
     parse(predicate).check(tensors, sizes)
-    blocks = _cpu_mask(q, k, predicate, tensors, sizes, mask, bias, query_block, key_block)
+    blocks = _cpu_mask(q, k, operands[:5], query_block, key_block)
     return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale, transform)
 
 
