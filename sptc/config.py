@@ -182,28 +182,16 @@ _DEFAULT = Config()
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """`value` if it fits `hint` (an int fits float; a bool is no number), else a ConfigError that says what fits."""
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint) and isinstance(value, str):
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    plain = tuple(typing.get_origin(kind) or kind for kind in kinds if typing.get_origin(kind) is not Literal)
+    if isinstance(value, str) and value in words:
+        return value
+    if not isinstance(value, bool) or bool in plain:
+        if isinstance(value, plain):
             return value
-        raise ConfigError(f"option {key!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}, got {value!r}")
-    allowed = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if literal := next((a for a in allowed if typing.get_origin(a) is Literal), None):
-        others = tuple(a for a in allowed if a is not literal)
-        if value is None and type(None) in others:
-            return None
-        if float in others and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if float in plain and isinstance(value, int):
             return float(value)
-        if value not in typing.get_args(literal) or not isinstance(value, str):
-            kinds = [*("a number" for a in others if a is float), *("None" for a in others if a is type(None))]
-            named = " or ".join([*kinds, *map(repr, typing.get_args(literal))])
-            raise ConfigError(f"option {key!r} must be {named}, got {value!r}")
-        return value
-    plain = tuple(typing.get_origin(a) or a for a in allowed)
-    if isinstance(value, bool) and bool not in plain:
-        pass
-    elif isinstance(value, plain):
-        return value
-    elif float in plain and isinstance(value, int):
-        return float(value)
-    names = " or ".join("None" if p is type(None) else p.__name__ for p in plain)
-    raise ConfigError(f"option {key!r} must be {names}, got {value!r} ({type(value).__name__})")
+    names = [*({float: "a number", type(None): "None"}.get(kind, kind.__name__) for kind in plain), *map(repr, words)]
+    fits = " or ".join(names) if plain else f"one of {', '.join(names)}"
+    raise ConfigError(f"option {key!r} must be {fits}, got {value!r} ({type(value).__name__})")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 
 from sptc.codegen.cpu import attention as cpu
 from sptc.codegen.cpu import selection as cpu_selection
@@ -72,7 +72,9 @@ def _check_sink(q: Tensor, sink: Tensor | None) -> None:
         raise ValueError(f"sink must be floating point of {[*q.shape[:3], 1]}, got {sink.dtype} {list(sink.shape)}")
 
 
-def _check_selector(q: Tensor, k: Tensor, codebooks: Tensor | None, selector: str, statistics: bool) -> None:
+def _check_selection(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> None:
+    _, _, _, mask, bias, selector, *_, statistics = operands
+    _check_heads(q, k, mask, bias)
     if selector not in ("pq", "pooled"):
         raise ValueError(f"selector must be 'pq' or 'pooled', got {selector!r}")
     if selector == "pooled":
@@ -85,45 +87,32 @@ def _check_selector(q: Tensor, k: Tensor, codebooks: Tensor | None, selector: st
         raise ValueError(f"codebooks must be [h_kv, M, E, d / M] for k {list(k.shape)}, got {list(codebooks.shape)}")
 
 
-def _cpu_mask(
-    q: Tensor, k: Tensor, predicate: str, tensors: Sequence[Tensor], sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None,
-    query_block: int, key_block: int,
-) -> CpuMask:  # fmt: skip
+def _cpu_mask(q: Tensor, k: Tensor, operands: Sequence[Any], query_block: int, key_block: int) -> CpuMask:
+    """From the five operands that `_MASK` names."""
     (b, h, n, _), (h_kv, m) = q.shape, k.shape[1:3]
+    predicate, tensors, sizes, mask, bias = operands
     return CpuMask(parse(predicate), tensors, sizes, mask, bias, b, h, h_kv, n, m, query_block, key_block)
 
 
-def _select_cpu(
-    q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int],
-    mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
-    statistics: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_heads(q, k, mask, bias)
-    _check_selector(q, k, codebooks, selector, statistics)
-    operands = _cpu_mask(q, k, predicate, mask_tensors, mask_sizes, mask, bias, query_block, key_block)
-    return cpu_selection.select_blocks(q, k, codebooks, operands, selector, density, scale, own, statistics)
+def _select_cpu(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
+    *mask, selector, density, scale, query_block, key_block, own, statistics = operands
+    _check_selection(q, k, codebooks, *operands)
+    blocks = _cpu_mask(q, k, mask, query_block, key_block)
+    return cpu_selection.select_blocks(q, k, codebooks, blocks, selector, density, scale, own, statistics)
 
 
-def select_on_kernels(
-    q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int],
-    mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
-    statistics: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def select_on_kernels(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
     """`sptc::select_blocks` by launches of emitted kernels."""
-    _check_heads(q, k, mask, bias)
-    _check_selector(q, k, codebooks, selector, statistics)
-    operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
-    return kernel_selection.select_blocks(q, k, codebooks, operands, selector, density, scale, query_block, key_block, own, statistics)
+    _check_selection(q, k, codebooks, *operands)
+    predicate, tensors, sizes, mask, bias, *how = operands
+    whole = KernelMask(predicate, tensors, sizes, mask, bias, (*q.shape[:3], k.shape[2]))
+    return kernel_selection.select_blocks(q, k, codebooks, whole, *how)
 
 
-def _select_fake(
-    q: Tensor, k: Tensor, codebooks: Tensor | None, predicate: str, mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int | SymInt],
-    mask: Tensor | None, bias: Tensor | None, selector: str, density: float, scale: float, query_block: int, key_block: int, own: bool,
-    statistics: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_heads(q, k, mask, bias)
-    _check_selector(q, k, codebooks, selector, statistics)
-    parse(predicate).check(mask_tensors, mask_sizes)
+def _select_fake(q: Tensor, k: Tensor, codebooks: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
+    predicate, tensors, sizes, _, _, _, density, _, query_block, key_block, own, statistics = operands
+    _check_selection(q, k, codebooks, *operands)
+    parse(predicate).check(tensors, sizes)
     (b, _, n, _), (h_kv, m) = q.shape, k.shape[1:3]
     lists = (b, h_kv, block_count(n, query_block))
     ids = q.new_empty((*lists, list_width(n, m, density, query_block, key_block, own)), dtype=torch.int32)
@@ -136,7 +125,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operand
     _check_heads(q, k, mask, bias)
     _check_lists(q, k, v, ids, counts, dropout_p, seed, query_block)
     parse(predicate).check(tensors, sizes)
-    blocks = _cpu_mask(q, k, predicate, tensors, sizes, mask, bias, query_block, key_block)
+    blocks = _cpu_mask(q, k, operands[:5], query_block, key_block)
     return cpu.Call(q, k, v, ids, counts, blocks, seed, dropout_p, scale, transform)
 
 

@@ -34,6 +34,5 @@ def _attention(arguments: Sequence[Any]) -> None:
     q, k, v, *rest = arguments
     out, lse = attention_on_kernels(q, k, v, *rest)
     need = [x.requires_grad for x in (q, k, v)]
-    backward: Any = attention_kernels.backward  # what `rest` holds, a sink last, is the schema's to say
     if any(need):
-        backward(torch.empty_like(out), q, k, v, out, lse, *rest[:-1], need)
+        attention_kernels.backward(torch.empty_like(out), q, k, v, out, lse, *rest[:-1], need)  # without the sink

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,25 +19,21 @@ lib.define(
 )
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, labels: Tensor, ignored: int, mean: bool,
-    smoothing: float, transform: str, rows: int, need: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    low, up, labels, ignored, mean, *how = rest
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and operand.dtype != x.dtype:
             raise TypeError(f"sptc::linear_cross_entropy: x is of {x.dtype}, {name} of {operand.dtype}; cast them to one dtype")
-    total, count, grads = loss_and_gradients(x, weight, bias, low, up, labels, ignored, smoothing, transform, rows, need)
+    total, count, grads = loss_and_gradients(x, weight, bias, low, up, labels, ignored, *how)
     return (total / count if mean else total, count, *grads)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, labels: Tensor, ignored: int, mean: bool,
-    smoothing: float, transform: str, rows: int, need: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *operands, need = rest
     number = x.new_empty((), dtype=accumulation_dtype(x))
     grads = [
         x.new_empty(0) if source is None or not wanted else source.new_empty(source.shape)
-        for source, wanted in zip((x, weight, bias, low, up), need, strict=True)
+        for source, wanted in zip((x, *operands[:4]), need, strict=True)
     ]
     return (number, torch.empty_like(number), *grads)
 

@@ -72,18 +72,9 @@ def encode(x: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    codebooks: Tensor | None,
-    mask: Mask,
-    selector: str,
-    density: float,
-    scale: float,
-    query_block: int,
-    key_block: int,
-    own: bool,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, codebooks: Tensor | None, mask: Mask, selector: str, density: float, scale: float, query_block: int,
+    key_block: int, own: bool, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """ids, counts, code_sums, code_counts of `sptc::select_blocks`."""
     (b, h, n, _), (h_kv, m), group = q.shape, k.shape[1:3], q.shape[1] // k.shape[1]
     shape = (b, h, n, m)
@@ -138,20 +129,9 @@ def choosable(
 
 
 def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    mask: Mask,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    query_block: int,
-    key_block: int,
-    transform: str = "u0",
-    sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, mask: Mask, seed: Tensor | None, dropout_p: float, scale: float,
+    query_block: int, key_block: int, transform: str = "u0", sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [b, h, n, d_v] and lse [b, h, n] of `sptc::sparse_attention`, in the dtype of q."""
     (b, h, n, _), m, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
     keep = mask.allowed((b, h, n, m), q.device)

@@ -24,6 +24,7 @@ from sptc.passes.graph.frame import parameter
 from sptc.passes.graph.pattern import (
     TRANSPARENT,
     VIEWS,
+    aten,
     base_name,
     before_dropout,
     dtype,
@@ -41,23 +42,10 @@ from sptc.passes.graph.pattern import (
 from sptc.passes.graph.site import called, parameter_path, site_of
 
 # Operators that mix hidden units: a region with one of them between its projections is reported, not rewritten.
-MIXING = frozenset(
-    {
-        "aten.softmax.int",
-        "aten._softmax.default",
-        "aten.log_softmax.int",
-        "aten.layer_norm.default",
-        "aten.rms_norm.default",
-        "aten.group_norm.default",
-        "aten.cumsum.default",
-        "aten.mean.dim",
-        "aten.sum.dim_IntList",
-        "aten.amax.default",
-        "aten.var.correction",
-        "aten.linalg_vector_norm.default",
-        "aten.roll.default",
-        "aten.flip.default",
-    }
+MIXING = aten(
+    *("softmax.int", "_softmax.default", "log_softmax.int", "layer_norm.default", "rms_norm.default"),
+    *("group_norm.default", "cumsum.default", "mean.dim", "sum.dim_IntList", "amax.default"),
+    *("var.correction", "linalg_vector_norm.default", "roll.default", "flip.default"),
 )
 
 

@@ -35,18 +35,13 @@ from sptc.passes.graph.pattern import (
 )
 from sptc.passes.graph.rows import Rows, UnreadableRows
 from sptc.passes.graph.site import called, site_of
+from sptc.passes.mask.mask import Refused
 
 _U0 = expression.U0
 _MEAN = 1  # ATen's reductions: none, mean, sum
 _PARTS = frozenset({"aten.slice.Tensor", "aten.select.int", "aten.transpose.int", "aten.permute.default", "aten.detach.default"})
 _PRODUCTS = frozenset({"aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.mm.default"})
 _LOG_SOFTMAX = frozenset({"aten.log_softmax.int", "aten._log_softmax.default"})
-
-
-class _Refused(Exception):
-    def __init__(self, rule: str, node: Node, reason: str) -> None:
-        super().__init__(reason)
-        self.rule, self.node, self.reason = rule, node, reason
 
 
 def find_loss(gm: fx.GraphModule, returns: bool = True) -> tuple[tuple[LossRegion, ...], tuple[Refusal, ...]]:
@@ -60,8 +55,8 @@ def find_loss(gm: fx.GraphModule, returns: bool = True) -> tuple[tuple[LossRegio
         if op(loss) in LOSSES:
             try:
                 regions.append(_region(loss, returns))
-            except _Refused as why:
-                refusals.append(Refusal("loss", why.rule, why.node, why.reason, site_of([loss])))
+            except Refused as why:
+                refusals.append(Refusal("loss", why.rule, why.node, str(why), site_of([loss])))
     return tuple(regions), tuple(refusals)
 
 
@@ -82,17 +77,17 @@ def _region(loss: Node, returns: bool) -> LossRegion:
     try:
         way = _way_back(loss, Rows(known))
     except UnreadableRows as reason:
-        raise _Refused("rows", loss, str(reason)) from None
+        raise Refused("rows", loss, str(reason)) from None
     nodes = way.nodes | way.projection.nodes | {loss}
     leaving = _leaving(nodes, loss) if returns else frozenset()
     if found := breach(nodes, loss, leaving, casts=True):
-        raise _Refused(found.rule, found.node, found.reason)
+        raise Refused(found.rule, found.node, found.reason)
     (output,) = loss.graph.find_nodes(op="output")
     returned = [n for n in nodes | leaving if n is not loss and output in n.users]
     weight, side = way.projection.weight, 1 if way.projection.transposed else 0
     classes = shape(weight)[side] if way.projection.rows is None else way.projection.rows[1] - way.projection.rows[0]
     if not isinstance(classes, int):
-        raise _Refused("between", loss, "the number of classes is no constant")
+        raise Refused("between", loss, "the number of classes is no constant")
     return LossRegion(
         y=loss,
         projection=way.projection,
@@ -117,15 +112,15 @@ def _arguments(loss: Node) -> tuple[Node, int, bool, float]:
     ignored, smoothing = argument(loss, 4, "ignore_index", -100), argument(loss, 5, "label_smoothing", 0.0)
     kind = dtype(labels)
     if not isinstance(logits, Node) or not isinstance(labels, Node) or kind is None or kind.is_floating_point:
-        raise _Refused("labels", loss, "the target of the loss holds probabilities, not labels")
+        raise Refused("labels", loss, "the target of the loss holds probabilities, not labels")
     if len(shape(logits)) != len(shape(labels)) + 1 or not shape(labels):
-        raise _Refused("labels", loss, "the loss is of a single label")
+        raise Refused("labels", loss, "the loss is of a single label")
     if argument(loss, 2, "weight") is not None:
-        raise _Refused("weights", loss, "the loss weighs classes, which no form of it does")
+        raise Refused("weights", loss, "the loss weighs classes, which no form of it does")
     if reduction == 0 or isinstance(value(loss), tuple):
-        raise _Refused("reduction", loss, "the loss is one number a label (reduction='none'): what is made of them is not known here")
+        raise Refused("reduction", loss, "the loss is one number a label (reduction='none'): what is made of them is not known here")
     if not isinstance(ignored, int) or not isinstance(smoothing, (int, float)):
-        raise _Refused("labels", loss, "ignore_index or label_smoothing of the loss is no constant")
+        raise Refused("labels", loss, "ignore_index or label_smoothing of the loss is no constant")
     return labels, ignored, reduction == _MEAN, float(smoothing)
 
 
@@ -133,7 +128,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
     """From the loss's input to the projection.
 
     Raises:
-        _Refused: there is none, or something in between is neither a move of rows nor computed of each logit alone.
+        Refused: there is none, or something in between is neither a move of rows nor computed of each logit alone.
         UnreadableRows: rows are moved in a way that can't be undone.
     """
     node: Node = loss.args[0]  # type: ignore[assignment]
@@ -145,29 +140,27 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
         axis = rows.axis
         if axis == len(shape(node)) - 1 and (projection := match_projection(node)) is not None:
             if not normalized:
-                raise _Refused("between", loss, f"the loss reads logits of {called(node)} that no log_softmax normalized")
+                raise Refused("between", loss, f"the loss reads logits of {called(node)} that no log_softmax normalized")
             if bias is not None and projection.bias is not None:
-                raise _Refused("between", node, f"{called(node)} is a projection with a bias to which another one is added")
+                raise Refused("between", node, f"{called(node)} is a projection with a bias to which another one is added")
             return _Way(projection, bias or projection.bias, _transform(mapped), rows, frozenset(nodes))
         if (several := match_adapters(node)) is not None:
-            raise _Refused("adapters", node, f"{called(node)} is a projection with {len(several[1])} active adapters; a region has one")
+            raise Refused("adapters", node, f"{called(node)} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None
         if node.op == "placeholder":
-            raise _Refused(
-                "projection", node, f"its logits are an input of the graph, {called(node)}: what projects them is in another one"
-            )
+            raise Refused("projection", node, f"its logits are an input of the graph, {called(node)}: what projects them is in another one")
         if not isinstance(source, Node) or not shape(source):
-            raise _Refused("projection", node, f"its logits come from {called(node)} ({op(node) or node.op}), which is no projection")
+            raise Refused("projection", node, f"its logits come from {called(node)} ({op(node) or node.op}), which is no projection")
         if op(node) in _LOG_SOFTMAX and int(node.args[1]) % len(shape(node)) == axis and not mapped:  # type: ignore[call-overload]
             normalized = True
         elif normalized and bias is None and (added := _class_bias(node, axis)) is not None:
             source, bias = added
         elif expression.liftable(op(node)) and not transparent(node) and len(node.all_input_nodes) == 1:
             if bias is not None:
-                raise _Refused("between", node, f"{called(node)} ({op(node)}) stands between the projection and its bias")
+                raise Refused("between", node, f"{called(node)} ({op(node)}) stands between the projection and its bias")
             mapped.append(node)
         elif not transparent(node) and (not rows.back(node) or not same_size(shape(source)[rows.axis], shape(node)[axis])):
-            raise _Refused("between", node, f"{called(node)} ({op(node) or node.op}) stands between the projection and the loss")
+            raise Refused("between", node, f"{called(node)} ({op(node) or node.op}) stands between the projection and the loss")
         nodes.add(node)
         node = source
 
@@ -192,7 +185,7 @@ def _transform(mapped: list[Node]) -> sympy.Expr:
         arguments = [computed if isinstance(arg, Node) else arg for arg in node.args]
         lifted = expression.lift(op(node), arguments, dict(node.kwargs))
         if lifted is None:
-            raise _Refused("between", node, f"{called(node)} ({op(node)}) has arguments that no elementwise expression covers")
+            raise Refused("between", node, f"{called(node)} ({op(node)}) has arguments that no elementwise expression covers")
         computed = lifted
     return computed
 

@@ -15,24 +15,31 @@ from torch.fx import Node
 
 from sptc.ir import expression
 from sptc.passes.find.attention_operands import Operand, key_of, query_of
-from sptc.passes.graph.pattern import COPIES, EINSUM, VIEWS, argument, base_name, op, plain_number, same_size, shape, transparent, value
+from sptc.passes.graph.pattern import (
+    COPIES,
+    EINSUM,
+    VIEWS,
+    argument,
+    aten,
+    base_name,
+    op,
+    plain_number,
+    same_size,
+    shape,
+    transparent,
+    value,
+)
 from sptc.passes.graph.site import called
 from sptc.passes.mask.mask import MASKED, MaskInput, Refused
 from sptc.passes.mask.reader import Reader
 
 PRODUCTS = frozenset({"aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default"})
 DROPOUT = "aten.dropout.default"
-MOVES = VIEWS | {  # looked through to find candidates; those that a region does not have are refusals then
-    "aten.cat.default",
-    "aten.slice.Tensor",
-    "aten.narrow.default",
-    "aten.constant_pad_nd.default",
-    "aten.pad.default",
-    "aten.expand.default",
-    "aten.permute.default",
-    "aten.transpose.int",
-    "aten.mT.default",
-}
+# Looked through to find candidates; those that a region does not have are refusals then.
+MOVES = VIEWS | aten(
+    *("cat.default", "slice.Tensor", "narrow.default", "constant_pad_nd.default", "pad.default", "expand.default"),
+    *("permute.default", "transpose.int", "mT.default"),
+)
 _RISING = frozenset({"aten.tanh.default", "aten.sigmoid.default", "aten.erf.default"})  # bounded, and greater for a greater score
 
 
@@ -53,19 +60,9 @@ def from_product(node: Any) -> bool:
 
 
 _FLOORS = frozenset({"aten.max.other", "aten.maximum.default", "aten.clamp.default", "aten.clamp_min.default"})
-_UNTAGGED = frozenset(  # elementwise, but torch does not tag these overloads as such
-    {
-        "aten.max.other",
-        "aten.where.ScalarOther",
-        "aten.where.ScalarSelf",
-        "aten.where.Scalar",
-        "aten.masked_fill.Scalar",
-        "aten.masked_fill.Tensor",
-        "aten.mul.Tensor",
-        "aten.div.Tensor",
-        "aten.add.Tensor",
-        "aten.sub.Tensor",
-    }
+_UNTAGGED = aten(  # elementwise, but torch does not tag these overloads as such
+    *("max.other", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor"),
+    *("mul.Tensor", "div.Tensor", "add.Tensor", "sub.Tensor"),
 )
 
 

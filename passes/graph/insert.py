@@ -43,14 +43,14 @@ def insert(before: Node, function: Callable[..., Any], *operands: Any, like: Nod
     nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Node)))
     device, fake_mode = value(like).device.type, detect_fake_mode([value(like)])
     assert fake_mode is not None
-    places = tuple(nodes.index(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves)
+    places = tuple(nodes.index(leaf) if isinstance(leaf, Node) else (leaf,) for leaf in leaves)
     key = alike and (alike, autocast_dtype(before, device), places, tuple(map(_kind, nodes)))
     known = _traced.setdefault(fake_mode, {})
     if key is None or key not in known:
         specs = []
 
         def run(*values: Any) -> list[Any]:
-            given = [values[place] if isinstance(leaf, Node) else leaf for leaf, place in zip(leaves, places, strict=True)]
+            given = [values[place] if isinstance(place, int) else place[0] for place in places]
             results, returned = pytree.tree_flatten(function(*pytree.tree_unflatten(given, spec)))
             specs.append(returned)
             return results
@@ -72,6 +72,12 @@ def _kind(node: Node) -> Hashable:
     """What tracing sees of an operand."""
     known = value(node)
     return (known.dtype, known.device, str(known.shape), str(known.stride())) if isinstance(known, Tensor) else str(known)
+
+
+def keep_gradient(node: Node, like: Node) -> None:
+    """Let an inserted node be known to carry a gradient if `like` carries one (`pattern.requires_grad`): tracing does not tell."""
+    if "tensor_meta" in like.meta:
+        node.meta["tensor_meta"] = like.meta["tensor_meta"]._replace(shape=value(node).shape, stride=value(node).stride())
 
 
 def recomputed(x: Tensor) -> Tensor:

@@ -17,39 +17,24 @@ from sptc.ir.region import Lora, Projection
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 EINSUM = "aten.einsum.default"
 
+
+def aten(*names: str) -> frozenset[str]:
+    """Overloads of ATen's as `op` names them."""
+    return frozenset(f"aten.{name}" for name in names)
+
+
 # Operators whose result is their first argument under another shape, stride or dtype.
-VIEWS = frozenset(
-    {
-        "aten.view.default",
-        "aten.reshape.default",
-        "aten._unsafe_view.default",
-        "aten._reshape_alias.default",
-        "aten.flatten.using_ints",
-        "aten.unflatten.int",
-        "aten.unsqueeze.default",
-        "aten.squeeze.default",
-        "aten.squeeze.dim",
-        "aten.squeeze.dims",
-        "aten.view_as.default",
-    }
+VIEWS = aten(
+    *("view.default", "reshape.default", "_unsafe_view.default", "_reshape_alias.default", "flatten.using_ints", "unflatten.int"),
+    *("unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "view_as.default"),
 )
-COPIES = frozenset(
-    {
-        "aten.contiguous.default",
-        "aten.clone.default",
-        "aten.alias.default",
-        "aten.detach.default",
-        "aten.lift_fresh_copy.default",
-        "aten.to.dtype",
-        "aten.to.device",
-        "aten.to.dtype_layout",
-        "aten.to.other",
-        "aten._to_copy.default",
-        "aten.type_as.default",
-    }
+COPIES = aten(
+    *("contiguous.default", "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "to.dtype"),
+    *("to.device", "to.dtype_layout", "to.other", "_to_copy.default", "type_as.default"),
 )
 # `detach` stops gradients, so it is a copy for reading values and a border for regions.
 TRANSPARENT = COPIES - {"aten.detach.default"}
+_MODE_CHANGES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
 _REALS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -149,13 +134,7 @@ def transparent(node: Any) -> bool:
 
 def is_mode_change(node: Node) -> bool:
     """Whether a node switches autocast, grad mode or the like: no region may span one."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in {
-        "_enter_autocast",
-        "_exit_autocast",
-        "_set_grad_enabled",
-        "_enter_inference_mode",
-        "_exit_inference_mode",
-    }
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_CHANGES
 
 
 def keeps_last_axis(node: Node) -> bool:

@@ -109,7 +109,7 @@ def _permute(reader: Reader, node: Node, at: At) -> Term:
     return reader.element(source_of(node), tuple(source))
 
 
-@reads("aten.slice.Tensor")
+@reads("aten.slice.Tensor", "aten.narrow.default")
 def _slice(reader: Reader, node: Node, at: At) -> Term:
     source, dim = source_of(node), axis_of(argument(node, 1, "dim", 0), len(at))
     start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
@@ -123,15 +123,6 @@ def _slice(reader: Reader, node: Node, at: At) -> Term:
     elif least < 0:
         raise Unreadable("a slice with an unknown start")
     return reader.element(source, moved(at, dim, terms.add(first, terms.multiply(Linear(step), at[dim]))))
-
-
-@reads("aten.narrow.default")
-def _narrow(reader: Reader, node: Node, at: At) -> Term:
-    source, dim, start = source_of(node), axis_of(node.args[1], len(at)), reader.number(node.args[2], ())
-    least, _ = terms.bounds(start)
-    if least < 0:
-        raise Unreadable("a slice with an unknown start")
-    return reader.element(source, moved(at, dim, terms.add(start, at[dim])))
 
 
 @reads("aten.select.int")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,18 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Literal, Size, negated, operands, walk
+from sptc.ir.condition import MIRROR, OPERATORS, Binary, Element, Expression, Index, Literal, Size, negated, operands, walk
 from sptc.passes.graph.pattern import dtype
 from sptc.passes.mask.bounds import EVERYWHERE
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "!=": operator.ne,
-}
 _MAX_CHOICES = 32
 
 
@@ -280,7 +271,7 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
     if isinstance(b, Cases):
         return select(b.condition, compare(operator, a, b.then), compare(operator, a, b.other))
     if a.is_constant and b.is_constant:
-        return _COMPARE[operator](a.constant, b.constant)
+        return bool(OPERATORS[operator](a.constant, b.constant))
     difference = subtract(a, b)
     assert isinstance(difference, Linear)
     if not all(_finite_integer(c) for c in (difference.constant, *(c for _, c in difference.terms))) or any(

@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx
-from torch._guards import detect_fake_mode
+from torch import Tensor, fx
 from torch.fx import Node
 
-from sptc.passes.graph.pattern import EINSUM, op, same_size, shape, value
-
-aten = torch.ops.aten
+from sptc.passes.graph.insert import insert, keep_gradient
+from sptc.passes.graph.pattern import EINSUM, op, same_size, shape
 
 
 def lower_einsum(gm: fx.GraphModule) -> None:
@@ -78,41 +75,30 @@ def _labels(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
 
 
 def _write(node: Node, form: _Form) -> None:
-    writer = _Writer(node)
-    left = writer.permuted(form.left, form.left_labels, form.batch + form.rows + form.inner)
-    if form.right_labels.index(form.inner) > form.right_labels.index(form.columns):
-        right = writer.permuted(form.right, form.right_labels, form.batch + form.columns + form.inner)
-        right = writer.call(right, aten.transpose.int, right, -2, -1)
-    else:
-        right = writer.permuted(form.right, form.right_labels, form.batch + form.inner + form.columns)
-    product = writer.call(node, aten.matmul.default, left, right)
-    y = writer.permuted(product, form.batch + form.rows + form.columns, form.out_labels)
+    batch, columns_last = form.batch, form.right_labels.index(form.inner) > form.right_labels.index(form.columns)
+
+    def product(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        """The result, and what it is computed from on the way: each of the dtype of `left`, of `right` or of the einsum."""
+        left = _permuted(left, form.left_labels, batch + form.rows + form.inner)
+        if columns_last:
+            stored = _permuted(right, form.right_labels, batch + form.columns + form.inner)
+            right = stored.transpose(-2, -1)
+        else:
+            stored = right = _permuted(right, form.right_labels, batch + form.inner + form.columns)
+        y = left @ right
+        return left, stored, right, y, _permuted(y, batch + form.rows + form.columns, form.out_labels)
+
+    alike = ("einsum", node.args[0], form.left_labels, form.right_labels)
+    made = insert(node, product, form.left, form.right, alike=alike)
+    for new, like in zip(made, (form.left, form.right, form.right, node, node), strict=True):
+        keep_gradient(new, like)
+    *_, y = made
     y.meta.update(node.meta)
     node.replace_all_uses_with(y)
     node.graph.erase_node(node)
 
 
-class _Writer:
-    """Inserts nodes before an einsum that carry the dtype and the gradient of what they come from, where an autocast block chose it too."""
-
-    def __init__(self, einsum: Node) -> None:
-        self._einsum = einsum
-        self._fake_mode = detect_fake_mode([value(einsum)])
-
-    def call(self, like: Node, target: Any, *args: Any) -> Node:
-        """A call whose result has the dtype of `like`, and a gradient if `like` has one."""
-        with self._einsum.graph.inserting_before(self._einsum):
-            node = self._einsum.graph.call_function(target, args)
-        node.meta.update(self._einsum.meta)
-        kind = value(like).dtype
-        assert self._fake_mode is not None
-        with self._fake_mode, torch.no_grad():
-            val: torch.Tensor = target(*(value(arg).to(kind) if isinstance(arg, Node) else arg for arg in args))
-        node.meta["val"] = val
-        if "tensor_meta" in like.meta:
-            node.meta["tensor_meta"] = like.meta["tensor_meta"]._replace(shape=val.shape, stride=val.stride())
-        return node
-
-    def permuted(self, node: Node, labels: str, to: str) -> Node:
-        order = [labels.index(label) for label in to]
-        return node if order == sorted(order) else self.call(node, aten.permute.default, node, order)
+def _permuted(x: Tensor, labels: str, to: str) -> Tensor:
+    """`x`, whose dimensions are called `labels`, in the order `to`."""
+    order = [labels.index(label) for label in to]
+    return x if order == sorted(order) else x.permute(order)

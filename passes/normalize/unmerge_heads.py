@@ -6,12 +6,12 @@ Here q, k, v and y get such nodes, as views that are undone at once; what the gr
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
 
 from sptc.passes.find.attention import SOFTMAX, draft_of
 from sptc.passes.find.attention_operands import heads_of, split_heads
-from sptc.passes.graph.build import Builder, aten
+from sptc.passes.graph.insert import insert, keep_gradient
 from sptc.passes.graph.pattern import op, shape
 from sptc.passes.mask.mask import Refused
 from sptc.passes.mask.reader import Reader
@@ -38,12 +38,13 @@ def unmerge_heads(gm: fx.GraphModule) -> None:
 
 
 def _insert(node: Node, heads: int) -> None:
+    def views(x: Tensor) -> tuple[Tensor, Tensor]:
+        four = x.unflatten(0, (-1, heads))
+        return four, four.flatten(0, 1)
+
     users = list(node.users)
-    builder = Builder(node.next)
-    four = builder.call(aten.unflatten.int, node, 0, [-1, heads])
-    three = builder.call(aten.flatten.using_ints, four, 0, 1)
+    four, three = insert(node.next, views, node, like=node, alike=("heads", heads))
     for view in (four, three):
-        if "tensor_meta" in node.meta:
-            view.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=view.meta["val"].shape, stride=view.meta["val"].stride())
+        keep_gradient(view, node)
     for user in users:
         user.replace_input_with(node, three)

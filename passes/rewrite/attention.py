@@ -2,79 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from sptc.ir.region import AttentionRegion, AttentionSettings, CodebookState
+from sptc.ir.region import AttentionRegion, AttentionSettings, CodebookState, Site
 from sptc.passes.graph.boundary import alias_sets, written_by
-from sptc.passes.graph.build import Builder, aten
-from sptc.passes.graph.pattern import dtype, same_size, shape, value
+from sptc.passes.graph.insert import cast, insert
+from sptc.passes.graph.pattern import dtype, exchanged, same_size, shape, value
 
 
 def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, state: CodebookState | None) -> Node:
     """Insert the sparse attention before `region.y`; returns the node that replaces it."""
-    b = Builder(region.y)
-    mask = region.mask
-    q, k, v = region.q, region.k, region.v
-    bias = mask.bias
-    if mask.bias is not None and mask.merged:
-        bias = b.call(aten.unflatten.int, mask.bias, 0, [-1, shape(q)[1]])
-    if bias is not None and not dtype(bias).is_floating_point:  # type: ignore[union-attr]
-        bias = b.cast(bias, torch.promote_types(dtype(q), torch.float32))  # type: ignore[arg-type]
-    operands: tuple[Any, ...] = (mask.predicate, list(mask.tensors), list(mask.sizes), mask.boolean, bias)
-    blocks = (settings.query_block, settings.key_block)
-    statistics = state is not None and state.training
-    chosen = b.call(
-        torch.ops.sptc.select_blocks.default,
-        b.call(aten.detach.default, q),
-        b.call(aten.detach.default, k),
-        state.codebooks if state is not None else None,
-        *operands,
-        settings.selector,
-        settings.density,
-        region.scale,
-        *blocks,
-        mask.causal and settings.query_block > 1,
-        statistics,
-    )
-    if state is not None and statistics:  # only ever accumulated here: a codebook changes between steps
-        b.call(aten.add_.Tensor, state.code_sums, b.item(chosen, 2))
-        b.call(aten.add_.Tensor, state.code_counts, b.item(chosen, 3))
-    seed = b.seed() if region.dropout_p else None
-    out = b.call(
-        torch.ops.sptc.sparse_attention.default,
-        q,
-        k,
-        v,
-        b.item(chosen, 0),
-        b.item(chosen, 1),
-        *operands,
-        seed,
-        region.dropout_p,
-        region.scale,
-        *blocks,
-        region.transform,
-        region.sink,
-    )
-    y = b.item(out, 0)
-    if settings.density == 1.0 and mask.hides:
-        y = b.call(aten.add.Tensor, y, b.cast(_zero_times(v, shape(q)[1], b), dtype(y)))
-    y = _laid_out(b.cast(y, dtype(region.y)), region.y, b)
-    return b.call(aten.clone.default, y) if _is_written(region.y) else y
+    mask, y = region.mask, region.y
+    trained = () if state is None else (state.codebooks, state.code_sums, state.code_counts)
+    named = (region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink, *trained)
+    nodes = {node: node for node in named if isinstance(node, Node)}
+    form = replace(region, nodes=frozenset(), site=Site("", "")), settings, state  # equal in all layers, but for nodes
+    to, together, written = dtype(y), _heads_together(y), _is_written(y)
+
+    def run(tensors: dict[Node, Any]) -> Tensor:
+        out = cast(_attention(*exchanged(form, tensors)), to)
+        if together:
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        return out.clone() if written else out
+
+    number = {node: f"node {i}" for i, node in enumerate((*nodes, y))}
+    alike = ("attention", exchanged(form, number), to, together, written)
+    result: Node = insert(y, run, nodes, alike=alike)
+    return result
 
 
-def _zero_times(v: Node, heads: Any, b: Builder) -> Node:
-    """[b, h, 1, d_v]: 0 times the values of all keys, summed; zeros, where all values are finite.
+def _attention(region: Any, settings: AttentionSettings, state: Any) -> Tensor:
+    """softmax(f(scale * q k^T) + mask) v over the keys in the blocks that each tile of queries keeps (docs/design/operators.md).
+
+    Args:
+        region: an AttentionRegion with tensors in place of nodes: q [b, h, n, d], k [b, h_kv, m, d], v [b, h_kv, m, d_v], all of one
+            dtype, the operands of its mask, and sink [b, h, n, 1] or None.
+        settings: blocks and density.
+        state: a CodebookState with tensors, fp32, in place of nodes; None: without codebooks.
+
+    Returns:
+        [b, h, n, d_v], of the dtype of the products.
+    """
+    q, k, v, mask, bias = region.q, region.k, region.v, region.mask, region.mask.bias
+    if bias is not None and mask.merged:
+        bias = bias.unflatten(0, (-1, q.shape[1]))
+    if bias is not None and not bias.is_floating_point():
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32))
+    operands = mask.predicate, mask.tensors, mask.sizes, mask.boolean, bias
+    blocks = settings.query_block, settings.key_block
+    statistics, own = state is not None and state.training, mask.causal and settings.query_block > 1
+    ids, counts, code_sums, code_counts = torch.ops.sptc.select_blocks(
+        *(q.detach(), k.detach(), None if state is None else state.codebooks, *operands),
+        *(settings.selector, settings.density, region.scale, *blocks, own, statistics),
+    )
+    if statistics:  # only ever accumulated here: a codebook changes between steps
+        state.code_sums.add_(code_sums)
+        state.code_counts.add_(code_counts)
+    # Drawn in this graph, so that recomputation in a checkpoint draws the same one.
+    seed = torch.randint(0, 2**63 - 1, (1,), device=q.device) if region.dropout_p else None
+    y: Tensor = torch.ops.sptc.sparse_attention(
+        q, k, v, ids, counts, *operands, seed, region.dropout_p, region.scale, *blocks, region.transform, region.sink
+    )[0]
+    return y + cast(_zero_times(v, q.shape[1]), y.dtype) if settings.density == 1.0 and mask.hides else y
+
+
+def _zero_times(v: Tensor, heads: int) -> Tensor:
+    """[b, heads, 1, d_v]: 0 times the values [b, h_kv, m, d_v] of all keys, summed; zeros, where all values are finite.
 
     Softmax gives a masked key the weight 0, and 0 times NaN is NaN in the dense product, so that one token without a number spoils every
     row of its sequence and the loss shows it. Sparse attention skips what is masked. Without gradient, as 0 has none.
     """
-    zeros = b.call(aten.mul.Tensor, b.call(aten.detach.default, v), 0)
-    total = b.call(aten.sum.dim_IntList, zeros, [2], True)
-    key_heads = shape(v)[1]
-    return total if same_size(key_heads, heads) else b.call(aten.repeat_interleave.self_int, total, heads // key_heads, 1)
+    total = (v.detach() * 0).sum(2, keepdim=True)
+    return total if same_size(v.shape[1], heads) else total.repeat_interleave(heads // v.shape[1], 1)
 
 
 def _is_written(y: Node) -> bool:
@@ -84,14 +88,12 @@ def _is_written(y: Node) -> bool:
     return any(aliases[target] == aliases[y] for target in written)
 
 
-def _laid_out(out: Node, y: Node, b: Builder) -> Node:
-    """`out` with the strides of `y`, where fused attention keeps the heads of a position together: what was captured relies on them.
+def _heads_together(y: Node) -> bool:
+    """Whether `y` has the strides of fused attention, which keeps the heads of a position together: what was captured relies on them.
 
     Dynamo leaves out a `contiguous` that changes nothing, so that a `view` of the transposed result may follow. Where a copy into that
     layout follows anyway, it is this one.
     """
     _, h, _, d = shape(y)
     strides = value(y).stride()
-    if not (same_size(strides[1], d) and same_size(strides[2], h * d)) or same_size(h, 1):
-        return out
-    return b.call(aten.transpose.int, b.call(aten.contiguous.default, b.call(aten.transpose.int, out, 1, 2)), 1, 2)
+    return same_size(strides[1], d) and same_size(strides[2], h * d) and not same_size(h, 1)

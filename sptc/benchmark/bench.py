@@ -6,12 +6,13 @@ import gc
 import importlib.util
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sptc.benchmark.job import Job, Source
+from sptc.benchmark.job import Source
 from sptc.benchmark.model import make
 from sptc.benchmark.outcome import Bench
 from sptc.benchmark.run import Settings, run
@@ -145,18 +146,6 @@ def _rank(model: str | torch.nn.Module) -> int:
 
 def _try(source: Source, settings: Settings) -> None:
     """Make the model once here, so that whatever is wrong with it is said before any process starts."""
-    job = Job(
-        source=source,
-        variant=Variant("", "eager"),
-        batch=settings.batch,
-        length=max(length or 1 for length in settings.lengths),
-        dtype=settings.dtype,
-        device="cpu",
-        lora=settings.lora,
-        counted=settings.counted,
-        checkpointing=settings.checkpointing,
-        threads=None,
-        cache="",
-    )
-    make(job)
+    job = settings.job(source, max(length or 1 for length in settings.lengths))
+    make(replace(job, variant=Variant("", "eager"), device="cpu", threads=None))
     gc.collect()

@@ -13,14 +13,24 @@ from sptc.benchmark.show.page import page
 from sptc.benchmark.show.plot import check_plot, plot
 from sptc.benchmark.variants import BenchError, parse_options
 
+# Arguments that `bench` takes as they are.
+_OF_THE_MODEL = ("dtype", "device", "sequences", "lengths", "lora", "counted", "checkpointing")
+_OF_THE_RUN = ("plan", "kinds", "threads", "steps", "seconds", "once")
+
 
 def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     """The arguments of `sptc bench`; `model` describes the first."""
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{model}; a factory with parameters batch and length is given them")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 weights, for all variants (default fp32)")
-    add("--length", type=_lengths, metavar="N[,N...]", help="tokens of a sequence; several lengths are a benchmark each (default 512)")
-    add("--batch", type=int, metavar="N", help="sequences (default 1)")
+    add(
+        "--length",
+        dest="lengths",
+        type=_lengths,
+        metavar="N[,N...]",
+        help="tokens of a sequence; several lengths are a benchmark each (default 512)",
+    )
+    add("--batch", dest="sequences", type=int, metavar="N", help="sequences (default 1)")
     add("--variant", action="append", default=[], metavar="NAME=JSON", help='one more of "spt": \'half={"ffn.density": 0.5}\'; repeatable')
     add(
         "--inductor",
@@ -67,20 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         variants=dict(parse_options(text, "spt") for text in arguments.variant),
         inductor=dict(parse_options(text, "inductor") for text in arguments.inductor),
-        plan=arguments.plan,
-        kinds=arguments.kinds,
         only=None if arguments.only is None else [name.strip() for name in arguments.only.split(",")],
-        dtype=arguments.dtype,
-        device=arguments.device,
-        sequences=arguments.batch,
-        lengths=arguments.length,
-        lora=arguments.lora,
-        counted=arguments.counted,
-        checkpointing=arguments.checkpointing,
-        threads=arguments.threads,
-        steps=arguments.steps,
-        seconds=arguments.seconds,
-        once=arguments.once,
+        **{name: getattr(arguments, name) for name in (*_OF_THE_MODEL, *_OF_THE_RUN)},
     )
     write(done, arguments.json, arguments.html, arguments.plot)
     return int(not all(outcome.sound for case in done.cases for outcome in case.outcomes))
@@ -95,7 +93,7 @@ def write(done: Bench, to_json: str | None, to_html: str | None, to_plot: str | 
     if to_json not in (None, "-"):
         Path(to_json).write_text(text + "\n", encoding="utf-8")
     if to_html is not None:
-        Path(to_html).write_text(page(done.to_dict()), encoding="utf-8")
+        Path(to_html).write_text(page(done), encoding="utf-8")
     if to_plot is not None:
         plot(done.to_dict(), to_plot)
     for path in (to_json, to_html, to_plot):

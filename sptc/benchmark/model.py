@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sptc.benchmark.job import Job
 from sptc.benchmark.variants import BenchError
+from sptc.model.capture import call_arguments
 
 IGNORED = -100  # the label that cross entropy leaves out
 _SCALE = 0.01  # of the new adapters' second factor: as if a little trained, so that both factors have gradients
@@ -29,7 +30,7 @@ def make(job: Job, reference: bool = False) -> tuple[nn.Module, tuple[Any, ...],
     model, inputs, notes = job.source.load(job.batch, job.length)
     if not isinstance(model, nn.Module):
         raise BenchError(f"a benchmark trains a torch.nn.Module, not {type(model).__name__}")
-    args, kwargs = _arguments(inputs)
+    args, kwargs = call_arguments(inputs)
     model.train()
     _add_labels(model, args, kwargs, job.counted)
     if job.lora:
@@ -68,12 +69,6 @@ def loss_of(output: Any) -> Tensor:
 def _plain(output: Any) -> Any:
     """Outputs of transformers are no pytrees until they are registered."""
     return dict(output) if isinstance(output, Mapping) else output
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 def _add_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], counted: float) -> None:

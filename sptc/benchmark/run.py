@@ -58,6 +58,11 @@ class Settings:
         if self.lora and importlib.util.find_spec("peft") is None:
             raise BenchError("lora needs PEFT: pip install 'sptc[hf]', or leave the model as it is with 0")
 
+    def job(self, source: Source, length: int | None, cache: str = "") -> Job:
+        """The step of the first variant."""
+        at = source, self.variants[0], self.batch, length or 1, self.dtype, self.device
+        return Job(*at, self.lora, self.counted, self.checkpointing, self.threads, cache)
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "variants": [variant.name for variant in self.variants]}
 
@@ -84,19 +89,7 @@ def _units(settings: Settings) -> int:
 def _case(source: Source, settings: Settings, length: int | None, scratch: Path, progress: Progress) -> Case:
     outcomes = [Outcome(variant) for variant in settings.variants]
     case = Case(settings.batch, length, outcomes)
-    job = Job(
-        source=source,
-        variant=settings.variants[0],
-        batch=settings.batch,
-        length=length or 1,
-        dtype=settings.dtype,
-        device=settings.device,
-        lora=settings.lora,
-        counted=settings.counted,
-        checkpointing=settings.checkpointing,
-        threads=settings.threads,
-        cache=str(scratch),
-    )
+    job = settings.job(source, length, str(scratch))
     progress.say(f"{case.name}: the reference")
     reference = _reference(job, scratch, case)
     progress.advance()

@@ -6,12 +6,17 @@ comparisons, `&`, `|`, `Not` and elements. `sptc/ir/predicate.py` has its gramma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from sptc.ir.errors import SptcError
 
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {  # on numbers, or on tensors of them
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod},
+    **{"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne},
+}
 MIRROR = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}  # with the sides exchanged
 OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}  # what holds where it does not
 

@@ -7,7 +7,6 @@ Python's operators: + - * // %, comparisons, and & | of what these give.
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sptc.ir.condition import MIRROR, Binary, Element, Expression, Index, Literal, Not, PredicateError, Size, walk
+from sptc.ir.condition import MIRROR, OPERATORS, Binary, Element, Expression, Index, Literal, Not, PredicateError, Size, walk
 
 T = TypeVar("T", bound=Any)
-_APPLY: dict[str, Callable[[Any, Any], Any]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,9 @@ class Intervals(ABC, Generic[T]):
 
     def _arithmetic(self, operator: str, a: Interval[T], b: Interval[T]) -> Interval[T] | None:
         given = (*a.given, *b.given)
-        if operator in _APPLY:
+        if operator in "+-*":
             if a.exact and b.exact:
-                value = _APPLY[operator](a.low, b.low)
+                value = OPERATORS[operator](a.low, b.low)
                 return Interval(value, value, given)
             if operator == "+":
                 return Interval(a.low + b.low, a.high + b.high, given)
@@ -133,7 +131,7 @@ class Intervals(ABC, Generic[T]):
             return None
         given = (*given, divides)
         if a.exact:
-            value = a.low // b.low if operator == "//" else a.low % b.low
+            value = OPERATORS[operator](a.low, b.low)
             return Interval(value, value, given)
         if operator == "//":
             return Interval(a.low // b.low, a.high // b.low, given)

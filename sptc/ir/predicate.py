@@ -22,34 +22,33 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sptc.ir.condition import Binary, Element, Expression, Index, Literal, Not, PredicateError, Size, is_condition, operands, text_of, walk
+from sptc.ir.condition import (
+    OPERATORS,
+    Binary,
+    Element,
+    Expression,
+    Index,
+    Literal,
+    Not,
+    PredicateError,
+    Size,
+    is_condition,
+    operands,
+    text_of,
+    walk,
+)  # fmt: skip
 from sptc.ir.intervals import OverRanges, Ranges, tight
 
 INDICES = ("b", "h", "q", "k")
 _ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
 _LOGIC = {ast.BitAnd: "&", ast.BitOr: "|"}
 _COMPARE = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
-_APPLY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "+": torch.add,
-    "-": torch.sub,
-    "*": torch.mul,
-    "//": functools.partial(torch.div, rounding_mode="floor"),
-    "%": torch.remainder,
-    "<": torch.lt,
-    "<=": torch.le,
-    ">": torch.gt,
-    ">=": torch.ge,
-    "==": torch.eq,
-    "!=": torch.ne,
-    "&": torch.logical_and,
-    "|": torch.logical_or,
-}
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,8 @@ def _evaluate(tree: Expression, names: dict[str, Tensor], tensors: Sequence[Tens
         case Not(operand):
             return _truth(_evaluate(operand, names, tensors, sizes, device)).logical_not()
         case Binary(operator, left, right):
-            return _APPLY[operator](
-                _evaluate(left, names, tensors, sizes, device),
-                _evaluate(right, names, tensors, sizes, device),
-            )
+            a, b = (_evaluate(side, names, tensors, sizes, device) for side in (left, right))
+            if tree.logical:
+                return _truth(a) & _truth(b) if operator == "&" else _truth(a) | _truth(b)
+            result: Tensor = OPERATORS[operator](a, b)
+            return result

@@ -48,7 +48,7 @@ def capture(model: Callable[..., Any], example_inputs: Any, on_graph: OnGraph, a
         CaptureError: no graph was captured.
         Whatever the model or `on_graph` raises.
     """
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = call_arguments(example_inputs)
     runs: list[_Run] = []
 
     collectors = [on_graph]
@@ -113,7 +113,12 @@ def _name(model: Callable[..., Any]) -> str:
     return getattr(model, "__qualname__", None) or type(model).__name__
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the call that example inputs stand for.
+
+    Raises:
+        CaptureError: they are of another type.
+    """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):  # a dict, or a tokenizer's BatchEncoding

@@ -150,13 +150,12 @@ class Report:
 
     def _total_row(self) -> tuple[str, ...]:
         t = self.totals()
-        scales = (1e-9, 1e-9, 1e-6, 1e-6, 1e-6, 1e-6)
-        figures = [t[key] * scale for key, scale in zip(_SUMMED, scales, strict=True)]
-        seconds = (t["seconds_before"] * 1e3, t["seconds_after"] * 1e3)
-        return ("total", "", "", "", *map(_number, (*figures, *seconds)), "", "")
+        figures = [t[key] * scale for key, scale in _SUMMED.items()]
+        return ("total", "", "", "", *map(_number, (*figures, t["seconds_before"] * 1e3, t["seconds_after"] * 1e3)), "", "")
 
 
-_SUMMED = ("flops_before", "flops_after", "bytes_before", "bytes_after", "kept_before", "kept_after")
+_SUMMED = {"flops_before": 1e-9, "flops_after": 1e-9, "bytes_before": 1e-6, "bytes_after": 1e-6, "kept_before": 1e-6, "kept_after": 1e-6}
+"""What is summed over regions, and what it is multiplied by in tables."""
 _FIGURES = ("GFLOP", "after", "MB", "after", "MB kept", "after", "ms dense", "sparse")
 _ALIGN = ("left", "left", "left", *("right",) * (1 + len(_FIGURES)), "left", "left")
 
@@ -171,16 +170,10 @@ def _row(rows: Sequence[RegionReport]) -> tuple[str, ...]:
     r = _largest(rows)
     same = sum(row.status == r.status for row in rows)
     status = r.status if same == len(rows) else f"{r.status} in {same} of {len(rows)} graphs"
-
-    def scaled(value: float | None, factor: float) -> str:
-        return "" if value is None else _number(value * factor)
-
-    density = "" if r.density is None else _number(r.density)
-    figures = [(r.flops_before, 1e-9), (r.flops_after, 1e-9), (r.bytes_before, 1e-6), (r.bytes_after, 1e-6)]
-    figures += [(r.kept_before, 1e-6), (r.kept_after, 1e-6)]
-    times = [(r.seconds_dense, 1e3), (r.seconds_sparse, 1e3)]
+    scales = {"density": 1, **_SUMMED, "seconds_dense": 1e3, "seconds_sparse": 1e3}
+    figures = ("" if (value := getattr(r, key)) is None else _number(value * scale) for key, scale in scales.items())
     why = f"[{r.rule}] {r.reason}" if r.rule else r.reason
-    return (r.module or "(root)", r.kind, status, density, *(scaled(*pair) for pair in [*figures, *times]), r.source, why)
+    return (r.module or "(root)", r.kind, status, *figures, r.source, why)
 
 
 def _number(value: float) -> str:

@@ -136,14 +136,15 @@ def test_json_holds_every_step_and_no_number_that_json_has_not(bench, case):
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(bench):
-    text = page(bench.to_dict())
+    text = page(bench)
     body = text.split("</head>")[1].removesuffix("</html>\n").replace("<br>", "<br/>")
     root = ElementTree.fromstring(body)
     assert "src=" not in text and "http" not in text and "<script" not in text
     assert "&lt;no&gt;" in text and "the &lt;tokens&gt; are random" in text
-    rows = {row[0].text: [cell.text for cell in row[1:]] for row in root.findall(".//tr")}
-    assert rows[None] == ["eager", "inductor", "spt-density-1", "spt"], "what failed has no figures"
-    assert rows["compiling paid back after"] == [None, "101 steps", "never", "20 steps"]
+    first, second = ([[(cell.text or "").strip() for cell in row] for row in table.findall(".//tr")] for table in root.findall(".//table"))
+    assert (first[0], second[0]) == (list(TIMES), list(COSTS))
+    assert [row[1] for row in first if row[0] == "broken"] == ["failed"] and [row[0] for row in second[1:]] == [row[0] for row in first[1:]]
+    assert [row[5] for row in second[1:]] == ["", "101 steps", "never", "20 steps", ""]
     widths = [i.get("style") for i in root.findall(".//div[@class='track']/i") if "--sparse" in i.get("style", "")]
     assert widths[0].startswith("width:36.4%"), "0.4 s beside the longest bar, 1.1 s"
 
@@ -171,7 +172,7 @@ def test_a_browser_shows_the_bars_in_their_colours(bench, case, tmp_path):
 
     for outcome in case.outcomes:
         outcome.step_mib = None  # of the bars of two colours only those of times are left
-    (tmp_path / "bench.html").write_text(page(bench.to_dict()))
+    (tmp_path / "bench.html").write_text(page(bench))
     shot = tmp_path / "shot.png"
     options = [
         "--headless",

@@ -9,104 +9,30 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._logging import warning_once
 
 import sptc
-from sptc.backend import compile_graph
 from sptc.config import Config, ConfigError
 from sptc.model.capture import CaptureError
-from sptc.paper.adapter import AdapterError
 from sptc.paper.fit import fit_router
 from sptc.paper.prepare import PrepareError
 from sptc.paper.state import Codebook, Router, owners
-from tests.models.zoo import CASES
-
-OPTIONS = {
-    "decline": "never",
-    "ffn.selector": "router",
-    "attention.selector": "pq",
-    "attention.density": 0.5,
-    "attention.query_block": 4,
-    "attention.key_block": 4,
-}
-D, HIDDEN, HEADS = 16, 64, 2
-
-
-class Compiled:
-    """The spt backend without Inductor, and what it was called with."""
-
-    def __init__(self, **options):
-        self.config = Config.from_options({**OPTIONS, **options})
-        self.reports = []
-
-    def __call__(self, gm, example_inputs):
-        graph = compile_graph(gm, example_inputs, self.config, lambda g, inputs, _: aot_autograd(fw_compiler=lambda m, _: m)(g, inputs))
-        self.reports.append(graph.report)
-        return graph
-
-
-def slots(model):
-    """All slots by their full name."""
-    return {f"{name}.{key}": slot for name, owner in owners(model) for key, slot in owner.spt.slots().items()}
-
-
-def rewritten(report):
-    return [r for r in report.regions if r.status == "rewritten" and r.kind != "loss"]
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-
-    def forward(self, x):
-        heads = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return self.out(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(-2))
-
-
-class Ffn(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.ffn = Attention(), Ffn()
-        self.norm = nn.LayerNorm(D)
-
-    def forward(self, x):
-        x = x + self.attention(self.norm(x))
-        return x + self.ffn(self.norm(x))
-
-
-class Model(nn.Module):
-    """Layers with a pause (a graph break, or nothing) between them, dropout, and a buffer that counts calls."""
-
-    def __init__(self, layers=2, pause=lambda: None):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.register_buffer("calls", torch.zeros(()))
-        self.pause = pause
-
-    def forward(self, x):
-        self.calls.add_(1)
-        for layer in self.layers:
-            x = F.dropout(layer(x), 0.1, self.training)
-            self.pause()
-        return x
-
-
-def batch(length=12, seed=0):
-    return torch.randn(2, length, D, generator=torch.Generator().manual_seed(seed))
+from tests.paper.prepared import (
+    HEADS,
+    HIDDEN,
+    OPTIONS,
+    Compiled,
+    D,
+    Ffn,
+    Model,
+    batch,
+    make,
+    randomised,
+    rewritten,
+    slots,
+)
 
 
 def block_norms(ffn, x):
@@ -114,14 +40,6 @@ def block_norms(ffn, x):
     blocks = Config().ffn_blocks
     parts = zip(F.gelu(ffn.up(x)).chunk(blocks, 1), ffn.down.weight.chunk(blocks, 1), strict=True)
     return torch.stack([(units @ weight.T).norm(dim=1) for units, weight in parts], 1).detach()
-
-
-def make(name, checkpointed):
-    case = CASES[name]
-    model, inputs = case.make()
-    if checkpointed:
-        model.gradient_checkpointing_enable()
-    return case, model, inputs
 
 
 @pytest.mark.parametrize(
@@ -372,61 +290,6 @@ def test_a_failing_second_run_detaches_all():
     assert not list(owners(model)) and not any("spt" in key for key in model.state_dict())
 
 
-def adapted(base, **more):
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["qkv", "up", "down"], **more))
-
-
-def randomised(model):
-    with torch.no_grad():
-        for slot in slots(model).values():
-            for tensor in slot.tensors():
-                tensor.add_(torch.rand_like(tensor))
-    return {name: [t.clone() for t in slot.tensors()] for name, slot in slots(model).items()}
-
-
-@pytest.mark.parametrize("order", ["load, prepare, load", "prepare, load"])
-def test_an_adapter_saves_and_loads_the_state(order, tmp_path):
-    from peft import PeftModel
-
-    base = Model(layers=1)
-    fresh = copy.deepcopy(base)
-    model = adapted(base, modules_to_save=["norm"])
-    report = sptc.prepare(model, batch(), OPTIONS)
-    assert len(rewritten(report)) == len(slots(model)) == 2
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad and ".spt." in name}
-    assert len(trainable) == 5 and all(".modules_to_save.default." in name for name in trainable)
-    torch.compile(model, backend=Compiled())(batch()).square().sum().backward()
-    assert all(dict(model.named_parameters())[name].grad.any() for name in trainable)
-    saved = randomised(model)
-    model.save_pretrained(tmp_path)
-    if order == "prepare, load":
-        sptc.prepare(fresh, batch(), OPTIONS)
-        loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True)
-    else:
-        loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True)
-        sptc.prepare(loaded, batch(), OPTIONS)
-        loaded.load_adapter(tmp_path, loaded.active_adapter, is_trainable=True)
-    assert list(slots(loaded)) == list(saved)
-    assert all(torch.equal(a, b) for name, slot in slots(loaded).items() for a, b in zip(slot.tensors(), saved[name], strict=True))
-    assert {name for name, p in loaded.named_parameters() if p.requires_grad and ".spt." in name} == trainable
-    torch._dynamo.reset()
-    backend = Compiled()
-    outputs = [torch.compile(m.eval(), backend=backend)(batch()) for m in (model, loaded)]
-    assert torch.equal(*outputs) and all(len(rewritten(report)) == 2 for report in backend.reports)
-
-
-def test_an_adapter_that_saves_no_modules_is_an_error():
-    from peft import TrainableTokensConfig, get_peft_model
-
-    _, base, inputs = make("opt-sdpa", False)
-    model = get_peft_model(base, TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"]))
-    with pytest.raises(AdapterError, match="TrainableTokensConfig"):
-        sptc.prepare(model, inputs, OPTIONS)
-    assert not list(owners(model))
-
-
 @pytest.mark.parametrize("other", ["eager", "aot_eager"])
 def test_another_backend_is_said_once_and_ours_never(other, caplog):
     def said() -> int:
@@ -456,47 +319,3 @@ def test_detaching_gives_back_the_plain_model():
     assert torch.equal(torch.compile(model, backend=Compiled())(batch()), expected)
     assert len(rewritten(sptc.prepare(model, batch(), OPTIONS))) == len(slots(model)), "it can be prepared anew"
     assert sptc.detach(sptc.detach(model)) is model
-
-
-@pytest.mark.parametrize("other", [None, ["norm"]])
-@pytest.mark.parametrize("loaded", [False, True])
-def test_a_detached_adapter_saves_what_a_plain_one_does(other, loaded, tmp_path):
-    from peft import PeftModel
-
-    base = Model(layers=1)
-    fresh = copy.deepcopy(base)
-    model = adapted(base, modules_to_save=other)
-    before = sorted(dict(model.named_parameters()))
-    sptc.prepare(model, batch(), OPTIONS)
-    if loaded:
-        model.save_pretrained(tmp_path / "prepared")
-        sptc.prepare(fresh, batch(), OPTIONS)
-        model = PeftModel.from_pretrained(fresh, tmp_path / "prepared", is_trainable=True)
-    sptc.detach(model)
-    assert sorted(dict(model.named_parameters())) == before
-    assert model.peft_config["default"].modules_to_save == other
-    model.save_pretrained(tmp_path / "plain")
-    assert "spt" not in (tmp_path / "plain" / "adapter_config.json").read_text()
-    with safe_open(tmp_path / "plain" / "adapter_model.safetensors", "pt") as saved:
-        keys = list(saved.keys())
-    assert keys and not [key for key in keys if "spt" in key]
-
-
-def test_a_prepared_adapter_merges_and_what_is_left_is_prepared():
-    model = adapted(Model(layers=1)).eval()
-    sptc.prepare(model, batch(), OPTIONS)
-    randomised(model)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.add_(0.1 * torch.randn_like(p))
-    # With fewer blocks a merged adapter of `down` is not divided by their share, so that the two differ.
-    backend = Compiled(**{"ffn.density": 1.0})
-    with torch.no_grad():
-        expected = torch.compile(model, backend=backend)(batch())
-        merged = model.merge_and_unload()
-        assert not [name for name in merged.state_dict() if "modules_to_save" in name or "lora" in name]
-        torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(merged, backend=backend)(batch()), expected, rtol=1e-4, atol=1e-5)
-    assert all(len(rewritten(report)) == 2 for report in backend.reports)
-    assert not [name for name in sptc.detach(merged).state_dict() if "spt" in name]

@@ -20,55 +20,9 @@ from sptc.passes.unit import Unit
 from sptc.plans import beside, rise, runs
 from tests.models.compiled import without_inductor
 from tests.planning_device import DEVICE
+from tests.plans.measured import HIDDEN, D, Ffn, Model, batch
 
-D, HIDDEN, CLASSES = 16, 64, 7
 OPTIONS = {"decline": "never", "attention.enabled": False, "max_rise": 0.02}
-
-
-class Ffn(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class Mixer(nn.Module):
-    """Tokens see those before them, so that the context matters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
-
-
-class Model(nn.Module):
-    """Two FFNs; the second one adds next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens, self.head = nn.Embedding(50, D), nn.Linear(D, CLASSES)
-        self.ffns, self.mixer = nn.ModuleList([Ffn(), Ffn()]), Mixer()
-        with torch.no_grad():
-            self.ffns[0].down.weight *= 10
-            self.ffns[1].down.weight *= 0.01
-
-    def logits(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        for ffn in self.ffns:
-            x = x + ffn(x)
-            x = x + self.mixer(x)
-        return self.head(x)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(ids).flatten(0, 1), labels.flatten())
-
-
-def batch(length: int = 12, counted: float = 1.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    ids, labels = (torch.randint(high, (3, length), generator=generator) for high in (50, CLASSES))
-    labels[:, : round(length * (1 - counted))] = -100
-    return ids, labels
 
 
 def densities(compiled: Any) -> list[float]:
@@ -307,107 +261,6 @@ def test_what_is_sparser_than_too_sparse_is_not_tried(monkeypatch: pytest.Monkey
     compiled = torch.compile(Model(), backend=without_inductor(**OPTIONS))
     compiled(*batch())
     assert densities(compiled) == [1.0, 0.5] and len(tried) == 3  # 3/4 of the first, and both of the second
-
-
-class Attending(nn.Module):
-    """Two layers of attention; the second one adds next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens, self.head = nn.Embedding(50, D), nn.Linear(D, CLASSES)
-        self.q = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
-        self.v = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
-        with torch.no_grad():
-            self.v[0].weight *= 10
-            self.v[1].weight *= 0.001
-            self.v[1].bias.zero_()
-
-    def logits(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        for q, v in zip(self.q, self.v, strict=True):
-            queries, values = q(x)[:, None], v(x)[:, None]
-            x = x + F.scaled_dot_product_attention(queries, queries, values, is_causal=True)[:, 0]
-        return self.head(x)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(ids).flatten(0, 1), labels.flatten())
-
-
-def test_attention_keeps_what_the_model_needs() -> None:
-    blocks = {"decline": "never", "attention.query_block": 4, "attention.key_block": 4, "max_rise": 0.001}
-    compiled = torch.compile(model := Attending(), backend=without_inductor(**blocks))
-    compiled(*batch(64)).backward()
-    regions = [r for r in sptc.report(compiled).regions if r.kind == "attention"]
-    assert [r.density for r in regions] == [1.0, 0.125] and all("measured" in r.reason for r in regions)
-    compiled(*batch(48)).backward()
-    assert [r.density for r in sptc.report(compiled).regions if r.kind == "attention"] == [1.0, 0.125] * sptc.report(compiled).graphs
-    assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize(("rate", "status"), [(1e10, "rewritten"), (3e8, "declined")])
-def test_attention_without_a_measurement_leaves_nothing_out(rate: float, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys, by the kernel that is faster for them: at 3e8 FLOP/s that of sparse attention would only pay for fewer."""
-    device = replace(DEVICE, sparse_attention=rate, sparse_attention_backward=rate)
-    monkeypatch.setattr("sptc.backend.calibrate", lambda *_: device)
-    model = Attending()
-    compiled = torch.compile(model.logits, backend=without_inductor())
-    torch.testing.assert_close(compiled(batch(64)[0]), model.logits(batch(64)[0]))
-    regions = [r for r in sptc.report(compiled).regions if r.kind == "attention"]
-    assert [(r.status, r.density) for r in regions] == [(status, 1.0)] * 2
-    assert all("no cross entropy" in r.reason and "set attention.density" in r.reason for r in regions)
-    assert all(("by the kernel of sparse attention" in r.reason) == (status == "rewritten") for r in regions)
-    torch._dynamo.reset()
-    given = torch.compile(model.logits, backend=without_inductor(**{"decline": "never", "attention.density": 0.5}))
-    given(batch(64)[0])
-    assert [r.density for r in sptc.report(given).regions if r.kind == "attention"] == [0.5, 0.5]
-
-
-def test_what_mark_dynamic_was_promised_holds_at_every_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks depend on the density: 32 is more than a tile at density 1/8, and less than one at density 1."""
-    device = replace(DEVICE, default_blocks=lambda n, m, density, own: (64, 64) if density == 1.0 else (4, 2))
-    monkeypatch.setattr("sptc.backend.calibrate", lambda *_: device)
-    model, given = Attending(), batch(256)
-    for tensor in given:
-        torch._dynamo.mark_dynamic(tensor, 1, min=32, max=4096)
-    compiled = torch.compile(model, backend=without_inductor(max_rise=0.0))
-    torch.testing.assert_close(compiled(*given), model(*given))
-    assert [r.status for r in sptc.report(compiled).regions if r.kind == "attention"] == ["declined"] * 2
-
-
-class Averaging(nn.Module):
-    """Spelled-out attention whose mask hides padding by a finite number: a query that sees no key averages over all."""
-
-    def __init__(self, size: int = 8) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv = nn.Linear(size, 3 * size)
-
-    def forward(self, x: Tensor, seen: Tensor, causal: bool) -> Tensor:
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        mask = (seen == 0)[:, None, None, :]
-        if causal:
-            at = torch.arange(x.shape[1])
-            mask = mask | (at[None, :] > at[:, None])
-        scores = (q @ k.mT * 0.3).masked_fill(mask, torch.finfo(x.dtype).min)
-        return (scores.softmax(-1) @ v)[:, 0]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("options", [{"max_rise": 0.0}, {"attention.density": 1.0}])
-def test_queries_that_see_nothing_average_when_nothing_is_left_out(
-    causal: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sptc.backend.calibrate", lambda *_: DEVICE)
-    model, x, seen = Averaging(), torch.randn(2, 64, 8), torch.ones(2, 64)
-    seen[0, :] = 0  # nothing is seen
-    seen[1, :5] = 0  # by the first five, where causal
-    want = torch.autograd.grad(model(x, seen, causal).square().sum(), list(model.parameters()))
-    compiled = torch.compile(model, backend=without_inductor(**options))
-    loss = compiled(x, seen, causal).square().sum()
-    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), want)
-    (region,) = sptc.report(compiled).regions
-    assert region.status == "declined" and ("averages over all keys" in region.reason or "kept whole" in region.reason)
 
 
 def test_what_pays_when_sparser_only_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:

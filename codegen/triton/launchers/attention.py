@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,37 +29,30 @@ from sptc.codegen.triton.tuning.tiling import Table
 _LOG2_E = 1.4426950408889634
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, predicate: str, mask_tensors: Sequence[Tensor],
-    mask_sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None, seed: Tensor | None, dropout_p: float, scale: float,
-    query_block: int, key_block: int, transform: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] in the dtype of q, and lse fp32 [b, h, n]: `sptc::sparse_attention`.
 
     Raises:
         TypeError: q, k and v are not all of one dtype among bfloat16, float16 and float32.
     """
-    operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
-    numbers = seed, dropout_p, scale, query_block, key_block, transform
-    call = _Call(_rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, *numbers)
+    call = _Call.of(q, k, v, ids, counts, *operands)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _by_lists(call, FORWARD, {"SCALE_FIRST": bias is not None or scale <= 0.0 or call.transforms}, {"out_ptr": out, "lse_ptr": lse})
+    _by_lists(
+        call, FORWARD, {"SCALE_FIRST": call.mask.bias is not None or call.scale <= 0.0 or call.transforms}, {"out_ptr": out, "lse_ptr": lse}
+    )
     return out, lse
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor, counts: Tensor, predicate: str,
-    mask_tensors: Sequence[Tensor], mask_sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    dropout_p: float, scale: float, query_block: int, key_block: int, transform: str, need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor, counts: Tensor, *operands: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad_q, grad_k, grad_v: `sptc::sparse_attention_backward`. One that is not needed is an empty tensor of shape [0].
 
     Raises:
         TypeError: q, k and v are not all of one dtype among bfloat16, float16 and float32.
     """
-    operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
-    numbers = seed, dropout_p, scale, query_block, key_block, transform
-    call = _Call(_rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, *numbers)
+    *shared, need = operands
+    call = _Call.of(q, k, v, ids, counts, *shared)
     need_q, need_k, need_v = need
     grad_q, grad_k, grad_v = (x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k, v), need, strict=True))
     delta = torch.empty_like(lse)
@@ -94,6 +88,15 @@ class _Call:
                 "Triton attention takes q, k and v of one dtype among bfloat16, float16 and float32, "
                 f"got {self.q.dtype}, {self.k.dtype} and {self.v.dtype}"
             )
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, predicate: str, mask_tensors: Sequence[Tensor],
+        mask_sizes: Sequence[int], mask: Tensor | None, bias: Tensor | None, *numbers: Any,
+    ) -> _Call:  # fmt: skip
+        """From the arguments of the operator."""
+        operands = KernelMask(predicate, mask_tensors, mask_sizes, mask, bias, (*q.shape[:3], k.shape[2]))
+        return cls(_rows(q), _rows(k), _rows(v), ids.contiguous(), counts.contiguous(), operands, *numbers)
 
     @property
     def group(self) -> int:

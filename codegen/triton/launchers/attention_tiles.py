@@ -23,27 +23,23 @@ _BUFFERS = Max(1, floor(_STAGES / 2) + 1 - _AMD)
 _SHARE = Max(1, _THREADS / 256) * (1 + 0.6 * _AMD)
 _WIDTH = _ITEMSIZE / 2  # registers of two elements
 
+
+def _candidates(*rows: tuple[int, int, int, int]) -> tuple[Tiling, ...]:
+    """From (warps, stages, BLOCK_M, BLOCK_N) of each."""
+    return tuple(Tiling.of(warps, stages, BLOCK_M=m, BLOCK_N=n) for warps, stages, m, n in rows)
+
+
+# fmt: off
 FORWARD = Table(
     "attention_forward",
     {
-        "gfx942": (
-            Tiling.of(8, 2, BLOCK_M=128, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=128, BLOCK_N=64),
-            Tiling.of(4, 2, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        "gfx942": _candidates(
+            (8, 2, 128, 64), (4, 1, 128, 64), (4, 2, 64, 64), (4, 1, 64, 64),
+            (4, 1, 64, 32), (4, 1, 32, 32), (4, 1, 16, 16),
         ),
-        "": (
-            Tiling.of(8, 3, BLOCK_M=128, BLOCK_N=64),
-            Tiling.of(8, 5, BLOCK_M=128, BLOCK_N=64),
-            Tiling.of(4, 3, BLOCK_M=128, BLOCK_N=64),
-            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        "": _candidates(
+            (8, 3, 128, 64), (8, 5, 128, 64), (4, 3, 128, 64), (4, 3, 64, 64),
+            (8, 2, 64, 64), (8, 2, 64, 32), (4, 1, 32, 32), (4, 1, 16, 16),
         ),
     },
     shared_memory=_ITEMSIZE * ((1 - _AMD) * _M * _D + _BUFFERS * _N * (_D + _V) + _AMD * _M * _N),
@@ -53,22 +49,9 @@ FORWARD = Table(
 BACKWARD_Q = Table(
     "attention_backward_q",
     {
-        "gfx942": (
-            Tiling.of(4, 2, BLOCK_M=64, BLOCK_N=32),  # 64 x 64 spills for heads of 128 with padding
-            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        ),
-        "": (
-            Tiling.of(8, 3, BLOCK_M=128, BLOCK_N=64),
-            Tiling.of(8, 3, BLOCK_M=128, BLOCK_N=32),
-            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        ),
+        # Two stages of 64 x 64 spill for heads of 128 with padding.
+        "gfx942": _candidates((4, 2, 64, 32), (4, 1, 64, 64), (4, 1, 64, 32), (4, 1, 32, 32), (4, 1, 16, 16)),
+        "": _candidates((8, 3, 128, 64), (8, 3, 128, 32), (4, 3, 64, 64), (8, 2, 64, 64), (8, 2, 64, 32), (4, 1, 32, 32), (4, 1, 16, 16)),
     },
     shared_memory=_ITEMSIZE * (((1 - _AMD) * _M + _BUFFERS * _N) * (_D + _V) + _AMD * _M * _N),
     registers=_SHARE
@@ -77,42 +60,17 @@ BACKWARD_Q = Table(
 BACKWARD_KV = Table(
     "attention_backward_kv",
     {
-        "gfx942": (
-            Tiling.of(4, 2, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
+        "gfx942": _candidates((4, 2, 32, 64), (4, 1, 64, 64), (4, 1, 32, 64), (4, 1, 32, 32), (4, 1, 16, 16)),
+        "sm_80": _candidates((4, 2, 32, 64), (8, 2, 64, 64), (8, 3, 32, 64), (8, 2, 32, 32), (4, 1, 16, 32), (4, 1, 16, 16)),
+        # Three stages of 32 x 64: with two, Triton 3.6's ptxas 12.9 makes room for three programs and spills for it; 13.1 does not.
+        "sm_100": _candidates(
+            (8, 3, 64, 128), (8, 3, 64, 64), (4, 3, 64, 64), (4, 3, 32, 64),
+            (8, 3, 32, 64), (8, 2, 32, 32), (4, 1, 16, 16),
         ),
-        "sm_80": (
-            Tiling.of(4, 2, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(8, 3, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        ),
-        "sm_100": (
-            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=128),
-            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 3, BLOCK_M=32, BLOCK_N=64),
-            # With two stages ptxas 12.9, which is Triton 3.6's, makes room for three programs and spills for it; 13.1 does not.
-            Tiling.of(8, 3, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        ),
-        "": (
-            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=128),
-            Tiling.of(8, 3, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 3, BLOCK_M=64, BLOCK_N=64),
-            Tiling.of(4, 3, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=64),
-            Tiling.of(8, 2, BLOCK_M=32, BLOCK_N=32),
-            Tiling.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        ),
+        "": _candidates((8, 3, 64, 128), (8, 3, 64, 64), (4, 3, 64, 64), (4, 3, 32, 64), (8, 2, 32, 64), (8, 2, 32, 32), (4, 1, 16, 16)),
     },
     shared_memory=_ITEMSIZE * (((1 - _AMD) * _N + _BUFFERS * _M) * (_D + _V) + _M * _N),
     registers=_SHARE
     * (90 + (_N * (_D + _V) + (2.5 + 4.5 * _DROPOUT) * _M * _N + 0.3 * _M * (_D + _V) + _THROUGH * _WIDTH * _N * (_D + _V) / 2) / _THREADS),
 )
+# fmt: on

@@ -31,13 +31,13 @@ _LONGEST_CHUNK = 4096  # blocks that a program ranks at a time: 64-bit keys of m
 class _Rows:
     """Per (batch row, key head) data in which an axis of size 1 stands for all: bool [1 or b, 1 or h_kv, ...], contiguous."""
 
+    name: str
     values: Tensor
 
-    def arguments(self, name: str) -> dict[str, Argument]:
-        return {f"{name}_ptr": self.values} | {
-            f"{name}_stride_{axis}": 0 if size == 1 else stride
-            for axis, size, stride in zip("bh", self.values.shape, self.values.stride(), strict=False)
-        }
+    def arguments(self) -> dict[str, Argument]:
+        axes = zip("bh", self.values.shape, self.values.stride(), strict=False)
+        strides = {f"{self.name}_stride_{axis}": 0 if size == 1 else stride for axis, size, stride in axes}
+        return {f"{self.name}_ptr": self.values, **strides}
 
 
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
@@ -53,18 +53,9 @@ def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[i
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    codebooks: Tensor | None,
-    mask: KernelMask,
-    selector: str,
-    density: float,
-    scale: float,
-    query_block: int,
-    key_block: int,
-    own: bool,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, codebooks: Tensor | None, mask: KernelMask, selector: str, density: float, scale: float, query_block: int,
+    key_block: int, own: bool, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """ids, counts, code_sums and code_counts of `sptc::select_blocks`. Scores are computed in fp32; on meta and fake tensors nothing runs.
 
     Raises:
@@ -117,6 +108,10 @@ class _Sizes:
     def blocks(self) -> int:
         return block_count(self.m, self.key_block)
 
+    def arguments(self) -> dict[str, Argument]:
+        """The sizes as kernels call them."""
+        return {"queries": self.n, "keys": self.m, "tiles": self.tiles, "blocks": self.blocks}
+
     def mask_rows(self, mask: KernelMask, predicate: str) -> tuple[int, int, int]:
         """Batch rows and key heads between which `predicate` and the tensor operands differ (1 or all), and heads of a group to look at."""
         operands = [x for x in (mask.boolean, mask.bias) if x is not None]
@@ -144,10 +139,10 @@ def _visible_keys(mask: KernelMask, sizes: _Sizes) -> _Rows | None:
         tiling,
         (block_count(sizes.m, tiling["KEYS"]), heads, rows),
         sizes.device,
-        {"visible_ptr": visible, "keys": sizes.m, **keys.arguments()},
+        {"visible_ptr": visible, **sizes.arguments(), **keys.arguments()},
         keys.hooks(),
     )
-    return _Rows(visible)
+    return _Rows("visible", visible)
 
 
 def _allowed_pairs(mask: KernelMask, sizes: _Sizes) -> _Rows:
@@ -173,47 +168,24 @@ def _allowed_pairs(mask: KernelMask, sizes: _Sizes) -> _Rows:
         tiling,
         (tile_groups * block_groups, heads, rows),
         sizes.device,
-        {
-            "pairs_ptr": pairs,
-            "queries": sizes.n,
-            "keys": sizes.m,
-            "tiles": sizes.tiles,
-            "blocks": sizes.blocks,
-            **mask.arguments(),
-        },
+        {"pairs_ptr": pairs, **sizes.arguments(), **mask.arguments()},
         mask.hooks(),
     )
-    return _Rows(pairs)
+    return _Rows("pairs", pairs)
 
 
 def _histograms(x: Tensor, words: Tensor, visible: _Rows | None, step: int, sizes: _Sizes) -> Tensor:
     """fp32 [b, h_kv, runs, M * E] of x [b, h or h_kv, length, d]: codewords of the vectors of each run of `step`, over a group's heads."""
-    _, subspaces, codewords, size = words.shape
+    _, subspaces, codewords, _ = words.shape
     length = x.shape[2]
     runs = block_count(length, step)
     histogram = torch.empty((sizes.b, sizes.h_kv, runs, subspaces * codewords), dtype=torch.float32, device=x.device)
-    facts = {"WORDS": side(codewords), "WIDTH": side(size)}
+    facts = _of_words(words)
     tiling = ENCODE.choose(target_of(x.device), **facts).values()
     run_rows = min(padded(step), tiling["ROWS"])
-    constants: dict[str, Constant] = {
-        **facts,
-        "STEP": step,
-        "GROUP": x.shape[1] // sizes.h_kv,
-        "SUBSPACES": subspaces,
-        "CODEWORDS": codewords,
-        "SIZE": size,
-        "VISIBLE": visible is not None,
-        "RUN_ROWS": run_rows,
-        "PRECISION": full_precision(x.device),  # codewords differ by little
-    }
-    arguments = {
-        **strided("x", x, "bhnd"),
-        "words_ptr": words,
-        "histogram_ptr": histogram,
-        "length": length,
-        "runs": runs,
-        **({} if visible is None else visible.arguments("visible")),
-    }
+    constants = {"STEP": step, "RUN_ROWS": run_rows, **_of_codes(words, visible, x.shape[1] // sizes.h_kv)}
+    arguments = {**strided("x", x, "bhnd"), "words_ptr": words, "histogram_ptr": histogram, "length": length, "runs": runs}
+    arguments |= {} if visible is None else visible.arguments()
     grid = (block_count(runs, tiling["ROWS"] // run_rows), sizes.h_kv, sizes.b)
     _launch("encode_histogram", constants, tiling, grid, x.device, arguments)
     return histogram
@@ -221,21 +193,13 @@ def _histograms(x: Tensor, words: Tensor, visible: _Rows | None, step: int, size
 
 def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """code_sums fp32 [h_kv, M, E, d / M] and code_counts fp32 [h_kv, M, E]."""
-    h_kv, subspaces, codewords, size = words.shape
+    h_kv, subspaces, *_ = words.shape
     sums, counts = torch.empty_like(words), torch.empty(words.shape[:3], dtype=torch.float32, device=q.device)
-    facts = {"WORDS": side(codewords), "WIDTH": side(size)}
+    facts = _of_words(words)
     q_step, k_step = statistics_stride(sizes.b, sizes.n), statistics_stride(sizes.b, sizes.m)
     _launch(
         "code_statistics",
-        {
-            **facts,
-            "GROUP": sizes.group,
-            "SUBSPACES": subspaces,
-            "CODEWORDS": codewords,
-            "SIZE": size,
-            "VISIBLE": visible is not None,
-            "PRECISION": full_precision(q.device),
-        },
+        _of_codes(words, visible, sizes.group),
         STATISTICS.choose(target_of(q.device), **facts).values(),
         (subspaces, h_kv, 1),
         q.device,
@@ -250,7 +214,7 @@ def _statistics(q: Tensor, k: Tensor, words: Tensor, visible: _Rows | None, size
             "q_step": q_step,
             "k_samples": block_count(sizes.m, k_step),
             "k_step": k_step,
-            **({} if visible is None else visible.arguments("visible")),
+            **({} if visible is None else visible.arguments()),
         },
     )
     return sums, counts
@@ -269,7 +233,7 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
         tiling,
         (block_count(runs, tiling["ROWS"] // run_rows), sizes.h, sizes.b),
         q.device,
-        {**strided("q", q, "bhnd"), "means_ptr": means, "queries": sizes.n, "runs": runs},
+        {**strided("q", q, "bhnd"), "means_ptr": means, "runs": runs, **sizes.arguments()},
     )
     lse = torch.empty((sizes.b, sizes.h, runs), dtype=torch.float32, device=q.device)
     runs_per_tile = sizes.query_block // run
@@ -285,12 +249,11 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
     arguments = {
         "means_ptr": means,
         **strided("k", k, "bhnd"),
-        **({} if visible is None else visible.arguments("visible")),
-        **pairs.arguments("pairs"),
+        **({} if visible is None else visible.arguments()),
+        **pairs.arguments(),
         "lse_ptr": lse,
         "runs": runs,
-        "keys": sizes.m,
-        "blocks": sizes.blocks,
+        **sizes.arguments(),
         "scale_log2": scale * math.log2(math.e),
     }
     tiling = LOGSUMEXP.choose(target, **facts).values()
@@ -306,7 +269,7 @@ def _pooled(q: Tensor, k: Tensor, visible: _Rows | None, pairs: _Rows, scale: fl
         tiling,
         (tile_groups * block_groups, sizes.h_kv, sizes.b),
         q.device,
-        {**arguments, "scores_ptr": scores, "tiles": sizes.tiles},
+        {**arguments, "scores_ptr": scores},
     )
     return scores
 
@@ -331,33 +294,29 @@ def _choose(scores: Tensor, pairs: _Rows, width: int, own: bool, sizes: _Sizes) 
         {"num_warps": 1 if chunk <= 256 else 4, "num_stages": 1},
         (sizes.tiles, sizes.h_kv, sizes.b),
         sizes.device,
-        {
-            "scores_ptr": scores,
-            **pairs.arguments("pairs"),
-            "ids_ptr": ids,
-            "counts_ptr": counts,
-            "queries": sizes.n,
-            "keys": sizes.m,
-            "tiles": sizes.tiles,
-            "blocks": sizes.blocks,
-            "width": width,
-        },
+        {"scores_ptr": scores, **pairs.arguments(), "ids_ptr": ids, "counts_ptr": counts, **sizes.arguments(), "width": width},
     )
     return ids, counts
 
 
 def _launch(
-    template: str,
-    constants: dict[str, Constant],
-    tiling: dict[str, int],
-    grid: tuple[int, ...],
-    device: torch.device,
-    arguments: dict[str, Argument],
-    hooks: dict[str, str] | None = None,
-) -> None:
+    template: str, constants: dict[str, Constant], tiling: dict[str, int], grid: tuple[int, ...], device: torch.device,
+    arguments: dict[str, Argument], hooks: dict[str, str] | None = None,
+) -> None:  # fmt: skip
     tiles = {name: value for name, value in tiling.items() if name not in ("num_warps", "num_stages")}
     spec = KernelSpec.of(template, {**constants, **tiles}, hooks, tiling["num_warps"], tiling["num_stages"])
     launch(spec, grid, device, arguments)
+
+
+def _of_words(words: Tensor) -> dict[str, int]:
+    return {"WORDS": side(words.shape[2]), "WIDTH": side(words.shape[3])}
+
+
+def _of_codes(words: Tensor, visible: _Rows | None, group: int) -> dict[str, Constant]:
+    """Constants of the kernels that look for the nearest of the codewords [h_kv, M, E, d / M]."""
+    sizes = dict(zip(("SUBSPACES", "CODEWORDS", "SIZE"), words.shape[1:], strict=True))
+    precision = full_precision(words.device)  # codewords differ by little
+    return {**_of_words(words), **sizes, "GROUP": group, "VISIBLE": visible is not None, "PRECISION": precision}
 
 
 def _of_mask(mask: KernelMask, *names: str) -> dict[str, Constant]:

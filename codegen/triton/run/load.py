@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import linecache
 import sys
+import textwrap
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,20 +100,11 @@ def header(spec: KernelSpec, origin: str = "") -> str:
     lines = [
         f"Emitted by sptc {_version()} for Triton {triton.__version__} from codegen/triton/templates/{spec.template}.py.",
         f"num_warps={spec.num_warps}, num_stages={spec.num_stages}",
-        *_filled(f"constants: {constants or 'none'}"),
+        *textwrap.wrap(f"constants: {constants or 'none'}", 108, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False),
         *(f"{name}: {text}" for name, text in spec.hooks),
         *origin.splitlines(),
     ]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
-
-
-def _filled(text: str, width: int = 108) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("   ")
-        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
-    return lines
 
 
 def _body(path: Path) -> str | None:

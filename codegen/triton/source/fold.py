@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -16,38 +15,6 @@ class SpecializeError(SptcError, ValueError):
     """A template and its constants or hooks do not fit together."""
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.LShift: operator.lshift,
-    ast.RShift: operator.rshift,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-}
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
-    ast.Not: operator.not_,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Invert: operator.invert,
-}
 _CALLS: dict[str, Callable[..., Any]] = {
     "min": min,
     "max": max,
@@ -191,15 +158,12 @@ class _Fold(ast.NodeTransformer):
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
         node.operand = self.visit(node.operand)
-        value = value_of(node.operand)
-        return node if value is Unknown else literal(_UNARY[type(node.op)](value))
+        return node if value_of(node.operand) is Unknown else self.evaluated(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         node.left, node.right = self.visit(node.left), self.visit(node.right)
         left, right = value_of(node.left), value_of(node.right)
-        if left is Unknown or right is Unknown or type(node.op) not in _BINARY:
-            return _simplified(node, left, right)
-        return literal(self.computed(node, _BINARY[type(node.op)], left, right))
+        return _simplified(node, left, right) if left is Unknown or right is Unknown else self.evaluated(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         decides = isinstance(node.op, ast.Or)  # the truth that decides the whole: True for or, False for and
@@ -218,11 +182,7 @@ class _Fold(ast.NodeTransformer):
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         operands = [self.visit(operand) for operand in (node.left, *node.comparators)]
         node.left, node.comparators = operands[0], operands[1:]
-        values = [value_of(operand) for operand in operands]
-        if Unknown in values:
-            return node
-        pairs = zip(node.ops, values, values[1:], strict=False)
-        return ast.Constant(all(self.computed(node, _COMPARE[type(op)], a, b) for op, a, b in pairs))
+        return node if Unknown in map(value_of, operands) else self.evaluated(node)
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
         test = value_of(self.visit(node.test))
@@ -255,6 +215,11 @@ class _Fold(ast.NodeTransformer):
             case ast.Starred():
                 self.fail(node, f"{ast.unparse(node)}: only name[:N] with a constant N can be passed with a star")
         return [self.visit(node)]
+
+    def evaluated(self, node: ast.expr) -> ast.expr:
+        """An operator on constants, as Python has it."""
+        code = compile(ast.fix_missing_locations(ast.Expression(node)), self.where, "eval")
+        return literal(self.computed(node, eval, code, {"__builtins__": {"float": float}}))
 
     def computed(self, node: ast.AST, function: Callable[..., Any], *values: Any) -> Any:
         try:

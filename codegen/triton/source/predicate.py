@@ -6,12 +6,12 @@ it is `sptc/ir/intervals.py` for one pair of ranges and the conjuncts that read 
 
 from __future__ import annotations
 
+import ast
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sptc.ir.condition import Binary, Element, Expression, Index, Literal, Not, PredicateError, Size, positive
+from sptc.ir.condition import OPERATORS, Binary, Element, Expression, Index, Literal, Not, PredicateError, Size, positive
 from sptc.ir.intervals import Interval, Intervals
 from sptc.ir.predicate import Predicate, parse
 
@@ -19,10 +19,6 @@ PREDICATE_HOOKS = ("allowed", "allowed_by_tensors", "allowed_by_positions", "hol
 HELPERS = "integers"
 
 _FUNCTIONS = {"//": "floor_divide", "%": "floor_modulo"}
-_FOLD: dict[str, Callable[[int, int], int]] = {
-    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod},
-    **{"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge},
-}
 
 
 def predicate_source(text: str, name: str) -> str:
@@ -76,21 +72,7 @@ def _ranks(predicate: Predicate) -> dict[int, int]:
 
 def _grouped(text: str) -> str:
     """`text` so that it can stand beside an operator."""
-    whole = text.isidentifier() or text.isdigit() or _is_call(text)
-    return text if whole else f"({text})"
-
-
-def _is_call(text: str) -> bool:
-    """Whether `text` is one name with one pair of parentheses after it."""
-    name, _, rest = text.partition("(")
-    if not name.replace(".", "").isidentifier() or not rest.endswith(")"):
-        return False
-    depth = 1
-    for character in rest[:-1]:
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return False
-    return True
+    return text if isinstance(ast.parse(text, mode="eval").body, ast.Name | ast.Constant | ast.Call) else f"({text})"
 
 
 def _all(conditions: Sequence[str]) -> str:
@@ -182,7 +164,7 @@ class _Text:
         return self._folded(sign, other) or _Text(f"{_FUNCTIONS[sign]}({self.code}, {other.code})")
 
     def _folded(self, sign: str, other: _Text) -> _Text | None:
-        return None if self.number is None or other.number is None else _Text(str(_FOLD[sign](self.number, other.number)))
+        return None if self.number is None or other.number is None else _Text(str(OPERATORS[sign](self.number, other.number)))
 
     __add__ = functools.partialmethod(_infix, "+")
     __sub__ = functools.partialmethod(_infix, "-")

@@ -155,18 +155,8 @@ def kinds_of_operators(training: Training) -> dict[str, float]:
 
 _CHOOSING = ("select_blocks", "choose_units", "sample_tokens", "split_tokens", "rows_where", "sptc::route")
 _PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::baddbmm",
-    "mkldnn::",
-    "onednn::",
-    "sptc::gather_product",
-    "sptc::scatter_product",
-    "sptc::outer_product",
-    "gemm",
-    "cutlass",
-    "nvjet",
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "onednn::"),
+    *("sptc::gather_product", "sptc::scatter_product", "sptc::outer_product", "gemm", "cutlass", "nvjet"),
 )
 _ATTENTION = ("attention", "flash", "fmha")
 

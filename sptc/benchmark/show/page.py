@@ -6,6 +6,11 @@ import html
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tabulate import tabulate
+
+from sptc.benchmark.outcome import Bench
+from sptc.benchmark.show.table import COSTS, TIMES, costs, times
+
 KINDS = {"attention": "#4e79a7", "products": "#f28e2b", "choosing": "#e15759", "rest": "#bab0ac"}
 """Kinds of operators and their colours, here and in plots."""
 
@@ -22,20 +27,19 @@ h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td:first-child, th:first-child { font-weight: 400; } .failed { color: #c53030; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } .failed { color: #c53030; }
 .key span { display: inline-block; margin-right: 1.2rem; }
 .key i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; }
 .small { font-size: .85rem; opacity: .8; } code { font-size: .85rem; overflow-wrap: anywhere; }
 """
 
 
-def page(bench: Mapping[str, Any]) -> str:
-    """The page of `Bench.to_dict()`."""
-    return "\n".join(_page(bench)) + "\n"
+def page(bench: Bench) -> str:
+    return "\n".join(_page(bench, bench.to_dict())) + "\n"
 
 
-def _page(bench: Mapping[str, Any]) -> Iterator[str]:
+def _page(whole: Bench, bench: Mapping[str, Any]) -> Iterator[str]:
+    """`bench`: the same as data."""
     settings = bench["settings"]
     model = _text(settings["model"] or "a module")
     yield "<!doctype html>"
@@ -48,8 +52,13 @@ def _page(bench: Mapping[str, Any]) -> Iterator[str]:
     adapters = f"LoRA {settings['lora']}" if settings["lora"] else "the model as it is"
     parts = [adapters, settings["dtype"] or "the model's dtypes", f"{settings['counted']:.0%} of the tokens count"]
     yield f"<p>{_text(', '.join([*parts, *['checkpointing'] * settings['checkpointing']]))}; forward, loss, backward and AdamW.</p>"
-    for case in bench["cases"]:
+    for one, case in zip(whole.cases, bench["cases"], strict=True):
         yield from _case(case)
+        yield "<h3>All figures</h3>"
+        for rows, headers in ((times(one), TIMES), (costs(one), COSTS)):
+            yield f'<div class="scroll">{tabulate(rows, headers, tablefmt="html", disable_numparse=True)}</div>'
+        yield from (f'<p class="failed">{_text(v["name"])} failed: {_text(v["failed"])}</p>' for v in case["variants"] if v["failed"])
+        yield from (f'<p class="small">{_text(note)}</p>' for note in case["notes"])
     versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
     yield "<h2>Where and how</h2>"
     yield f"<p>{_text(bench['device'])}, {bench['threads']} threads of {bench['processors']} processors, {_text(bench['system'])}<br>"
@@ -74,9 +83,6 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
     if profiled:
         yield "<h3>Which operators take the step</h3>"
         yield from _shares(profiled)
-    yield from _table(case)
-    for note in case["notes"]:
-        yield f'<p class="small">{_text(note)}</p>'
 
 
 def _bars(variants: list[Mapping[str, Any]], size: Any, figure: Any) -> Iterator[str]:
@@ -115,43 +121,6 @@ def _shares(variants: list[Mapping[str, Any]]) -> Iterator[str]:
 def _key(colors: Mapping[str, str]) -> str:
     marks = "".join(f'<span><i style="background:{color}"></i>{name}</span>' for name, color in colors.items())
     return f'<p class="key small">{marks}</p>'
-
-
-def _table(case: Mapping[str, Any]) -> Iterator[str]:
-    """A column for each variant that has all its figures; the reasons of the others below."""
-    whole = [v for v in case["variants"] if v["failed"] is None]
-    columns = [{"": v["name"], **dict(_figures(case, v))} for v in whole]
-    yield '<h3>All figures</h3><div class="scroll"><table>'
-    for row in columns[0] if columns else ():
-        cell = "td" if row else "th"
-        yield f"<tr><th>{row}</th>" + "".join(f"<{cell}>{_text(column[row])}</{cell}>" for column in columns) + "</tr>"
-    yield "</table></div>"
-    for v in case["variants"]:
-        if v["failed"] is not None:
-            yield f'<p class="failed">{_text(v["name"])} failed: {_text(v["failed"])}</p>'
-
-
-def _figures(case: Mapping[str, Any], v: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    best, faster = v["name"] == case["baseline"], v["faster"]
-    spread = "{median:.2f}x ({low:.2f} to {high:.2f})".format(**faster["wall"])
-    yield "as fast as the best dense", "best dense" if best else spread
-    yield "by processor time", "" if best else f"{faster['processor']['median']:.2f}x"
-    yield "processor ms a step", f"{v['processor_seconds']['median'] * 1e3:.1f}"
-    yield "regions rewritten", "" if v["regions"] is None else "{rewritten} of {found}".format(**v["regions"])
-    for key in ("predicted", "measured"):
-        gain = v["gain_seconds"][key]
-        yield f"ms saved a step, {key}", "" if gain is None else f"{gain * 1e3:.0f}"
-    yield "MiB at rest", "" if v["memory_mib"]["rest"] is None else f"{v['memory_mib']['rest']:.0f}"
-    for key in ("cold", "warm"):
-        yield f"seconds to compile, {key}", "" if v["compile_seconds"][key] is None else f"{v['compile_seconds'][key]:.1f}"
-    yield "compiling paid back after", v["paid_back"]
-    check = v["check"]
-    yield "loss", f"{check['loss']:.5g}"
-    yield "gradient norm", f"{check['norm']:.4g}"
-    yield "cosine with the reference's", "" if check["cosine"] is None else f"{check['cosine']:.4f}"
-    yield "gradients off by", "" if check["error"] is None else f"{check['error']:.1e}"
-    yield "equals the dense model", {True: "passed", False: "FAILED", None: ""}[check["passed"]]
-    yield "tensors moved by a step", f"{check['moved']} of {check['trained']}"
 
 
 def _text(text: Any) -> str:

@@ -15,28 +15,12 @@ if TYPE_CHECKING:
 
 Rows = list[tuple[str, ...]]
 TIMES = (
-    "variant",
-    "ms a step",
-    "quartiles",
-    "processor ms",
-    "faster",
-    "quartiles",
-    "by processor time",
-    "regions",
-    "gain predicted / measured ms",
+    *("variant", "ms a step", "quartiles", "processor ms", "faster"),
+    *("quartiles", "by processor time", "regions", "gain predicted / measured ms"),
 )
 COSTS = (
-    "variant",
-    "MiB at rest",
-    "a step adds",
-    "compile s cold",
-    "warm",
-    "paid back after",
-    "loss",
-    "gradient norm",
-    "cosine",
-    "moved",
-    "check",
+    *("variant", "MiB at rest", "a step adds", "compile s cold", "warm", "paid back after"),
+    *("loss", "gradient norm", "cosine", "moved", "check"),
 )
 
 

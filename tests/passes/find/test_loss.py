@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,74 +11,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
-from sptc.reports.report import RegionReport
-from tests.models.compiled import assert_gradients_close, gradients, without_inductor
-
-B, LENGTH, D, CLASSES = 2, 19, 8, 40
-ALONE = {"attention.enabled": False, "ffn.enabled": False}
-
-Loss = Callable[[Tensor, Tensor], Any]
-
-
-class Model(nn.Module):
-    """Features [b, n, d] and labels [b, n] to a loss of logits, by a head of one's choice."""
-
-    def __init__(self, loss: Loss, head: nn.Module | None = None) -> None:
-        super().__init__()
-        self.inner = nn.Linear(D, D)
-        self.head = head or nn.Linear(D, CLASSES)
-        self.loss = loss
-
-    def forward(self, x: Tensor, labels: Tensor) -> Any:
-        return self.loss(self.head(torch.tanh(self.inner(x))), labels)
-
-
-def batch(counted: float = 0.5, length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    x, labels = torch.randn(B, length, D), torch.randint(CLASSES, (B, length))
-    return x, labels.masked_fill(torch.rand(B, length) >= counted, -100)
-
-
-def compiled_gradients(model: nn.Module, *inputs: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor], tuple[RegionReport, ...]]:
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=without_inductor(**ALONE, **options))
-    out = compiled(*inputs)
-    loss = out if isinstance(out, Tensor) else out[0]
-    return loss.detach(), gradients(model, loss), tuple(r for r in sptc.report(compiled).regions if r.kind == "loss")
-
-
-def assert_rewritten_and_equal(model: nn.Module, *inputs: Tensor, **options: Any) -> RegionReport:
-    """The loss is rewritten, and it and every gradient are those of eager mode in fp64."""
-    torch.manual_seed(0)
-    reference = copy.deepcopy(model).double()
-    out = reference(*(x.double() if x.is_floating_point() else x for x in inputs))
-    want = out if isinstance(out, Tensor) else out[0]
-    loss, got, (row,) = compiled_gradients(model, *inputs, **options)
-    assert row.status == "rewritten", row
-    torch.testing.assert_close(loss.double(), want.detach().double(), rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert_same(got, gradients(reference, want))
-    return row
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """Within the suite's bound; where no label counts they are zeros."""
-    if any(g.count_nonzero() for g in want.values()):
-        assert_gradients_close(got, want)
-    else:
-        assert got.keys() == want.keys() and not any(g.count_nonzero() for g in got.values())
-
-
-def refused(model: nn.Module, *inputs: Tensor, **options: Any) -> RegionReport:
-    """The one row of the loss, which is left as it is, and gradients are those of eager mode."""
-    _, got, (row,) = compiled_gradients(model, *inputs, **options)
-    out = model(*inputs)
-    assert_gradients_close(got, gradients(model, out if isinstance(out, Tensor) else out[0]))
-    assert row.status != "rewritten"
-    return row
-
-
-def flat(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    return y.reshape(-1, CLASSES), t.reshape(-1)
+from tests.models.compiled import gradients, without_inductor
+from tests.passes.find.losses import (
+    ALONE,
+    CLASSES,
+    LENGTH,
+    B,
+    D,
+    Loss,
+    Model,
+    assert_rewritten_and_equal,
+    assert_same,
+    batch,
+    compiled_gradients,
+    flat,
+    refused,
+)
 
 
 def shifted(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,89 +217,6 @@ def test_options():
     assert refused(model, *batch(), exclude=["head"]).reason == "option 'exclude' names it: 'head'"
     with pytest.raises(sptc.ConfigError, match=r"'loss\.logits' must be one of 'keep', 'drop'"):
         without_inductor(**{"loss.logits": "none"})
-
-
-class Twice(nn.Module):
-    """The same logits for two purposes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(D, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return y + y.softmax(-1).amax()
-
-
-def frozen_labels(y: Tensor, t: Tensor) -> Tensor:
-    return cross_entropy(*flat(y, t), weight=torch.arange(1.0, 1 + CLASSES))
-
-
-def written(y: Tensor, t: Tensor) -> Tensor:
-    y[..., 0] = -1e4
-    return cross_entropy(*flat(y, t))
-
-
-def without_gradients(y: Tensor, t: Tensor) -> Tensor:
-    with torch.no_grad():
-        scale = 1 + t.clamp(min=0).float().mean()
-    return cross_entropy(*flat(y, t)) * scale
-
-
-TWINS: dict[str, tuple[Loss, str, str]] = {
-    "class weights": (frozen_labels, "weights", "the loss weighs classes"),
-    "one number a label": (
-        lambda y, t: cross_entropy(*flat(y, t), reduction="none").mean(), "reduction", r"one number a label \(reduction='none'\)"),
-    "probabilities": (
-        lambda y, t: cross_entropy(y.flatten(0, 1), torch.nn.functional.one_hot(t.flatten().clamp(0), CLASSES).float()),
-        "labels", "holds probabilities, not labels"),
-    "no log_softmax": (
-        lambda y, t: nll_loss(y.flatten(0, 1), t.flatten()), "between", "that no log_softmax normalized"),
-    "priors added to log_softmax": (
-        lambda y, t: nll_loss(log_softmax(y, -1).flatten(0, 1) + torch.arange(1.0, 1 + CLASSES), t.flatten()),
-        "between", "add.* stands between"),
-    "log_softmax over the rows": (
-        lambda y, t: nll_loss(log_softmax(y.flatten(0, 1), 0), t.flatten()), "between", "log_softmax.* stands between"),
-    "another number for each row": (
-        lambda y, t: cross_entropy(*flat(y / (1 + y.detach().norm(dim=-1, keepdim=True)), t)), "between", "div.* stands between"),
-    "a temperature for each token": (
-        lambda y, t: cross_entropy(*flat(y * (t != 3)[..., None], t)), "between", "mul.* stands between"),
-    "rows picked by data": (
-        lambda y, t: cross_entropy(y.flatten(0, 1)[t.flatten().clamp(0, 37)], t.flatten()), "between", "index.* stands between"),
-    "every other row": (
-        lambda y, t: cross_entropy(*flat(y[:, ::2], t[:, ::2])), "rows", "whose place is not a constant"),
-    "changed in place": (written, "escapes", "is also used by"),
-    "computed without gradients": (without_gradients, "mode-boundary", "switches autocast or grad mode"),
-    "used beside the loss": (
-        lambda y, t: cross_entropy(*flat(y, t)) + 1e-4 * y.logsumexp(-1).square().mean(), "escapes", "is also used by logsumexp"),
-    "a kink": (lambda y, t: cross_entropy(*flat(y.clamp(min=-1.0), t)), "between", "clamp.* stands between"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_twin(name):
-    loss, rule, reason = TWINS[name]
-    row = refused(Model(loss), *batch(0.9))
-    assert row.rule == rule
-    assert re.search(reason, row.reason), row.reason
-
-
-def test_logits_that_no_projection_gives():
-    row = refused(Model(SPELLINGS["mean"][0], Twice()), *batch())
-    assert row.rule == "between"
-    row = refused(Model(SPELLINGS["mean"][0], nn.Sequential(nn.Linear(D, CLASSES), nn.LayerNorm(CLASSES))), *batch())
-    assert row.rule == "between" and "layer_norm" in row.reason
-
-
-def test_logits_of_another_graph():
-    """As after a graph break: they are an input."""
-    given = torch.randn(B, LENGTH, CLASSES, requires_grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(SPELLINGS["mean"][0], backend=without_inductor())
-    compiled(given, batch()[1]).backward()
-    (row,) = sptc.report(compiled).regions
-    assert row.rule == "projection"
-    assert re.fullmatch(r"its logits are an input of the graph, \w+: what projects them is in another one", row.reason)
 
 
 class Autocast(nn.Module):

@@ -103,6 +103,10 @@ def flipped():
     return torch.ones(N, N, dtype=torch.bool).triu().flip(0)
 
 
+def narrowed():
+    return torch.ones(N + 4, N + 4, dtype=torch.bool).tril().narrow(0, 4, N).narrow(1, -N, N)
+
+
 def exclusive_or():
     q, k = positions()
     return torch.logical_xor(k <= q, k < 3)
@@ -140,6 +144,7 @@ POSITIONS = {
     dilated: "((q - k) % 3) == 0",
     strided_heads: "k <= (q + h)",
     flipped: "(k + q) >= 12",
+    narrowed: "k <= q",
     exclusive_or: None,
     global_tokens: "((k < 2) | (q < 2)) | ((k <= q) & (k > (q - 3)))",
     first_and_last: "((k == 0) | (k >= 12)) | ((q < 12) & (k <= q))",
