@@ -72,7 +72,7 @@ def differs(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: fl
     """Where two observations differ, and by how much."""
     wrong = {name: f"{'extra' if name in got else 'missing'}" for name in got.keys() ^ want.keys()}
     sizes = [float(t.abs().max()) for n, t in want.items() if "gradient" in n]
-    floor = 1e-2 * max((s for s in sizes if math.isfinite(s)), default=1.0)
+    floor = max(1e-2, 2 * tolerance) * max((s for s in sizes if math.isfinite(s)), default=1.0)
     for name in got.keys() & want.keys():
         actual, expected = got[name].double(), want[name].double()
         if (actual.shape, got[name].dtype) != (expected.shape, want[name].dtype):
