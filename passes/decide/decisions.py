@@ -54,7 +54,7 @@ from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
 from sptc.passes.find.padding import may_average, visible_share
-from sptc.passes.graph.pattern import shape
+from sptc.passes.graph.pattern import VIEWS, op, shape, value
 from sptc.passes.unit import Unit
 
 _LONGEST = 1 << 24
@@ -244,7 +244,8 @@ def left_out(settings: Settings) -> str:
     if not isinstance(settings, UnitSettings):
         return ""
     rows = {"all": "", "visible": ", padding left out", "counted": ", for the tokens that count alone"}[settings.rows]
-    return rows + ", hidden values computed again in backward" * settings.recompute
+    again = ", hidden values computed again in backward" * settings.recompute
+    return rows + again + (f", {settings.chunk} tokens at a time" if settings.chunk is not None else "")
 
 
 def _kept_tokens(unit: Unit, ffn: FfnShape, rows: Rows) -> FfnShape:
@@ -381,16 +382,43 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
     rows, again = unit.read.get(region, "all"), _again(unit, region)
+    chunk = _chunk(unit, region) if again else None
     if not splits(unit, region):
-        return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again)
+        return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again, chunk=chunk)
     counted = unit.config.ffn_density
     context = None if rows == "counted" else _units(region, density)
-    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), context, rows=rows, recompute=again)
+    units = _units(region, 1.0 if counted == "auto" else counted)
+    return UnitSettings(region.hidden, units, context, rows=rows, recompute=again, chunk=chunk)
 
 
 def _again(unit: Unit, region: FfnRegion) -> bool:
     """Whether backward computes its hidden values again."""
     return unit.config.recomputes or region in unit.lean
+
+
+def _chunk(unit: Unit, region: FfnRegion) -> int | None:
+    """For how many tokens at a time its hidden values are computed; None: for all at once."""
+    given = unit.config.ffn_chunk
+    if given == 0 or (given is None and unit.config.objective != "memory") or not chunks(region):
+        return None
+    least = _LEAST_CHUNK["cpu" if value(region.y).device.type == "cpu" else "cuda"]
+    chunk = given or max(least, _CHUNK_VALUES // region.hidden // _CHUNK_STEP * _CHUNK_STEP)
+    return chunk if given or length_of(region).hint > chunk else None
+
+
+_CHUNK_VALUES, _CHUNK_STEP = 1 << 20, 64  # hidden values of a chunk: few enough for a processor's cache
+_LEAST_CHUNK = {"cpu": 256, "cuda": 2048}  # tokens, enough for fast products
+
+
+def chunks(region: FfnRegion) -> bool:
+    """Whether an FFN can be computed some tokens at a time: not where it draws random numbers, which backward could not draw again, nor
+    where a number that its activation or adapters read is a size of the graph."""
+    projections = (*region.ups, region.down)
+    if region.dropout_p or (region.down.lora is not None and region.down.lora.dropout_p):
+        return False
+    scalings = (p.lora.scaling for p in projections if p.lora is not None)
+    inside = (n for node in region.nodes if op(node) not in VIEWS for n in node.all_input_nodes)
+    return not any(isinstance(value(n), torch.SymInt | torch.SymFloat) for n in (*inside, *scalings))
 
 
 def _units(region: FfnRegion, density: float) -> int:
