@@ -1,4 +1,4 @@
-"""The op that computes a function of rows some rows at a time, and every gradient too, so that what is in between never stands in memory whole.
+"""The op that computes a function of rows some rows at a time, and every gradient too: what is in between never stands in memory whole.
 
 The function, and its gradients, are programs of ATen operators (`sptc/ir/program.py`), which nothing fuses: products are the library's, and
 what is between them passes over rows that are still in the cache. What depends on no row is computed once for all of them.
@@ -41,7 +41,7 @@ def in_chunks_backward(
 
     Those of others are sums over chunks, in fp32 (fp64).
     """
-    of_rows = [torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None for x, wanted in zip(rows, need, strict=False)]
+    of_rows = [x.new_empty(x.shape) if wanted else None for x, wanted in zip(rows, need, strict=False)]
     sums: list[Tensor | None] = [None] * sum(need[len(rows) :])
     kept = [x for x in of_rows if x is not None]
     parts = Parts(parse(backward), 1 + len(rows), others)

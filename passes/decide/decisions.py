@@ -54,7 +54,8 @@ from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
 from sptc.passes.find.padding import may_average, visible_share
-from sptc.passes.graph.pattern import VIEWS, op, shape, value
+from sptc.passes.graph.elementwise import elementwise
+from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
 
 _LONGEST = 1 << 24
@@ -412,13 +413,19 @@ _LEAST_CHUNK = {"cpu": 256, "cuda": 2048}  # tokens, enough for fast products
 
 def chunks(region: FfnRegion) -> bool:
     """Whether an FFN can be computed some tokens at a time: not where it draws random numbers, which backward could not draw again, nor
-    where a number that its activation or adapters read is a size of the graph."""
-    projections = (*region.ups, region.down)
+    where its activation reads a number that is a size."""
     if region.dropout_p or (region.down.lora is not None and region.down.lora.dropout_p):
         return False
-    scalings = (p.lora.scaling for p in projections if p.lora is not None)
-    inside = (n for node in region.nodes if op(node) not in VIEWS for n in node.all_input_nodes)
-    return not any(isinstance(value(n), torch.SymInt | torch.SymFloat) for n in (*inside, *scalings))
+    pending, seen = [region.down.x], {up.y for up in region.ups}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if elementwise(node) and any(isinstance(value(n), torch.SymInt | torch.SymFloat) for n in node.all_input_nodes):
+            return False
+        pending += [n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor)]
+    return True
 
 
 def _units(region: FfnRegion, density: float) -> int:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 
 from sptc.ir.program import Call, Program, Value
-from sptc.ir.region import FfnRegion
+from sptc.ir.region import FfnRegion, Projection
 from sptc.passes.graph.modes import autocast_like
 from sptc.passes.graph.pattern import requires_grad, shape, value
 from sptc.passes.rewrite.write_ffn import Ffn, Part, Tensors
@@ -38,13 +38,18 @@ class Chunked:
     dtype: torch.dtype
     chunk: int
     need: tuple[bool, ...]
+    scaled: tuple[tuple[Node, Node], ...]  # operands of adapters, and the numbers of the graph that they are multiplied with
 
     def __call__(self, t: Tensors, part: Part, chosen: Tensor | None) -> Tensor:
         """The outputs of a part's tokens."""
-        others = [t[node] for node in self.others] + ([] if chosen is None else [chosen])
-        y: Tensor = torch.ops.sptc.in_chunks(
-            [part.tokens(t[node]) for node in self.rows], others, self.forward, self.backward, self.width, self.dtype, self.chunk, self.need
-        )
+        scaling = dict(self.scaled)
+
+        def operand(node: Node) -> Any:
+            return t[node] * t[scaling[node]] if node in scaling else t[node]
+
+        rows, others = [part.tokens(operand(node)) for node in self.rows], [*map(operand, self.others)]
+        others += [] if chosen is None else [chosen]
+        y: Tensor = torch.ops.sptc.in_chunks(rows, others, self.forward, self.backward, self.width, self.dtype, self.chunk, self.need)
         return y
 
 
@@ -54,7 +59,8 @@ def in_chunks(region: FfnRegion, chunk: int, part: Callable[[Tensor | None], Par
     Args:
         part: of all rows at hand, and of the hidden units whose numbers it is given; None: of all.
     """
-    some = units < region.hidden
+    some, scaled = units < region.hidden, _scaled(region)
+    region = replace(region, ups=tuple(map(_unscaled, region.ups)), down=_unscaled(region.down))
     down, adapters = region.down, [p.lora for p in (*region.ups, region.down) if p.lora is not None]
     rows = tuple(dict.fromkeys([region.x, *(up.lora.low for up in region.ups if up.lora is not None)]))
     named = [*(n for p in (*region.ups, down) for n in (p.weight, p.bias)), *(a.b for a in adapters)]
@@ -81,7 +87,20 @@ def in_chunks(region: FfnRegion, chunk: int, part: Callable[[Tensor | None], Par
             given.append(torch.empty(units, dtype=torch.int64, device=device))
         forward, y = _written(function, given)
         backward = _written(gradients, [torch.empty_like(y), *given])[0] if any(need) else ""
-    return Chunked(units, rows, others, forward, backward, int(shape(region.y)[-1]), y.dtype, chunk, need)
+    return Chunked(units, rows, others, forward, backward, int(shape(region.y)[-1]), y.dtype, chunk, need, scaled)
+
+
+def _scaled(region: FfnRegion) -> tuple[tuple[Node, Node], ...]:
+    """What numbers of the graph, which no program can hold, are multiplied with instead: what B is given, or B itself."""
+    found = [(up.lora.low, up.lora.scaling) for up in region.ups if up.lora is not None]
+    found += [] if region.down.lora is None else [(region.down.lora.b, region.down.lora.scaling)]
+    return tuple((operand, number) for operand, number in found if isinstance(number, Node))
+
+
+def _unscaled(projection: Projection) -> Projection:
+    if projection.lora is None or not isinstance(projection.lora.scaling, Node):
+        return projection
+    return replace(projection, lora=replace(projection.lora, scaling=1.0))
 
 
 def _some_rows(x: Tensor, rows: Any) -> Tensor:

@@ -17,13 +17,15 @@ ops = torch.ops.sptc
 
 def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> Node:
     """Insert the FFN over fewer units before `region.y`; returns the node that replaces it. `tokens` are of the region's graph."""
-    several = () if settings.chunk is None else sorted({settings.units, settings.context} - {None})
-    return insert_ffn(region, _over_units, settings, tuple(_chunked(region, settings, units) for units in several), operands=(tokens,))
+    return insert_ffn(region, _over_units, settings, _chunked(region, settings), operands=(tokens,))
 
 
-def _chunked(region: FfnRegion, settings: UnitSettings, units: int) -> Chunked:
-    assert settings.chunk is not None
-    return in_chunks(region, settings.chunk, lambda chosen: Units(None, chosen), units)
+def _chunked(region: FfnRegion, settings: UnitSettings) -> tuple[Chunked, ...]:
+    """The forms in chunks of tokens, by the number of units that they keep; none where all tokens are computed at once."""
+    if settings.chunk is None:
+        return ()
+    several = dict.fromkeys(units for units in (settings.units, settings.context) if units is not None)
+    return tuple(in_chunks(region, settings.chunk, lambda chosen: Units(None, chosen), units) for units in several)
 
 
 def _over_units(region: FfnRegion, settings: UnitSettings, chunked: tuple[Chunked, ...], t: Tensors, tokens: Tokens) -> Tensor:

@@ -5,8 +5,8 @@ The text is JSON, read and never evaluated as code: a list of calls and a list o
     {"calls": [["t.default", [["value", 1]], {}], ["mm.default", [["value", 0], ["value", 2]], {}]], "results": [3]}
 
 Values are numbered: the inputs first, then what each call returns. An argument is a value as ["value", number], a list of arguments as
-["list", ...], a dtype, layout or device as ["dtype", "float32"], ["layout", "strided"], ["device", "cpu"], or a number, bool, string or None
-as it is. Operators are those of `torch.ops.aten`.
+["list", ...], a dtype, layout or device as ["dtype", "float32"], ["layout", "strided"], ["device", "cpu"], or a number, bool, string or
+None as it is. Operators are those of `torch.ops.aten`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Program:
 def parse(text: str) -> Program:
     """The program that `str` wrote."""
     read = json.loads(text)
-    calls = (Call(name, tuple(map(_read, args)), {key: _read(value) for key, value in kwargs.items()}) for name, args, kwargs in read["calls"])
+    calls = (
+        Call(name, tuple(map(_read, args)), {key: _read(value) for key, value in named.items()}) for name, args, named in read["calls"]
+    )
     return Program(tuple(calls), tuple(read["results"]))
 
 
@@ -133,9 +135,11 @@ def _values(call: Call) -> set[int]:
 
 
 def _called(call: Call, values: Mapping[int, Any]) -> Any:
-    def filled(argument: Any) -> Any:
-        if isinstance(argument, Value):
-            return values[argument.number]
-        return [filled(item) for item in argument] if isinstance(argument, list) else argument
+    return call.operator(*_filled(call.args, values), **{key: _filled(value, values) for key, value in call.kwargs.items()})
 
-    return call.operator(*map(filled, call.args), **{key: filled(value) for key, value in call.kwargs.items()})
+
+def _filled(argument: Any, values: Mapping[int, Any]) -> Any:
+    """No closure that calls itself, which would keep all values alive until garbage is collected."""
+    if isinstance(argument, Value):
+        return values[argument.number]
+    return [_filled(item, values) for item in argument] if isinstance(argument, list | tuple) else argument
