@@ -68,9 +68,9 @@ def in_chunks(region: FfnRegion, chunk: int, part: Callable[[Tensor | None], Par
     others = tuple(dict.fromkeys(node for node in named if node is not None))
     need = tuple(requires_grad(node) for node in (*rows, *others)) + (False,) * some
 
-    def function(*given: Tensor) -> Tensor:
+    def function(*given: Tensor) -> tuple[Tensor]:
         t: dict[Node | None, Any] = {None: None, **dict(zip((*rows, *others), given, strict=False))}
-        return Ffn(region, t, part(given[-1] if some else None)).output()
+        return (Ffn(region, t, part(given[-1] if some else None)).output(),)
 
     def gradients(grad: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -85,7 +85,7 @@ def in_chunks(region: FfnRegion, chunk: int, part: Callable[[Tensor | None], Par
         given += [_alike(value(node)) for node in others]
         if some:
             given.append(torch.empty(units, dtype=torch.int64, device=device))
-        forward, y = _written(function, given)
+        forward, (y,) = _written(function, given)
         backward = _written(gradients, [torch.empty_like(y), *given])[0] if any(need) else ""
     return Chunked(units, rows, others, forward, backward, int(shape(region.y)[-1]), y.dtype, chunk, need, scaled)
 
@@ -112,25 +112,26 @@ def _alike(x: Tensor) -> Tensor:
     return torch.empty_strided(tuple(map(int, x.shape)), tuple(map(int, x.stride())), dtype=x.dtype, device=x.device)
 
 
-def _written(function: Callable[..., Any], given: Sequence[Tensor]) -> tuple[str, Any]:
+def _written(function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
     """A function of fakes as a program, and what it gives for them."""
     graph = make_fx(function)(*given).graph
     graph.eliminate_dead_code()
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
     number: dict[Node, Value] = {}
-    calls: list[Call] = []
-    results: Any = ()
+    count, calls = 0, list[Call]()
     for node in graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), number.get)
-        if node.op == "output":
-            results = args[0]
+        if node is output:
             break
-        number[node] = Value(len(number))
+        args, kwargs = map_arg((node.args, node.kwargs), number.get)
+        if node.target is torch.ops.aten.detach.default:
+            number[node] = args[0]
+            continue
+        number[node] = Value(count)
+        count += 1
         if node.op == "placeholder":
             continue
         if not (isinstance(node.target, OpOverload) and node.target.namespace == "aten"):
             raise AssertionError(f"an FFN in chunks has {node.format_node()}, which is no ATen operator")
         calls.append(Call(str(node.target).removeprefix("aten."), args, kwargs))
-    (output,) = graph.find_nodes(op="output")
-    several = isinstance(results, tuple | list)
-    program = Program(tuple(calls), tuple(value.number for value in (results if several else (results,))))
-    return str(program), value(output.args[0]) if not several else None
+    return str(Program(tuple(calls), tuple(number[result].number for result in results))), [value(result) for result in results]
