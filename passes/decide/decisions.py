@@ -33,6 +33,7 @@ from sptc.ir.region import (
     State,
     UnitSettings,
 )
+from sptc.passes.decide.chunk import chunk_of
 from sptc.passes.decide.constraints import guardable, lower_bound
 from sptc.passes.decide.cost import (
     FfnShape,
@@ -54,8 +55,7 @@ from sptc.passes.decide.read_rows import read_rows
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
 from sptc.passes.find.counted import counted_share, find_counted, fits
 from sptc.passes.find.padding import may_average, visible_share
-from sptc.passes.graph.elementwise import elementwise
-from sptc.passes.graph.pattern import shape, value
+from sptc.passes.graph.pattern import shape
 from sptc.passes.unit import Unit
 
 _LONGEST = 1 << 24
@@ -383,7 +383,7 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
     rows, again = unit.read.get(region, "all"), _again(unit, region)
-    chunk = _chunk(unit, region) if again else None
+    chunk = chunk_of(unit, region) if again else None
     if not splits(unit, region):
         return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again, chunk=chunk)
     counted = unit.config.ffn_density
@@ -395,37 +395,6 @@ def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSetting
 def _again(unit: Unit, region: FfnRegion) -> bool:
     """Whether backward computes its hidden values again."""
     return unit.config.recomputes or region in unit.lean
-
-
-def _chunk(unit: Unit, region: FfnRegion) -> int | None:
-    """For how many tokens at a time its hidden values are computed; None: for all at once."""
-    given = unit.config.ffn_chunk
-    if given == 0 or (given is None and unit.config.objective != "memory") or not chunks(region):
-        return None
-    least = _LEAST_CHUNK["cpu" if value(region.y).device.type == "cpu" else "cuda"]
-    chunk = given or max(least, _CHUNK_VALUES // region.hidden // _CHUNK_STEP * _CHUNK_STEP)
-    return chunk if given or length_of(region).hint > chunk else None
-
-
-_CHUNK_VALUES, _CHUNK_STEP = 1 << 20, 64  # hidden values of a chunk: few enough for a processor's cache
-_LEAST_CHUNK = {"cpu": 256, "cuda": 2048}  # tokens, enough for fast products
-
-
-def chunks(region: FfnRegion) -> bool:
-    """Whether an FFN can be computed some tokens at a time: not where it draws random numbers, which backward could not draw again, nor
-    where its activation reads a number that is a size."""
-    if region.dropout_p or (region.down.lora is not None and region.down.lora.dropout_p):
-        return False
-    pending, seen = [region.down.x], {up.y for up in region.ups}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if elementwise(node) and any(isinstance(value(n), torch.SymInt | torch.SymFloat) for n in node.all_input_nodes):
-            return False
-        pending += [n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor)]
-    return True
 
 
 def _units(region: FfnRegion, density: float) -> int:
