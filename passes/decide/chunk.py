@@ -6,6 +6,7 @@ import torch
 
 from sptc.ir.region import FfnRegion
 from sptc.passes.decide.sizes import length_of
+from sptc.passes.graph.effects import after_writes
 from sptc.passes.graph.elementwise import elementwise
 from sptc.passes.graph.pattern import value
 from sptc.passes.unit import Unit
@@ -25,7 +26,10 @@ def chunk_of(unit: Unit, region: FfnRegion) -> int | None:
 
 
 def _divides(region: FfnRegion) -> bool:
-    """Not where it draws random numbers, which backward could not draw again, nor where its activation reads a number that is a size."""
+    """Not where it draws random numbers, which backward could not draw again, nor where its activation reads a number that is a size, nor
+    where an operand follows from an input that the graph changes in place, which backward would read as it is then."""
+    if not after_writes(region.y.graph).isdisjoint({n for node in region.nodes for n in node.all_input_nodes}):
+        return False
     if region.dropout_p or (region.down.lora is not None and region.down.lora.dropout_p):
         return False
     pending, seen = [region.down.x], {up.y for up in region.ups}
