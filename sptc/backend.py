@@ -41,6 +41,13 @@ from sptc.reports.summary import Summary, traced_code
 log = logging.getLogger(__name__)
 _summary = Summary()
 
+KEEPING_LITTLE = {
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+}
+"""Settings of `torch._functorch.config` with which AOTAutograd's partitioner keeps little."""
+
 Inner = Callable[[fx.GraphModule, list[Any], Config], Callable[..., Any]]
 
 
@@ -145,9 +152,7 @@ def _keeping_little(unit: Unit) -> AbstractContextManager[Any]:
     """
     if unit.config.objective != "memory" or returns_after_writes(unit.gm):
         return nullcontext()
-    patch: AbstractContextManager[Any] = functorch_config.patch(
-        ban_recompute_materialized_backward=False, ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False
-    )
+    patch: AbstractContextManager[Any] = functorch_config.patch(KEEPING_LITTLE)
     return patch
 
 

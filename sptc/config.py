@@ -65,6 +65,12 @@ class Config:
         "selector 'energy': backward computes hidden values again, which then take no memory: a few percent slower; None: where objective "
         "'memory' or a plan asks for it",
     )
+    ffn_chunk: int | None = _option(
+        "ffn.chunk",
+        None,
+        "where hidden values are computed again: for how many tokens at a time, so that those of all are never in memory; 0: all at once; "
+        "None: as many as products want with objective 'memory', else all",
+    )
     ffn_blocks: int = _option("ffn.blocks", 16, "selector 'router': blocks of hidden units")
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
@@ -164,6 +170,8 @@ class Config:
             )
         if not 0.0 <= self.max_rise < float("inf"):
             raise ConfigError(f"option 'max_rise' must be a number of at least 0, got {self.max_rise}")
+        if self.ffn_chunk is not None and self.ffn_chunk < 0:
+            raise ConfigError(f"option 'ffn.chunk' must be a number of tokens, or 0 for all at once, got {self.ffn_chunk}")
         for key, size in (
             ("attention.query_block", self.attention_query_block),
             ("attention.key_block", self.attention_key_block),

@@ -57,7 +57,8 @@ def test_explain_a_factory(factory, capsys):
     assert main(["explain", f"{factory}:ffn", "--option", "decline=never", "--option", "ffn.density=0.5", "--json"]) == 0
     (region,) = json.loads(capsys.readouterr().out)["regions"]
     assert (
-        region["settings"] == {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all", "recompute": False}
+        region["settings"]
+        == {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all", "recompute": False, "chunk": None}
         and region["status"] == "rewritten"
     )
 

@@ -107,9 +107,18 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Seque
     grads = [torch.empty(x.shape, dtype=call.dtype) if wanted else None for x, wanted in zip(sources, need, strict=True)]
     named = {f"grad_{name}": g for name, g in zip("qkv", grads, strict=True) if g is not None}
     prepared.run(True, out=out, lse=lse.contiguous(), grad_out=grad, **named)
-    grad_q, grad_k, grad_v = (
-        x.new_empty(0) if g is None else _cut(g, x, x.dtype) for g, x in zip(grads, (call.q, call.k, call.v), strict=True)
-    )
+    del (
+        prepared,
+        sources,
+        grad,
+        out,
+        named,
+    )  # copies in fp32 of operands in 16 bits: beside them the gradients' would make the most of a step
+    results = []
+    for x in (call.q, call.k, call.v):
+        whole = grads.pop(0)
+        results.append(x.new_empty(0) if whole is None else _cut(whole, x, x.dtype))
+    grad_q, grad_k, grad_v = results
     return grad_q, grad_k, grad_v
 
 

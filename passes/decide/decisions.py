@@ -33,6 +33,7 @@ from sptc.ir.region import (
     State,
     UnitSettings,
 )
+from sptc.passes.decide.chunk import chunk_of
 from sptc.passes.decide.constraints import guardable, lower_bound
 from sptc.passes.decide.cost import (
     FfnShape,
@@ -244,7 +245,8 @@ def left_out(settings: Settings) -> str:
     if not isinstance(settings, UnitSettings):
         return ""
     rows = {"all": "", "visible": ", padding left out", "counted": ", for the tokens that count alone"}[settings.rows]
-    return rows + ", hidden values computed again in backward" * settings.recompute
+    again = ", hidden values computed again in backward" * settings.recompute
+    return rows + again + (f", {settings.chunk} tokens at a time" if settings.chunk is not None else "")
 
 
 def _kept_tokens(unit: Unit, ffn: FfnShape, rows: Rows) -> FfnShape:
@@ -381,11 +383,13 @@ _MOST = 0.9  # of the tokens of the example batch that may count, if the others 
 
 def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
     rows, again = unit.read.get(region, "all"), _again(unit, region)
+    chunk = chunk_of(unit, region) if again else None
     if not splits(unit, region):
-        return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again)
+        return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again, chunk=chunk)
     counted = unit.config.ffn_density
     context = None if rows == "counted" else _units(region, density)
-    return UnitSettings(region.hidden, _units(region, 1.0 if counted == "auto" else counted), context, rows=rows, recompute=again)
+    units = _units(region, 1.0 if counted == "auto" else counted)
+    return UnitSettings(region.hidden, units, context, rows=rows, recompute=again, chunk=chunk)
 
 
 def _again(unit: Unit, region: FfnRegion) -> bool:

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from sptc.ir.region import FfnRegion, Projection, UnitSettings
 from sptc.passes.graph.insert import as_rows, cast, recomputed
+from sptc.passes.rewrite.chunks import Chunked, in_chunks
 from sptc.passes.rewrite.token_lists import Tokens
 from sptc.passes.rewrite.write_ffn import Ffn, Part, Tensors, insert_ffn
 
@@ -16,14 +17,27 @@ ops = torch.ops.sptc
 
 def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> Node:
     """Insert the FFN over fewer units before `region.y`; returns the node that replaces it. `tokens` are of the region's graph."""
-    return insert_ffn(region, _over_units, settings, operands=(tokens,))
+    return insert_ffn(region, _over_units, settings, _chunked(region, settings), operands=(tokens,))
 
 
-def _over_units(region: FfnRegion, settings: UnitSettings, t: Tensors, tokens: Tokens) -> Tensor:
-    """Outputs [N, d_out]; rows that nothing reads are zeros."""
+def _chunked(region: FfnRegion, settings: UnitSettings) -> tuple[Chunked, ...]:
+    """The forms in chunks of tokens, by the number of units that they keep; none where all tokens are computed at once."""
+    if settings.chunk is None:
+        return ()
+    several = dict.fromkeys(units for units in (settings.units, settings.context) if units is not None)
+    return tuple(in_chunks(region, settings.chunk, lambda chosen: Units(None, chosen), units) for units in several)
+
+
+def _over_units(region: FfnRegion, settings: UnitSettings, chunked: tuple[Chunked, ...], t: Tensors, tokens: Tokens) -> Tensor:
+    """Outputs [N, d_out]; rows that nothing reads are zeros. `chunked`: in chunks of tokens, by the number of units; none: all at once."""
 
     def of(rows: Tensor | None, sample: Tensor | None, units: int) -> Tensor:
-        return Ffn(region, t, Units(rows, _chosen(region, t, sample, units), settings.recompute)).output()
+        chosen = _chosen(region, t, sample, units)
+        part = Units(rows, chosen, settings.recompute)
+        for form in chunked:
+            if form.units == units:
+                return form(t, part, chosen)
+        return Ffn(region, t, part).output()
 
     if settings.context is None or settings.all_units:
         return placed(t[region.x], tokens.order, of(tokens.order, tokens.sample, settings.units))

@@ -37,6 +37,7 @@ class Variant:
     mode: str | None = None  # of torch.compile
     precision: Precision = "highest"  # torch.set_float32_matmul_precision, torch's own default
     density_one: bool = False
+    keeps_little: bool = False  # by the settings of AOTAutograd's partitioner that objective "memory" has, for Inductor as well
 
     @property
     def dense(self) -> bool:

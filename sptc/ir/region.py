@@ -236,6 +236,7 @@ class UnitSettings:
     gradients_only: bool = False  # the forward pass keeps all units, whatever gradients go through
     rows: Rows = "all"  # the tokens that it is computed for: nothing reads the output of others
     recompute: bool = False  # backward computes hidden values again from the input, and none is kept
+    chunk: int | None = None  # with `recompute`: so many tokens at a time, forward and backward; None: all at once
 
     @property
     def density(self) -> float:

@@ -91,8 +91,8 @@ def test_data_is_plain_and_adds_up():
     assert data["totals"]["flops_before"] == sum(r["flops_before"] for r in data["regions"]) > 0
     assert data["totals"]["flops_after"] == sum(r["flops_after"] for r in data["regions"])
     assert [r["settings"] for r in data["regions"]] == [
-        {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all", "recompute": False},
-        {"hidden": 32, "units": 16, "context": None, "gradients_only": False, "rows": "all", "recompute": False},
+        {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all", "recompute": False, "chunk": None},
+        {"hidden": 32, "units": 16, "context": None, "gradients_only": False, "rows": "all", "recompute": False, "chunk": None},
     ]
     assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide", "weigh_alone"]
 

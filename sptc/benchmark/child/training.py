@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from sptc.backend import spt
+from sptc.backend import KEEPING_LITTLE, spt
 from sptc.benchmark.job import Job
 from sptc.benchmark.model import loss_of, make, trained
 
@@ -106,6 +107,9 @@ def _compiled(model: torch.nn.Module, job: Job) -> Any:
     if variant.backend == "eager":
         return model
     options = dict(variant.options) or None
+    if variant.keeps_little:  # the partitioner runs at the first call; this process has no other variant
+        for key, value in KEEPING_LITTLE.items():
+            setattr(functorch_config, key, value)
     if variant.backend == "spt":
         return torch.compile(model, backend=spt, options=options)
     return torch.compile(model, mode=variant.mode, options=options)

@@ -63,6 +63,28 @@ def test_low_precision_is_as_close_as_dense():
     assert (got[0].double() - rounded[0]).abs().max() <= 2.0**-8 * exact.abs().max()
 
 
+def test_backward_in_16_bits_holds_no_operand_beside_the_gradients_that_it_returns():
+    """It computes on copies in fp32: of q, k, v, out and its gradient, and of the three gradients, of which one more is being rounded."""
+    q, k, v, books, padding = case(torch.bfloat16, h_kv=4, n=256, m=256, d=64)
+    out, lse, ids, *_ = attend(q, k, v, books, padding, selector="pooled")
+    counts = torch.full(ids.shape[:3], 1, dtype=torch.int32)
+    rest = ("k <= q", [], [], None, None, None, 0.0, 0.35, 8, 4, "u0", [True, True, True])
+    grad = torch.randn_like(out)
+
+    def run():
+        ops.sparse_attention_backward(grad, q, k, v, out, lse, ids, counts, *rest)
+
+    run()  # compiles
+    with torch.profiler.profile(profile_memory=True) as recorded:
+        run()
+    taken = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            taken += event.nbytes()
+            most = max(most, taken)
+    assert most < 8.2 * 4 * q.numel()
+
+
 def test_autocast_casts_q_k_v_only():
     q, k, v, books, padding = case()
     q.requires_grad_()

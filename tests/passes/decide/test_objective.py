@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 import sptc
 from sptc.backend import compile_graph
 from sptc.config import Config
+from sptc.passes.decide.decisions import left_out
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.decide.test_decisions import Attention, Ffn, decided, qkv
 from tests.passes.ffns import D, Gated, batch
@@ -37,6 +38,21 @@ def test_hidden_values_are_computed_again_where_that_saves_some() -> None:
     assert not kept.rewrite and not kept.settings.recompute
     (dense,) = decided(Ffn(), x, **{"ffn.density": 1.0}).decisions
     assert not dense.rewrite and not dense.settings.recompute
+
+
+def test_ffns_of_many_tokens_are_computed_in_chunks() -> None:
+    """Of 2^20 hidden values, unless options say otherwise."""
+
+    def chunk(tokens: int, **options: Any) -> int | None:
+        (ffn,) = decided(Ffn(), torch.randn(tokens, 64, requires_grad=True), **{"ffn.density": 1.0, **options}).decisions
+        assert (ffn.settings.chunk is None) or f", {ffn.settings.chunk} tokens at a time" in left_out(ffn.settings)
+        return ffn.settings.chunk
+
+    most = (1 << 20) // 256
+    assert [chunk(tokens, **MEMORY) for tokens in (most, most + 1)] == [None, most]
+    assert chunk(most + 1, **MEMORY, **{"ffn.chunk": 0}) is None
+    assert chunk(most + 1) is None and chunk(most + 1, **{"ffn.recompute": True}) is None
+    assert chunk(10, **{"ffn.chunk": 3}) is None and chunk(10, **{"ffn.chunk": 3, "ffn.recompute": True}) == 3
 
 
 def test_an_ffn_that_keeps_nothing_is_left_alone() -> None:

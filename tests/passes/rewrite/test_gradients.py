@@ -78,6 +78,7 @@ def test_gradients_and_loss(ffn: Callable[[], nn.Module], apart: bool, adapted: 
         "context": 8 if apart else None,
         "gradients_only": True,
         "recompute": False,
+        "chunk": None,
         "rows": "all",
     }
 

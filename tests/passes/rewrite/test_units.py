@@ -26,7 +26,7 @@ from tests.models.compiled import assert_gradients_close, gradients, without_ind
 from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
 ALL = {"decline": "never", "ffn.padding": "compute"}  # of the tokens, whatever reads them
-FORWARD_TOO = {"gradients_only": False, "rows": "all", "recompute": False}
+FORWARD_TOO = {"gradients_only": False, "rows": "all", "recompute": False, "chunk": None}
 
 
 def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
