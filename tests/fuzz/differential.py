@@ -105,13 +105,16 @@ def difference(source: str, planted: Mapping[str, str], *, dtype: str, train: bo
     Raises:
         Invalid: eager mode or AOTAutograd does not run the program either.
     """
-    model_class, real = load(source), getattr(torch, dtype)
-    torch.manual_seed(0)
-    model = model_class().to(real).train(train)
+    real = getattr(torch, dtype)
+    # Reentrant checkpoints give eager mode no gradient where their input has none; graphs have one, and other checkpoints too.
+    models = [load(text) for text in (source, source.replace("use_reentrant=True", "use_reentrant=False"))]
+    for i, model_class in enumerate(models):
+        torch.manual_seed(0)
+        models[i] = model_class().to(real).train(train)
 
     def run(compiled_by: Any, real: torch.dtype = real, scale: float = 1.0) -> dict[str, Tensor]:
         torch._dynamo.reset()
-        mine = copy.deepcopy(model).to(real)
+        mine = copy.deepcopy(models[compiled_by is None]).to(real)
         with torch.no_grad():
             for parameter in mine.parameters():
                 parameter.mul_(scale)
