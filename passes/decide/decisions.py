@@ -14,27 +14,21 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_bool, has_free_unbacked_symbols, statically_known_true
 
 from sptc.device.costs import DeviceCosts
-from sptc.ir.hint import optimization_hint
 from sptc.ir.plan import PlannedRegion
 from sptc.ir.region import (
     AttentionRegion,
     AttentionSettings,
-    CodebookState,
     Cost,
     Counted,
     Decision,
     FfnRegion,
-    FfnSettings,
     Refusal,
     Region,
-    RouterState,
     Rows,
     Settings,
-    State,
     UnitSettings,
 )
-from sptc.passes.decide.chunk import chunk_of
-from sptc.passes.decide.constraints import guardable, lower_bound
+from sptc.passes.decide.constraints import guardable
 from sptc.passes.decide.cost import (
     FfnShape,
     Work,
@@ -43,7 +37,6 @@ from sptc.passes.decide.cost import (
     ffn_over_units,
     ffn_through_units,
     kept_for_backward,
-    share,
     sparse_attention,
     sparse_ffn,
 )
@@ -52,16 +45,26 @@ from sptc.passes.decide.loss import decide_loss
 from sptc.passes.decide.operand_dtypes import misfit
 from sptc.passes.decide.planned import planned_lean, planned_regions
 from sptc.passes.decide.read_rows import read_rows
+from sptc.passes.decide.settings import (
+    attention_settings,
+    blocks_of,
+    computed_again,
+    enabled,
+    routed_settings,
+    routes,
+    splits,
+    told_apart,
+    unfit,
+    uniform_density,
+    unit_settings,
+    units_of,
+)
 from sptc.passes.decide.sizes import LENGTH, Length, attention_shape, ffn_shape, length_of
-from sptc.passes.find.counted import counted_share, find_counted, fits
-from sptc.passes.find.padding import may_average, visible_share
-from sptc.passes.graph.pattern import shape
+from sptc.passes.find.counted import counted_share, find_counted
+from sptc.passes.find.padding import visible_share
 from sptc.passes.unit import Unit
 
 _LONGEST = 1 << 24
-_ROUTED_DENSITY, _PQ_DENSITY = 1 / 2, 1 / 8  # the paper's, of "auto"
-_TRIED_KEYS = (1 / 4, 1 / 8)
-_TRIED_UNITS = {True: (1 / 2, 1 / 8), False: (3 / 4, 1 / 2)}  # of tokens that do not count in the loss, and of all
 
 
 def decide(unit: Unit) -> Unit:
@@ -75,7 +78,7 @@ def decide(unit: Unit) -> Unit:
     refusals: list[Refusal] = []
     for region in unit.regions:
         state = unit.states.get(region)
-        if isinstance(region, FfnRegion) and routes(unit, region) and region.hidden % (blocks := _blocks(unit, state)):
+        if isinstance(region, FfnRegion) and routes(unit, region) and region.hidden % (blocks := blocks_of(unit, state)):
             reason = f"{blocks} blocks do not divide {region.hidden} hidden units; choose another ffn.blocks"
             refusals.append(Refusal("ffn", "blocks", region.y, reason, region.site))
             continue
@@ -106,16 +109,6 @@ def decide(unit: Unit) -> Unit:
     )
 
 
-def routes(unit: Unit, region: FfnRegion) -> bool:
-    """Whether an FFN becomes blocks for each token, as the paper has it, and not single units for many tokens."""
-    return region in unit.states or unit.config.ffn_selector == "router"
-
-
-def enabled(unit: Unit, region: Region) -> bool:
-    """Whether the options let regions of this kind be rewritten."""
-    return unit.config.ffn_enabled if region.kind == "ffn" else unit.config.attention_enabled
-
-
 def at_density(unit: Unit, region: Region, density: float) -> tuple[Settings, Cost, Cost]:
     """How a region would become sparse at a density, and what it costs dense and sparse at the sizes of the example."""
     length = length_of(region)
@@ -129,11 +122,11 @@ def through_units(unit: Unit, region: FfnRegion) -> tuple[UnitSettings, Cost, Co
 
     None: options or the model leave nothing to save.
     """
-    apart = unit.config.ffn_gradient_context_density is not None and _told_apart(unit, region)
-    units = _units(region, unit.config.ffn_gradient_density)
+    apart = unit.config.ffn_gradient_context_density is not None and told_apart(unit, region)
+    units = units_of(region, unit.config.ffn_gradient_density)
     rows = unit.read.get(region, "all")
-    context = _units(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
-    settings = UnitSettings(region.hidden, units, context, True, rows, _again(unit, region))
+    context = units_of(region, unit.config.ffn_gradient_context_density or 1.0) if apart and rows != "counted" else None
+    settings = UnitSettings(region.hidden, units, context, True, rows, computed_again(unit, region))
     length = length_of(region)
     shape = ffn_shape(region, unit.states.get(region), length)
     if settings.all_units or not shape.needs_hidden:
@@ -148,11 +141,11 @@ def _forms(unit: Unit, region: Region, density: float, length: Length) -> tuple[
     if isinstance(region, FfnRegion):
         ffn = ffn_shape(region, state, length)
         if routes(unit, region):
-            routed = _ffn_settings(unit, region, state, density)
+            routed = routed_settings(unit, region, state, density)
             return routed, dense_ffn(ffn, unit.device), sparse_ffn(ffn, routed, unit.device)
-        kept = _unit_settings(unit, region, density)
+        kept = unit_settings(unit, region, density)
         return kept, dense_ffn(ffn, unit.device), ffn_over_units(_kept_tokens(unit, ffn, kept.rows), kept, unit.device)
-    attention, settings = attention_shape(region, length), _attention_settings(unit, region, state, density)
+    attention, settings = attention_shape(region, length), attention_settings(unit, region, state, density)
     return settings, dense_attention(attention, unit.device), sparse_attention(attention, settings, unit.device)
 
 
@@ -280,20 +273,6 @@ def _pays(unit: Unit, dense: Work, sparse: Work, length: Length) -> tuple[bool, 
     return guard_bool(above), f"; sparse from {border} on"
 
 
-def unfit(unit: Unit, region: AttentionRegion, settings: AttentionSettings) -> str:
-    """Why attention can't become sparse by these settings, whatever is gained; "" if it can."""
-    if settings.density == 1.0 and may_average(region) and unit.config.decline != "never":
-        return (
-            "at density 1 it must equal dense attention, which averages over all keys for a query whose every key is hidden by a finite "
-            "number, as its mask might hide them; a boolean mask for scaled_dot_product_attention has zeros there"
-        )
-    for size, least in ((shape(region.q)[-2], settings.query_block), (shape(region.k)[-2], settings.key_block / settings.density)):
-        # Torch guards on sizes of 1, as of a single tile, which would break the promise of mark_dynamic.
-        if isinstance(size, torch.SymInt) and not guardable(size, unit.gm, unit.example_inputs) and lower_bound(size) <= least:
-            return f"mark_dynamic was given lengths from {lower_bound(size)} on; one compile for all of them needs more than {least:.0f}"
-    return ""
-
-
 def crossover(difference: Callable[[int], float], hint: int) -> int | None:
     """The least length, towards the hint's other side, from which `difference` is negative; None if the decision is the same everywhere.
 
@@ -313,103 +292,3 @@ def crossover(difference: Callable[[int], float], hint: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if difference(middle) < 0 else (middle, high)
     return high
-
-
-def _blocks(unit: Unit, state: State | None) -> int:
-    return int(shape(state.weight)[0]) if isinstance(state, RouterState) else unit.config.ffn_blocks
-
-
-def _ffn_settings(unit: Unit, region: FfnRegion, state: State | None, density: float) -> FfnSettings:
-    blocks, kept = _blocks(unit, state), share(density)
-    active = -(-kept.numerator * blocks // kept.denominator)
-    keep = unit.config.ffn_keep == "loss" and 1 < active < blocks and isinstance(unit.counted, Counted) and fits(unit.counted.lead, region)
-    return FfnSettings(blocks, active, keep)
-
-
-def uniform_density(unit: Unit, region: Region) -> float:
-    """The density that the options give to a region: of the tokens that do not count, where these keep other units than the rest."""
-    if isinstance(region, AttentionRegion):
-        given = unit.config.attention_density
-        if given == "auto":
-            return _PQ_DENSITY if _by_codes(unit, region) else min(_TRIED_KEYS)
-        return given
-    if routes(unit, region):
-        return _ROUTED_DENSITY if unit.config.ffn_density == "auto" else unit.config.ffn_density
-    of_units = unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density
-    assert of_units is not None
-    return min(tried(unit, region)) if of_units == "auto" else of_units
-
-
-def tried(unit: Unit, region: Region) -> tuple[float, ...]:
-    """The densities that are measured: of keys, or of hidden units."""
-    if not isinstance(region, AttentionRegion):
-        return _TRIED_UNITS[splits(unit, region)]
-    state = unit.states.get(region)
-    fit = tuple(d for d in _TRIED_KEYS if not unfit(unit, region, _attention_settings(unit, region, state, d)))
-    return fit or _TRIED_KEYS[-1:]
-
-
-def _by_codes(unit: Unit, region: AttentionRegion) -> bool:
-    """Whether keys are chosen by codebooks, as the paper has it, or are to be once there are some."""
-    return region in unit.states or unit.config.attention_selector == "pq"
-
-
-def measured(unit: Unit, region: Region) -> bool:
-    """Whether the density of a region is to be measured on the example batch, not given."""
-    if unit.plan is not None:
-        return False
-    if isinstance(region, AttentionRegion):
-        return unit.config.attention_density == "auto" and not _by_codes(unit, region)
-    if routes(unit, region):
-        return False
-    if splits(unit, region) and unit.read.get(region) == "counted":
-        return False  # there is no context
-    return (unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density) == "auto"
-
-
-def splits(unit: Unit, region: Region) -> bool:
-    """Whether tokens that count in the loss keep other units than those that do not: not where next to all of them count."""
-    return isinstance(region, FfnRegion) and unit.config.ffn_context_density is not None and _told_apart(unit, region)
-
-
-def _told_apart(unit: Unit, region: FfnRegion) -> bool:
-    if not isinstance(unit.counted, Counted) or not fits(unit.counted.lead, region):
-        return False
-    return unit.counted_share is None or unit.counted_share <= _MOST
-
-
-_MOST = 0.9  # of the tokens of the example batch that may count, if the others are to be told apart
-
-
-def _unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
-    rows, again = unit.read.get(region, "all"), _again(unit, region)
-    chunk = chunk_of(unit, region) if again else None
-    if not splits(unit, region):
-        return UnitSettings(region.hidden, _units(region, density), rows=rows, recompute=again, chunk=chunk)
-    counted = unit.config.ffn_density
-    context = None if rows == "counted" else _units(region, density)
-    units = _units(region, 1.0 if counted == "auto" else counted)
-    return UnitSettings(region.hidden, units, context, rows=rows, recompute=again, chunk=chunk)
-
-
-def _again(unit: Unit, region: FfnRegion) -> bool:
-    """Whether backward computes its hidden values again."""
-    return unit.config.recomputes or region in unit.lean
-
-
-def _units(region: FfnRegion, density: float) -> int:
-    kept = share(density)
-    return -(-kept.numerator * region.hidden // kept.denominator)
-
-
-def _attention_settings(unit: Unit, region: AttentionRegion, state: State | None, density: float) -> AttentionSettings:
-    """Codebooks select by pq; without them only pooled queries are possible."""
-    config = unit.config
-    n, m = optimization_hint(shape(region.q)[-2]), optimization_hint(shape(region.k)[-2])
-    query_block, key_block = unit.device.default_blocks(n, m, density, region.mask.causal)
-    return AttentionSettings(
-        density,
-        config.attention_query_block or query_block,
-        config.attention_key_block or key_block,
-        "pq" if isinstance(state, CodebookState) else "pooled",
-    )

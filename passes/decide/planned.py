@@ -1,15 +1,29 @@
-"""A plan's densities for the regions of a graph, and why a plan does not fit."""
+"""Names of regions that hold in every process, a plan's densities for the regions of a graph, and why a plan does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 
 from sptc.config import ConfigError
 from sptc.ir.plan import PlannedRegion
 from sptc.ir.region import FfnRegion, Region, RouterState
-from sptc.passes.decide.key import region_keys
 from sptc.passes.graph.pattern import shape
 from sptc.passes.unit import Unit
+
+
+def region_keys(regions: Sequence[Region]) -> dict[Region, str]:
+    """The key of each region of one graph: module path, kind, and which of its kind it is in that module, such as "layers.0.mlp:ffn0".
+
+    `regions` are in the order in which the graph computes them.
+    """
+    seen: Counter[tuple[str, str]] = Counter()
+    keys = {}
+    for region in regions:
+        place = (region.site.module, region.kind)
+        keys[region] = f"{region.site.module}:{region.kind}{seen[place]}"
+        seen[place] += 1
+    return keys
 
 
 def region_facts(unit: Unit, region: Region) -> dict[str, int]:

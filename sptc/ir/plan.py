@@ -34,7 +34,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class PlannedRegion:
-    """One region by its key (passes/decide/key.py), its choices from dense (density 1) down, and the density that was chosen."""
+    """One region by its key (passes/decide/planned.py), its choices from dense (density 1) down, and the density that was chosen."""
 
     key: str
     graphs: tuple[int, ...]  # which of the captured graphs hold it

@@ -16,7 +16,7 @@ from sptc.ir.region import AttentionRegion, Decision, FfnRegion, FfnSettings, Lo
 from sptc.paper.fit import fit_codebooks, fit_router, fit_stand_in
 from sptc.paper.state import Codebook, Router
 from sptc.passes.bind import holder
-from sptc.passes.decide.decisions import routes
+from sptc.passes.decide.settings import routes
 from sptc.passes.graph.frame import Frame, frames, input_index, outermost, parameter
 from sptc.passes.graph.pattern import CHECKPOINT, shape
 from sptc.passes.unit import Unit

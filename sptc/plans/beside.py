@@ -13,7 +13,7 @@ from torch.amp.autocast_mode import _exit_autocast
 from torch.fx import Node
 
 from sptc.ir.region import AttentionRegion, Region, Settings
-from sptc.passes.decide.key import region_keys
+from sptc.passes.decide.planned import region_keys
 from sptc.passes.graph.effects import written_by
 from sptc.passes.graph.frame import Frame, frames
 from sptc.passes.graph.pattern import CHECKPOINT

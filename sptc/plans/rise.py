@@ -29,8 +29,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
 from sptc.passes.decide.cost import kept_for_backward
-from sptc.passes.decide.decisions import at_density, figures, left_out, measured, pays, splits, through_units, tried
-from sptc.passes.decide.key import region_keys
+from sptc.passes.decide.decisions import at_density, figures, left_out, pays, through_units
+from sptc.passes.decide.planned import region_keys
+from sptc.passes.decide.settings import measured, splits, tried
 from sptc.passes.graph.effects import alias_sets, reads, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
 from sptc.passes.unit import Unit

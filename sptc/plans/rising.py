@@ -14,10 +14,10 @@ from sptc.config import Config
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import Cost, LossRegion, Region
 from sptc.passes import ANALYSIS
-from sptc.passes.decide.decisions import at_density, pays, splits
-from sptc.passes.decide.key import region_keys
-from sptc.passes.decide.planned import region_facts
+from sptc.passes.decide.decisions import at_density, pays
+from sptc.passes.decide.planned import region_facts, region_keys
 from sptc.passes.decide.remainder import remainder_seconds
+from sptc.passes.decide.settings import splits
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plans.rise import Rises, weigh_and_tell

@@ -23,10 +23,10 @@ from sptc.ir.errors import SptcError
 from sptc.ir.plan import DENSITIES
 from sptc.ir.region import Cost, LossRegion, Region, Settings, UnitSettings
 from sptc.passes import ANALYSIS
-from sptc.passes.decide.decisions import at_density, enabled, lean_form, pays, splits
-from sptc.passes.decide.key import region_keys
-from sptc.passes.decide.planned import region_facts
+from sptc.passes.decide.decisions import at_density, lean_form, pays
+from sptc.passes.decide.planned import region_facts, region_keys
 from sptc.passes.decide.remainder import remainder_seconds
+from sptc.passes.decide.settings import enabled, splits
 from sptc.passes.graph.pattern import requires_grad, shape, value
 from sptc.passes.runner import run
 from sptc.passes.unit import Unit
