@@ -5,8 +5,8 @@ The text is JSON, read and never evaluated as code: a list of calls and a list o
     {"calls": [["t.default", [["value", 1]], {}], ["mm.default", [["value", 0], ["value", 2]], {}]], "results": [3]}
 
 Values are numbered: the inputs first, then what each call returns. An argument is a value as ["value", number], a list of arguments as
-["list", ...], a dtype, layout or device as ["dtype", "float32"], ["layout", "strided"], ["device", "cpu"], or a number, bool, string or
-None as it is. Operators are those of `torch.ops.aten`.
+["list", ...], a dtype, layout, memory format or device as ["dtype", "float32"], ["layout", "strided"], ["memory_format",
+"contiguous_format"], ["device", "cpu"], or a number, bool, string or None as it is. Operators are those of `torch.ops.aten`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _written(argument: Any) -> Any:
         return ["value", argument.number]
     if isinstance(argument, list | tuple):
         return ["list", *map(_written, argument)]
-    if isinstance(argument, torch.dtype | torch.layout | torch.device):
+    if isinstance(argument, torch.dtype | torch.layout | torch.memory_format | torch.device):
         return [type(argument).__name__, str(argument).removeprefix("torch.")]
     if argument is None or isinstance(argument, bool | int | float | str):
         return argument

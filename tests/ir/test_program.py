@@ -28,6 +28,18 @@ def test_text_holds_all_of_it() -> None:
     assert parse('{"calls":[["mm.default",[["value",0],["value",1]],{}]],"results":[2]}').calls[0].operator is torch.ops.aten.mm.default
 
 
+def test_text_holds_every_argument_of_an_operator() -> None:
+    given = {
+        "dtype": torch.float64,
+        "layout": torch.strided,
+        "memory_format": torch.contiguous_format,
+        "number": float("inf"),
+        "none": None,
+    }
+    (call,) = parse(str(Program((Call("clone.default", (Value(0), [-0.0, 1e-300], True, "tanh"), given),), (1,)))).calls
+    assert call == Call("clone.default", (Value(0), [-0.0, 1e-300], True, "tanh"), given)
+
+
 def test_what_is_no_argument_of_an_operator_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"can't hold .*Generator"):
         str(Program((Call("bernoulli.default", (Value(0),), {"generator": torch.Generator()}),), (1,)))

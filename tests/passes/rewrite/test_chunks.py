@@ -83,6 +83,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "quick-gelu": lambda u: u * torch.sigmoid(1.702 * u),
     "squared-relu": lambda u: F.relu(u).square(),
     "in-place": lambda u: F.relu(u, inplace=True),
+    "power-zero": lambda u: F.silu(u) + u**0,
     "clamped": lambda u: u.clamp(-0.5, 0.7) + u.exp().rsqrt(),
     "others": lambda u: torch.maximum(u.abs().sqrt(), 0.1 * u) / (2.0 + u.abs()) - (1 + u.square()).reciprocal(),
 }
@@ -142,6 +143,37 @@ def test_one_compile_serves_all_lengths() -> None:
         x, labels = batch(length)
         assert_gradients_close(gradients(model, compiled(x, labels)), gradients(reference, reference(x.double(), labels)))
     assert sptc.report(compiled).graphs == 1 and chunk_of(compiled) == 13
+
+
+class Adapted(nn.Module):
+    """Adapters that share A or B, their scalings numbers that the caller gives."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(D, D) for _ in range(3))
+        self.a, self.b = (nn.ModuleList(nn.Linear(*sizes, bias=False) for _ in range(3)) for sizes in ((D, 2), (2, D)))
+        self.shared = shared
+
+    def forward(self, x: Tensor, scalings: tuple[float, float, float]) -> Tensor:
+        low = self.a[0](x)
+        lows = low, low if self.shared == "a" else self.a[1](x)
+        gate = self.gate(x) + self.b[0](lows[0]) * scalings[0]
+        hidden = F.silu(gate) * (self.up(x) + self.b[1](lows[1]) * scalings[1])
+        return self.down(hidden) + self.b[1 if self.shared == "b" else 2](self.a[2](hidden)) * scalings[2]
+
+
+@pytest.mark.parametrize("shared", ["none", "a", "b"])
+def test_adapters_may_share_what_numbers_of_the_graph_scale(shared: str) -> None:
+    """No program holds such a number, and an operand is multiplied with one at most: else all tokens are computed at once."""
+    torch.manual_seed(0)
+    model = Adapted(shared)
+    reference = copy.deepcopy(model).double()
+    x, _ = batch(41)
+    compiled = torch.compile(model, backend=without_inductor(**CHUNKS), dynamic=True)
+    for scalings in ((0.3, 1.7, 0.6), (2.5, 0.4, 1.1)):
+        got = gradients(model, compiled(x, scalings).square().mean())
+        assert_gradients_close(got, gradients(reference, reference(x.double(), scalings).square().mean()))
+    assert chunk_of(compiled) == (13 if shared == "none" else None)
 
 
 def shapes_in(model: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> set[tuple[int, ...]]:
