@@ -71,7 +71,7 @@ def weigh_and_tell(unit: Unit) -> tuple[Unit, Rises]:
     """`weigh_alone` of a unit of which no density is remembered, and what was measured."""
     told: list[Rises] = []
 
-    def measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str]:
+    def measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None, str]:
         chosen, text, rises = _measure(unit, regions)
         told.append(rises)
         return chosen, text
@@ -80,7 +80,7 @@ def weigh_and_tell(unit: Unit) -> tuple[Unit, Rises]:
     return weighed, told[0] if told else Rises(None, {}, {})
 
 
-def _weighed(unit: Unit, remembered: Any, measure: Callable[[Unit, Sequence[Region]], tuple[list[float], str]]) -> Unit:
+def _weighed(unit: Unit, remembered: Any, measure: Callable[[Unit, Sequence[Region]], tuple[list[float] | None, str]]) -> Unit:
     waiting = [r for d in unit.decisions if d.rewrite and not isinstance(r := d.region, LossRegion) and measured(unit, r)]
     unpredicting = [region for region in waiting if not _predicts(unit, region)]
     if unpredicting:  # a head beside the predictions: however it is thinned, they stay as they are
@@ -99,6 +99,8 @@ def _weighed(unit: Unit, remembered: Any, measure: Callable[[Unit, Sequence[Regi
     if reason is not None:
         return _with(unit, dict.fromkeys(waiting, 1.0), _unmeasured(reason))
     chosen, text = measure(unit, waiting)
+    if chosen is None:  # of this batch; another may tell
+        return _with(unit, dict.fromkeys(waiting, 1.0), _unmeasured(text))
     for weight, case, density in zip(weights, cases, chosen, strict=True):
         remembered[weight] = {**remembered.get(weight, {}), case: density}
     return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
@@ -165,8 +167,8 @@ def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str, Rises]:
-    """Densities in the order of `regions`, and what was measured, for the report and for a plan."""
+def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None, str, Rises]:
+    """Densities in the order of `regions`, and what was measured, for the report and for a plan; None and why the batch tells nothing."""
     keys = region_keys(unit.regions)
     candidates: dict[Region, tuple[Settings, ...]] = {
         r: tuple(at_density(unit, r, density)[0] for density in tried(unit, r)) for r in regions
@@ -179,6 +181,8 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str, R
     beside = insert_beside(unit, candidates)
     try:
         runs = Runs(unit, beside)
+        if not math.isfinite(runs.dense.loss):
+            return None, f"the dense loss of the batch is {runs.dense.loss:g}{_uncounted(runs)}; ", Rises(None, {}, {})
         allowed = unit.config.max_rise * runs.dense.loss
         rises = runs.rises(settings, allowed)
     finally:
@@ -203,6 +207,10 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float], str, R
     return [chosen[region] for region in regions], text, Rises(runs.dense.loss, shares, chosen)
 
 
+def _uncounted(runs: Runs) -> str:
+    return "" if len(runs.dense.logs) else ", since no label of it counts"
+
+
 def _tried(unit: Unit, group: Sequence[Region]) -> list[float]:
     """The densities that are possible for all of a group."""
     return [density for density in tried(unit, group[0]) if all(density in tried(unit, region) for region in group)]
@@ -224,13 +232,13 @@ def _grouped(unit: Unit, regions: Sequence[Region]) -> list[list[Region]]:
     return groups
 
 
-def _agreed(chosen: list[float], text: str) -> tuple[list[float], str]:
+def _agreed(chosen: list[float] | None, text: str) -> tuple[list[float] | None, str]:
     """What rank 0 chose, where there are several."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return chosen, text
-    shared = [chosen, text]
+    shared: list[Any] = [chosen, text]
     dist.broadcast_object_list(shared)
-    return shared[0], shared[1]  # type: ignore[return-value]
+    return shared[0], shared[1]
 
 
 def _with(unit: Unit, densities: Mapping[Region, float], reason: str) -> Unit:

@@ -97,13 +97,19 @@ def _choice(unit: Unit, region: Region, density: float, rise: float) -> Choice:
 
 
 def _once_more(before: PlannedRegion | None, region: PlannedRegion) -> PlannedRegion:
-    """A region that one call more of a graph runs, or another graph: its seconds and bytes add up."""
+    """A region that one call more of a graph runs, or another graph: its seconds and bytes add up.
+
+    It keeps as much as the graph that needs most of it: all where one could not be measured, or was of other tokens.
+    """
     if before is None:
         return region
-    known = {choice.density: choice for choice in before.choices}
+    known = {choice.density: choice for choice in before.choices if choice.density == 1.0 or before.apart == region.apart}
     choices = tuple(
-        replace(c, seconds=c.seconds + known[c.density].seconds, kept=c.kept + known[c.density].kept)
+        replace(
+            c, seconds=c.seconds + known[c.density].seconds, kept=c.kept + known[c.density].kept, error=max(c.error, known[c.density].error)
+        )
         for c in region.choices
         if c.density in known
     )
-    return replace(region, graphs=tuple(sorted({*before.graphs, *region.graphs})), choices=choices)
+    density = min(c.density for c in choices if c.density >= max(before.density, region.density))
+    return replace(region, graphs=tuple(sorted({*before.graphs, *region.graphs})), density=density, choices=choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -113,5 +114,11 @@ def _predictions(logits: Tensor, target: Tensor, ignored: int) -> _Predictions:
 
 
 def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
-    """KL(dense || sparse), the mean over rows."""
-    return max(0.0, float((dense.logs.exp() * (dense.logs - sparse.logs)).sum(-1).mean()))
+    """KL(dense || sparse), the mean over rows; infinite where the sparse model predicts nothing.
+
+    A class that the dense model rules out (a logit of -inf) has no part in it.
+    """
+    chances = dense.logs.exp()
+    terms = torch.where(chances == 0, 0.0, chances * (dense.logs - sparse.logs))
+    rise = float(terms.sum(-1).mean())
+    return math.inf if math.isnan(rise) else max(0.0, rise)

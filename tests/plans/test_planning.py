@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sptc
 from sptc.ir.plan import Choice, Plan, PlannedRegion, combined
+from sptc.plans import rising
 from sptc.plans.budget import PlanError, expected_squares, replan
 from sptc.plans.sensitivity import SensitivityError
 from tests.models import zoo
@@ -21,6 +23,7 @@ from tests.models.compiled import without_inductor
 from tests.models.gpt import Gpt
 from tests.models.zoo import CASES
 from tests.planning_device import DEVICE
+from tests.plans import measured
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +121,47 @@ def test_densities_of_the_context_are_for_no_other_tokens(tmp_path):
 
     assert of_it(few).density == apart.density
     assert of_it(inputs).status == "declined" and "not told apart here" in of_it(inputs).reason
+
+
+class Broken(measured.Model):
+    """One FFN in two graphs, of which the second has the loss, or the whole model twice, with other labels."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        if self.twice:
+            first = super().forward(ids, labels)
+            torch._dynamo.graph_break()
+            return first + super().forward(ids[:, 2:], labels[:, 2:])
+        x = self.tokens(ids)
+        x = self.mixer(x + self.ffns[1](x))
+        torch._dynamo.graph_break()
+        return F.cross_entropy(self.head(x + self.ffns[1](x)).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_region_of_two_graphs_keeps_what_either_of_them_needs(twice, tmp_path):
+    """All, where one can't be measured, or tells tokens apart and the other does not."""
+    options = {"decline": "never", "attention.enabled": False}
+    ids, labels = measured.batch()
+    if twice:
+        labels[:, :2] = -100  # of twelve: apart in the first graph, and in the second all count
+    plan = sptc.plan(Broken(twice), (ids, labels), max_rise=0.5, options=options)
+    assert plan.loss is not None and set(densities(plan).values()) == {1.0} and all(r.graphs == (0, 1) for r in plan.regions)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan and str(plan)
+
+
+def test_a_region_of_two_graphs_keeps_the_greater_density():
+    def region(*densities: float, chosen: float) -> PlannedRegion:
+        return PlannedRegion("ffn0", (0,), {}, chosen, tuple(Choice(d, 1.0, 1.0 - d, 2.0) for d in (1.0, *densities)))
+
+    dense, sparse = region(0.75, chosen=0.75), region(0.75, 0.5, chosen=0.5)
+    for before, after in itertools.permutations((dense, sparse)):
+        both = rising._once_more(before, after)
+        assert both.density == 0.75 and both.chosen == Choice(0.75, 2.0, 0.25, 4.0)
 
 
 class WithoutLoss(nn.Module):

@@ -107,6 +107,50 @@ class _Only(nn.Module):
         return m.head(x + m.mixer(x))
 
 
+class OneClassMore(Model):
+    """As vocabularies that are padded: no token may be of it."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return F.pad(super().logits(ids), (0, 1), value=-torch.inf)
+
+
+def test_a_class_that_is_ruled_out_hides_no_rise() -> None:
+    """0 times what is not finite is no number, and no number is no rise of 0."""
+    kept = []
+    for model in (Model(), OneClassMore()):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=without_inductor(**OPTIONS))
+        compiled(*batch())
+        kept.append(densities(compiled))
+    assert kept[0] == kept[1] == [1.0, 0.5]
+
+
+def test_predictions_that_are_no_numbers_are_beyond_any_limit() -> None:
+    logs = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]]).log()
+    dense, shifted, broken = (runs._Predictions(x, 1.0) for x in (logs, logs.roll(1, 0), torch.where(logs.isinf(), torch.nan, logs)))
+    broken.logs[1] = torch.nan
+    assert runs._divergence(dense, dense) == 0.0 and 0.0 < runs._divergence(dense, shifted) < 1.0
+    assert runs._divergence(dense, broken) == runs._divergence(shifted, broken) == torch.inf
+
+
+class Overflows(Model):
+    def logits(self, ids: Tensor) -> Tensor:
+        return super().logits(ids) * torch.inf
+
+
+@pytest.mark.parametrize(
+    "model, counted, says", [(Model, 0.0, "nan, since no label of it counts"), (Overflows, 1.0, "loss of the batch is nan")]
+)
+def test_a_batch_without_a_finite_loss_tells_nothing_and_the_next_one_may(
+    model: type[Model], counted: float, says: str, measurements: list[int]
+) -> None:
+    compiled = torch.compile(model(), backend=without_inductor(**OPTIONS, **{"ffn.context_density": None}))
+    assert compiled(*batch(counted=counted)).isnan()
+    assert densities(compiled) == [1.0, 1.0] and all(says in r.reason for r in sptc.report(compiled).regions if r.kind == "ffn")
+    compiled(*batch(17))
+    assert len(measurements) == 2 and (min(densities(compiled)) < 1.0) == (model is Model)
+
+
 class NoLoss(Model):
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         return self.logits(ids)
