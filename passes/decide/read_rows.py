@@ -236,6 +236,8 @@ class _Reader:
             return [outer for inner, outer in operands(around).items() if inner is node]
         if node.target is operator.getitem and source in self._by_call:
             return [self._returned(self._by_call[source])[int(node.args[1])]]  # type: ignore[index, call-overload]
+        if node.target is operator.getitem and isinstance(source, Node):
+            return source.all_input_nodes  # of a split
         return node.all_input_nodes[:1] if base_name(node) in _OF_PAIRS else node.all_input_nodes
 
     def _returned(self, frame: Frame) -> list[Any]:
