@@ -79,8 +79,13 @@ def normal(expr: sympy.Expr) -> sympy.Expr:
     Raises:
         ExpressionError: it holds something outside the grammar, such as an infinity.
     """
-    while (rebuilt := _rebuild(expr)) != expr:
-        expr = rebuilt
+    seen = set()
+    while expr not in seen:  # sympy multiplies a number into a sum of two factors, not of three: what is read from the text is taken
+        seen.add(expr)
+        while (rebuilt := _rebuild(expr)) != expr:
+            expr = rebuilt
+        text = _Text().doprint(expr)
+        expr = _read(ast.parse(text, mode="eval").body, text)
     return expr
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sptc.ir.expression import FUNCTIONS, U0, ExpressionError, canonical, derivative, evaluate, lift, parse
@@ -27,6 +27,7 @@ def texts() -> st.SearchStrategy[str]:
 
 
 @settings(max_examples=200, deadline=None)
+@example("((u0 + (u0 * u0)) / (u0 + u0))")  # a number times a sum, with a third factor
 @given(texts())
 def test_canonical_text_is_a_fixed_point(text):
     try:
