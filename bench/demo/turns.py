@@ -22,7 +22,7 @@ from sptc.benchmark.child.process import Worker, WorkerFailed
 from sptc.benchmark.machine import facts
 
 TURN = 5  # steps
-BF16_STEPS = 20  # of runs that tell the time of a step, and are not evaluated
+BF16_STEPS = 15  # of runs that tell the time of a step, and are not evaluated
 
 
 @dataclass(frozen=True)
