@@ -9,19 +9,16 @@ from typing import Any
 
 from torch import fx
 
-from sptc.backend import captured_unit
 from sptc.config import Config
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import Cost, LossRegion, Region
-from sptc.passes import ANALYSIS
 from sptc.passes.decide.decisions import at_density, pays
 from sptc.passes.decide.planned import region_facts, region_keys
 from sptc.passes.decide.remainder import remainder_seconds
 from sptc.passes.decide.settings import splits
-from sptc.passes.runner import run
 from sptc.passes.unit import Unit
 from sptc.plans.rise import Rises, weigh_and_tell
-from sptc.plans.sensitivity import SensitivityError
+from sptc.plans.sensitivity import SensitivityError, analysed, kept_by_losses
 
 
 class Rising:
@@ -42,9 +39,7 @@ class Rising:
         self._whys: set[str] = set()
 
     def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        unit = run(captured_unit(gm, inputs, self._config), ANALYSIS)
-        if unit.closed is not None:
-            raise SensitivityError(f"{unit.closed.reason}; the time of its graph can't be predicted, so no plan can be made")
+        unit = analysed(gm, inputs, self._config)
         weighed, rises = weigh_and_tell(unit)
         if rises.loss is not None:
             self._loss = rises.loss
@@ -52,7 +47,7 @@ class Rising:
         regions = dict(_planned(weighed, rises, graph))
         self._whys.update(d.reason for d in weighed.decisions if "can't be measured" in d.reason)
         other = remainder_seconds(unit)
-        losses = math.fsum((d.sparse if d.rewrite else d.dense).kept for d in unit.decisions if isinstance(d.region, LossRegion))
+        losses = kept_by_losses(unit)
 
         def call(*args: Any) -> Any:
             self._other_seconds += other

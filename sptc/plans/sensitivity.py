@@ -76,13 +76,11 @@ class Sensitivity:
         self._before_loss: list[Tensor] = []  # of the run at hand
 
     def on_graph(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        unit = run(captured_unit(gm, inputs, self._config), ANALYSIS)
-        if unit.closed is not None:
-            raise SensitivityError(f"{unit.closed.reason}; the time of its graph can't be predicted, so no plan can be made")
+        unit = analysed(gm, inputs, self._config)
         beside, ends = insert_beside(unit, {r: tuple(_candidates(unit, r)) for r in unit.regions}), _before_scalars(unit)
         costs = _costs(unit, self._graphs, self.regions)
         other, self._graphs = remainder_seconds(unit), self._graphs + 1
-        losses = math.fsum((d.sparse if d.rewrite else d.dense).kept for d in unit.decisions if isinstance(d.region, LossRegion))
+        losses = kept_by_losses(unit)
 
         def call(*args: Any) -> Any:
             if self._dense is None:
@@ -120,6 +118,23 @@ class Sensitivity:
         self._progress(tried, len(self._variants))
         self._densities = dict(self._variants[tried : tried + 1])
         return bool(self._densities)
+
+
+def analysed(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Unit:
+    """A captured graph with its regions found and decided.
+
+    Raises:
+        SensitivityError: no pass can look into it.
+    """
+    unit = run(captured_unit(gm, inputs, config), ANALYSIS)
+    if unit.closed is not None:
+        raise SensitivityError(f"{unit.closed.reason}; the time of its graph can't be predicted, so no plan can be made")
+    return unit
+
+
+def kept_by_losses(unit: Unit) -> float:
+    """Bytes that losses keep for backward, predicted, in the form that was decided."""
+    return math.fsum((d.sparse if d.rewrite else d.dense).kept for d in unit.decisions if isinstance(d.region, LossRegion))
 
 
 def _faster(seconds: Mapping[Form, float]) -> Iterator[float]:
