@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from sptc.ir import expression
 from sptc.ir.region import LossRegion, LossSettings
 from sptc.passes.find.loss import needed
 from sptc.passes.graph.insert import as_rows, cast, insert
@@ -17,18 +19,54 @@ from sptc.passes.graph.pattern import dtype
 from sptc.passes.graph.rows import brought_back, sized
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What logits are computed from, and their labels."""
+
+    x: Tensor  # [N, d]
+    weight: Tensor  # [classes, d]
+    bias: Tensor | None  # [classes]
+    low: Tensor | None  # [N, r], an adapter's low-rank input, scaled
+    up: Tensor | None  # [classes, r], its B
+    labels: Tensor  # int64 [N], the region's `ignored` where a row has no logits
+    transform: str  # of logits, as the region's
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Of some rows alone, int64 [n]: [n, classes], in fp32, or fp64 for fp64."""
+        part = self.x[rows] @ self.weight.t()
+        if self.bias is not None:
+            part += self.bias
+        part = part if part.dtype == torch.float64 else part.float()
+        if self.low is not None and self.up is not None:
+            part += self.low[rows].to(part.dtype) @ self.up.t().to(part.dtype)
+        return expression.evaluate(expression.parse(self.transform), part)
+
+
 def rewrite_loss(region: LossRegion, settings: LossSettings) -> Node:
     """Insert the operator before `region.y`; returns the node that replaces it."""
-    projection = region.projection
-    lora = projection.lora
-    named = (projection.x, projection.weight, region.bias, region.labels, *(() if lora is None else (lora.low, lora.b, lora.scaling)))
-    read = {node: node for node in (*named, *sized(region.undo)) if isinstance(node, Node)}
-    result: Node = insert(region.y, partial(_loss, region, settings), read)
+    result: Node = insert(region.y, partial(_loss, region, settings), {node: node for node in operands_of(region)})
     return result
 
 
+def operands_of(region: LossRegion) -> list[Node]:
+    """The nodes whose values `operands` reads."""
+    projection, lora = region.projection, region.projection.lora
+    named = (projection.x, projection.weight, region.bias, region.labels, *(() if lora is None else (lora.low, lora.b, lora.scaling)))
+    return [node for node in (*named, *sized(region.undo)) if isinstance(node, Node)]
+
+
 def _loss(region: LossRegion, settings: LossSettings, t: Mapping[Node, Any]) -> Tensor:
-    """The loss, a number, from the tensors of the region's operands."""
+    """The loss, a number, from the values of the region's operands."""
+    o = operands(region, t)
+    loss: Tensor = torch.ops.sptc.linear_cross_entropy(
+        *(o.x, o.weight, o.bias, o.low, o.up, o.labels),
+        *(region.ignored, region.mean, region.smoothing, region.transform, settings.rows, list(needed(region))),
+    )[0]
+    return cast(loss, dtype(region.y))
+
+
+def operands(region: LossRegion, t: Mapping[Node, Any]) -> Operands:
+    """The region's operands, row by row and in the dtype of its products, from the values of `operands_of`."""
     projection, to, lora = region.projection, region.product, region.projection.lora
 
     def of_classes(operand: Tensor) -> Tensor:
@@ -47,11 +85,8 @@ def _loss(region: LossRegion, settings: LossSettings, t: Mapping[Node, Any]) -> 
         low = as_rows(low)
         up = cast(up, low.dtype)
     labels = cast(brought_back(t[region.labels], region.undo, region.ignored, t), torch.int64)
-    loss: Tensor = torch.ops.sptc.linear_cross_entropy(
-        *(cast(as_rows(t[projection.x]), to), cast(of_classes(weight.t() if projection.transposed else weight), to), bias, low, up, labels),
-        *(region.ignored, region.mean, region.smoothing, region.transform, settings.rows, list(needed(region))),
-    )[0]
-    return cast(loss, dtype(region.y))
+    rows, weight = as_rows(t[projection.x]), of_classes(weight.t() if projection.transposed else weight)
+    return Operands(cast(rows, to), cast(weight, to), bias, low, up, labels, region.transform)
 
 
 def drop_returned(graph: fx.Graph, logits: tuple[Node, ...]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.amp.autocast_mode import _exit_autocast
 from torch.fx import Node
 
@@ -91,12 +91,22 @@ def _without_dropout(region: Region) -> Region:
 
 
 class Mixed(fx.Interpreter):
-    """Runs a normalized graph without dropout, checkpoint bodies included, with the sparse forms of the regions in `densities`."""
+    """Runs a normalized graph without dropout, checkpoint bodies included, with the sparse forms of the regions in `densities`.
 
-    def __init__(self, gm: fx.GraphModule, beside: Beside, densities: Mapping[str, float], ends: frozenset[Node] = frozenset()) -> None:
+    `until` and `resume` run no further than to the last of `ends`.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        beside: Beside,
+        densities: Mapping[str, float],
+        ends: frozenset[Node] = frozenset(),
+        skipped: Container[Node] = (),  # what neither `ends` nor a region depends on
+    ) -> None:
         super().__init__(gm)
-        self.seen: dict[Node, Tensor] = {}  # the values of `ends`
-        self._ends = ends
+        self.seen: dict[Node, Any] = {}  # the values of `ends`
+        self._ends, self._skipped = ends, skipped
         self._beside = beside
         self._densities = densities
         self._open: list[torch.autocast] = []  # that another run entered, and
@@ -110,6 +120,8 @@ class Mixed(fx.Interpreter):
                 if node in cuts:
                     yield node
                 self._step(node)
+                if len(self.seen) == len(self._ends):
+                    return
         finally:
             self._leave()
 
@@ -124,6 +136,8 @@ class Mixed(fx.Interpreter):
         try:
             for node in itertools.dropwhile(lambda node: node is not start, self.graph.nodes):
                 self._step(node)
+                if len(self.seen) == len(self._ends):
+                    break
         finally:
             self._leave()
             for mode in reversed(self._left):  # the other run is still inside
@@ -148,6 +162,8 @@ class Mixed(fx.Interpreter):
             del self.env[unused]
 
     def run_node(self, n: Node) -> Any:
+        if n in self._skipped:
+            return None
         if n in self._beside.owner:
             key, density = self._beside.owner[n]
             if self._densities.get(key) != density:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch.fx import Node
 from tqdm import tqdm
 
 from sptc.ir.hint import optimization_hint
-from sptc.ir.region import Counted
+from sptc.ir.region import Counted, LossRegion
+from sptc.passes.graph.effects import reads
+from sptc.passes.rewrite.loss import operands, operands_of
 from sptc.passes.unit import Unit
 from sptc.plans.beside import Beside, Mixed, cuts
 
 _ROWS = 512  # at most, whose predictions are compared
+_GROWTH = 2.0  # at least, of what a group adds to the loss, from one density to the next: 2.9 to 11 in SmolLM2 (docs/design/deciding.md)
 _SILENT_SECONDS = 2.0
 
 
@@ -36,21 +40,21 @@ class Runs:
     def __init__(self, unit: Unit, beside: Beside) -> None:
         counted = unit.counted
         assert isinstance(counted, Counted)
-        self._unit, self._beside, self._counted = unit, beside, counted
+        self._unit, self._beside = unit, beside
+        self._read = _Projected(unit.losses[0]) if unit.losses else _Logits(counted)  # of one cross entropy
         self._inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in unit.example_inputs]
         self._devices = sorted({x.device.index for x in self._inputs if isinstance(x, Tensor) and x.is_cuda})
-        dense = self._run({})
-        self._target = dense.seen[counted.target]
-        self.dense = self._predictions(dense)
+        self.dense = self._predictions(self._run({}))
 
     def rises(self, settings: Mapping[str, Mapping[float, Mapping[str, float]]], allowed: float) -> dict[tuple[str, float], float]:
         """KL(dense || sparse) of the predictions by group and density.
 
         Args:
             settings: for each group and density, the densest first, what its regions keep, by their keys.
-            allowed: behind a density that alone exceeds this, a group's others are left out: none is taken to be better.
+            allowed: sparser densities of a group that are sure to exceed this alone are not tried.
         """
         found: dict[tuple[str, float], float] = {}
+        worth = allowed / _GROWTH
         runs = sum(map(len, settings.values()))
         bar = tqdm(total=runs, desc="sptc measures densities", delay=_SILENT_SECONDS, leave=False, unit="run", disable=None)
 
@@ -59,7 +63,7 @@ class Runs:
                 for i, (density, kept) in enumerate(settings[group].items()):
                     found[group, density] = _divergence(self.dense, self._predictions(run(kept)))
                     bar.update()
-                    if found[group, density] > allowed:
+                    if found[group, density] > worth:
                         bar.update(len(settings[group]) - i - 1)
                         break
 
@@ -86,12 +90,13 @@ class Runs:
         return starts
 
     def _mixed(self, densities: Mapping[str, float]) -> Mixed:
-        return Mixed(self._unit.gm, self._beside, densities, frozenset({self._counted.logits, self._counted.target}))
+        return Mixed(self._unit.gm, self._beside, densities, self._read.nodes, self._read.skipped)
 
     def _run(self, densities: Mapping[str, float]) -> Mixed:
         mixed = self._mixed(densities)
         with torch.no_grad(), torch.random.fork_rng(self._devices):
-            mixed.run(*self._inputs)
+            for _ in mixed.until((), *self._inputs):
+                pass
         return mixed
 
     def _resumed(self, prefix: Mixed, node: Node, densities: Mapping[str, float]) -> Mixed:
@@ -102,15 +107,58 @@ class Runs:
         return mixed
 
     def _predictions(self, mixed: Mixed) -> _Predictions:
-        return _predictions(mixed.seen[self._counted.logits], self._target, self._counted.ignored)
+        with torch.no_grad():
+            logits, target = self._read(mixed.seen)
+        logs = logits.float().log_softmax(-1)
+        return _Predictions(logs, float(-logs.gather(1, target[:, None]).mean()))
 
 
-def _predictions(logits: Tensor, target: Tensor, ignored: int) -> _Predictions:
-    target = target.reshape(-1)
-    rows = (target != ignored).nonzero().squeeze(1)
-    rows = rows[torch.arange(min(len(rows), _ROWS), device=rows.device) * len(rows) // max(1, min(len(rows), _ROWS))]
-    logs = logits.movedim(1, -1).flatten(0, -2)[rows].float().log_softmax(-1)
-    return _Predictions(logs, float(-logs.gather(1, target[rows, None]).mean()))
+class _Logits:
+    """Reads logits and labels of rows that count from the logits of all."""
+
+    skipped: Container[Node] = ()
+
+    def __init__(self, counted: Counted) -> None:
+        self.nodes = frozenset({counted.logits, counted.target})
+        self._counted = counted
+
+    def __call__(self, values: Mapping[Node, Any]) -> tuple[Tensor, Tensor]:
+        target = values[self._counted.target].reshape(-1)
+        rows = _rows(target, self._counted.ignored)
+        return values[self._counted.logits].movedim(1, -1).flatten(0, -2)[rows], target[rows]
+
+
+class _Projected:
+    """The same from what a loss projects: the logits of other rows, which may be most of a step's memory, are never computed."""
+
+    def __init__(self, region: LossRegion) -> None:
+        self.nodes = frozenset(operands_of(region))
+        self.skipped = _behind(region.nodes) - set().union(*map(reads, self.nodes))
+        self._region = region
+
+    def __call__(self, values: Mapping[Node, Any]) -> tuple[Tensor, Tensor]:
+        o = operands(self._region, values)
+        rows = _rows(o.labels, self._region.ignored)
+        with torch.autocast(o.x.device.type, enabled=False):  # which the run that this one shares may be stopped in
+            return o.logits(rows), o.labels[rows]
+
+
+def _behind(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes, and what is computed from them."""
+    waiting = list(nodes)
+    found = set(waiting)
+    while waiting:
+        fresh = [user for user in waiting.pop().users if user not in found]
+        found.update(fresh)
+        waiting += fresh
+    return found
+
+
+def _rows(labels: Tensor, ignored: int) -> Tensor:
+    """Rows whose label counts, not more than `_ROWS`, spread evenly."""
+    rows = (labels != ignored).nonzero().squeeze(1)
+    taken = min(len(rows), _ROWS)
+    return rows[torch.arange(taken, device=rows.device) * len(rows) // max(1, taken)]
 
 
 def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
