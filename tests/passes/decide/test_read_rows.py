@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -21,11 +19,9 @@ from transformers import (
 )
 
 import sptc
-from sptc.passes.graph.row_axes import viewed
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
+from tests.passes.decide.padded import LAYERS, padded, rows
 from tests.passes.ffns import CLASSES, D, Gated
-
-LAYERS = 2
 
 
 def llama(**given: Any) -> nn.Module:
@@ -38,21 +34,6 @@ def gpt2() -> nn.Module:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_inner=24, n_head=2, n_layer=LAYERS, vocab_size=50, n_positions=64, **off))
     model.loss_type = "ForCausalLM"
     return model
-
-
-def padded() -> dict[str, Tensor]:
-    """Padding on either side, prompts without labels."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(50, (3, 13), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, 8:] = mask[1, :4] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[2, :7] = labels[0, :2] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def rows(compiled: Any) -> list[str]:
-    return [r.settings["rows"] for r in sptc.report(compiled).regions if r.kind == "ffn" and r.settings is not None]
 
 
 def assert_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], dynamic: bool | None = None, **options: Any) -> None:
@@ -249,29 +230,6 @@ def test_an_empty_batch(sizes: tuple[int, int]) -> None:
     assert got and not any(g.count_nonzero() for g in got.values())
 
 
-class BartLoss(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"d_model": 16, "encoder_layers": LAYERS, "decoder_layers": 1, "vocab_size": 50, "max_position_embeddings": 64}
-        sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("ffn_dim", 24), ("attention_heads", 2))}
-        self.bart = BartForConditionalGeneration(BartConfig(**sizes, use_cache=False, dropout=0.0))
-
-    def forward(self, **inputs: Tensor) -> tuple[Tensor]:
-        return (self.bart(**inputs).loss,)
-
-
-def test_labels_of_other_tokens_than_the_padded_ones() -> None:
-    """Of a decoder, shorter than its encoder: its own FFNs tell tokens apart while padding is left out of the encoder's."""
-    torch.manual_seed(0)
-    model, inputs = BartLoss().eval(), padded()  # in training mode older versions of transformers break the graph to drop layers
-    inputs["labels"] = inputs["input_ids"][:, :7].masked_fill(torch.arange(7) > 4, -100)
-    options = {**FULL, "ffn.context_density": 0.5, "attention.enabled": False}
-    compiled = torch.compile(model, backend=without_inductor(**options))
-    compiled(**inputs)[0].backward()
-    assert rows(compiled) == ["visible"] * LAYERS + ["all"]
-    torch._dynamo.reset()
-
-
 class Turned(nn.Module):
     """An FFN on rows without dimensions; then the sequence comes first, for what normalizes it, for another FFN, and for the loss."""
 
@@ -374,57 +332,3 @@ def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: lis
     assert_gradients_close(gradients(model, loss), gradients(reference, expected))
     assert rows(compiled) == want
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "rows", "want"),
-    [
-        ((3, 13, 16), (39, 16), (0, 1), (0,)),
-        ((39, 16), (3, 13, 2, 8), (0,), (0, 1)),
-        ((3, 13, 16), (3, 13, 2, 8), (0, 1), (0, 1)),
-        ((3, 2, 13, 8), (3, 2, 13, 8), (0, 2), (0, 2)),
-        ((3, 2, 13, 8), (6, 13, 8), (0, 2), None),  # heads and batch merged
-        ((3, 13, 16), (3, 208), (0, 1), None),  # tokens and features merged
-        ((1, 13, 16), (13, 16), (1,), (0,)),
-        ((13, 16), (1, 13, 1, 16), (0,), (1,)),
-        ((13, 3, 16), (39, 16), (1, 0), None),  # in another order
-    ],
-)
-def test_rows_through_views(before: tuple[int, ...], after: tuple[int, ...], rows: tuple[int, ...], want: tuple[int, ...] | None) -> None:
-    assert viewed(before, after, rows) == want
-
-
-class Other(nn.Module):
-    """A decoder, or queries of its own, that read from what is padded: as many tokens, and others."""
-
-    def __init__(self, decoder: bool) -> None:
-        super().__init__()
-        self.decoder, self.own = decoder, nn.Parameter(torch.randn(13, D))
-        self.tokens, self.attention = nn.Embedding(CLASSES, D), nn.Linear(D, 3 * D)
-        self.first, self.second, self.head = Gated(), Gated(), nn.Linear(D, CLASSES)
-
-    def read(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (part(t)[:, None] for part, t in zip(self.parts(), (x, y, y), strict=True))
-        return x + F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None].bool())[:, 0]
-
-    def parts(self) -> list[Any]:
-        weights, biases = self.attention.weight.chunk(3), self.attention.bias.chunk(3)
-        return [lambda x, w=w, b=b: F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.tokens(input_ids % CLASSES)
-        x = x + self.first(self.read(x, x, attention_mask))
-        y = self.tokens(labels.clamp(min=0) % CLASSES) if self.decoder else self.own.expand(len(x), -1, -1)
-        y = self.read(y, x, attention_mask)
-        logits = self.head(y + self.second(y))
-        return F.cross_entropy(logits.flatten(0, 1), labels.where(labels < 0, labels % CLASSES).flatten()), logits
-
-
-@pytest.mark.parametrize("decoder", [True, False], ids=["decoder", "queries"])
-def test_padding_is_not_that_of_as_many_other_tokens(decoder: bool) -> None:
-    """Logits that are returned beside the loss are read of all of them, whatever the encoder's padding is."""
-    torch.manual_seed(0)
-    model, inputs = Other(decoder).train(), padded()
-    compiled = torch.compile(copy.deepcopy(model), backend=without_inductor(**FULL))
-    torch.testing.assert_close(compiled(**inputs)[1], model(**inputs)[1])
-    assert rows(compiled) == ["visible", "all"]
