@@ -1,7 +1,8 @@
 """Sparse attention on a CPU: `sptc::sparse_attention` and its backward, computed by native/attention.cpp.
 
-Threads share the work by (batch row, key head) pairs, a call of the native code each, which goes through the pair's block lists with all
-its buffers in the cache. All arithmetic is fp32, or fp64 for fp64 inputs.
+Threads share the work by (batch row, key head) pairs, some in a call of the native code, which goes through a pair's block lists with all
+its buffers in the cache. All arithmetic is fp32, or fp64 for fp64 inputs: operands in 16 bits are copied, and results rounded, for the
+heads of one call at a time.
 """
 
 from __future__ import annotations
@@ -91,45 +92,35 @@ class _Call(ctypes.Structure):
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] in the dtype of q, lse [b, h, n] in the dtype of arithmetic."""
-    prepared = _Prepared(call)
-    v = prepared.v
-    out = torch.empty((*call.q.shape[:3], v.shape[-1]), dtype=call.dtype)
+    out = call.q.new_empty((*call.q.shape[:3], call.v.shape[-1]))
     lse = torch.empty(call.q.shape[:3], dtype=call.dtype)
-    prepared.run(False, out=out, lse=lse)
-    return _cut(out, call.v, call.q.dtype), lse
+    _Prepared(call, lse, {"q": call.q, "k": call.k, "v": call.v}, {"out": out}).run()
+    return out, lse
 
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, those without need as empty tensors of shape [0]. The scores are computed anew."""
-    prepared = _Prepared(call)
-    grad, out = prepared.ready(grad_out), prepared.ready(out).contiguous()
-    sources = prepared.q, prepared.k, prepared.v
-    grads = [torch.empty(x.shape, dtype=call.dtype) if wanted else None for x, wanted in zip(sources, need, strict=True)]
-    named = {f"grad_{name}": g for name, g in zip("qkv", grads, strict=True) if g is not None}
-    prepared.run(True, out=out, lse=lse.contiguous(), grad_out=grad, **named)
-    del (
-        prepared,
-        sources,
-        grad,
-        out,
-        named,
-    )  # copies in fp32 of operands in 16 bits: beside them the gradients' would make the most of a step
-    results = []
-    for x in (call.q, call.k, call.v):
-        whole = grads.pop(0)
-        results.append(x.new_empty(0) if whole is None else _cut(whole, x, x.dtype))
-    grad_q, grad_k, grad_v = results
+    sources = {"q": call.q, "k": call.k, "v": call.v}
+    grads = [x.new_empty(x.shape if wanted else 0) for x, wanted in zip(sources.values(), need, strict=True)]
+    results = {f"grad_{name}": g for name, g, wanted in zip("qkv", grads, need, strict=True) if wanted}
+    _Prepared(call, lse.contiguous(), {**sources, "out": out, "grad_out": grad_out}, results).run(backward=True)
+    grad_q, grad_k, grad_v = grads
     return grad_q, grad_k, grad_v
+
+
+_OF_KEYS = ("k", "v", "grad_k", "grad_v")  # a row for each key; all others for each query
+_STRIDED = {"q": "q_step", "k": "k_step", "v": "v_step", "grad_out": "grad_step"}  # what need not be contiguous
 
 
 class _Prepared:
     """A call with every operand as the native code reads it. It keeps what it points to alive."""
 
-    def __init__(self, call: Call) -> None:
-        self.call, mask = call, call.mask
+    def __init__(self, call: Call, lse: Tensor, operands: dict[str, Tensor], results: dict[str, Tensor]) -> None:
+        """Operands [b, h or h_kv, ...] and contiguous results, both in any dtype, by their names in `Call` of attention.cpp."""
+        self.call, mask, self.lse = call, call.mask, lse
+        self.operands, self.results = operands, results
         self.library = native("attention", **REAL[call.dtype])
         self.lanes: int = self.library.lanes()
-        self.q, self.k, self.v = (self.ready(x) for x in (call.q, call.k, call.v))
         self.ids, self.counts = call.ids.contiguous(), call.counts.contiguous()
         self.key_bias = mask.key_bias(call.dtype)
         self.certain = mask.certain_pairs()
@@ -145,40 +136,93 @@ class _Prepared:
             return pad(x, (0, -x.shape[-1] % self.lanes))
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    def run(self, backward: bool, **tensors: Tensor) -> None:
+    def run(self, backward: bool = False) -> None:
+        mask, whole = self.call.mask, self._whole()
+        step = max(1, mask.b * mask.h_kv // (4 * worker_count()))
+        spans = [(row, head, min(head + step, mask.h_kv)) for row in range(mask.b) for head in range(0, mask.h_kv, step)]
+        of_all = None if self._copies() else self._part(whole, slice(0, mask.b), slice(0, mask.h_kv))
+
+        def work(spans: Iterator[tuple[int, int, int]]) -> None:
+            for row, first, last in spans:
+                part = of_all or self._part(whole, slice(row, row + 1), slice(first, last))
+                pairs = (ctypes.c_int64(row * mask.h_kv + head) for head in (first, last))
+                self.library.attend(ctypes.byref(part.call), *pairs, ctypes.c_int64(backward))
+                part.round()
+                del part  # before the next one takes memory
+
+        share(spans, work)
+
+    def _copies(self) -> bool:
+        """Whether native code can't read all operands, and write all results, where they are."""
+        found = (x.stride(-1) == 1 if name in _STRIDED else x.is_contiguous() for name, x in self.operands.items())
+        return not (all(found) and all(map(self._direct, (*self.operands.values(), *self.results.values()))))
+
+    def _whole(self) -> _Call:
+        """What all spans of heads have in common."""
         call, mask = self.call, self.call.mask
-        native_call = _Call(
-            q_step=_steps(self.q), k_step=_steps(self.k), v_step=_steps(self.v),
-            heads=mask.h, key_heads=mask.h_kv, n=mask.n, m=mask.m, d=self.q.shape[-1], d_v=self.v.shape[-1],
+        whole = _Call(
+            ids=self.ids.data_ptr(), counts=self.counts.data_ptr(), lse=self.lse.data_ptr(),
+            heads=mask.h, key_heads=mask.h_kv, n=mask.n, m=mask.m, d=self._padded(call.q), d_v=self._padded(call.v),
             query_block=mask.query_block, key_block=mask.key_block, tiles=self.ids.shape[2], width=self.ids.shape[3], scale=call.scale,
             boolean=_operand(self.boolean), bias=_operand(self.bias), dropout_p=call.dropout_p,
             drops=call.seed is not None and call.dropout_p > 0, seed=0 if call.seed is None else int(call.seed),
         )  # fmt: skip
-        for name, x in {"q": self.q, "k": self.k, "v": self.v, "ids": self.ids, "counts": self.counts, **tensors}.items():
-            setattr(native_call, name, x.data_ptr())
         if self.key_bias is not None:
             self.key_bias = self.key_bias.contiguous()
-            native_call.key_bias, native_call.key_bias_strides = self.key_bias.data_ptr(), _broadcast(self.key_bias, 2)
+            whole.key_bias, whole.key_bias_strides = self.key_bias.data_ptr(), _broadcast(self.key_bias, 2)
         if self.certain is not None:
             self.certain = self.certain.contiguous()
-            native_call.certain, native_call.certain_strides = self.certain.data_ptr(), _broadcast(self.certain, 2)
+            whole.certain, whole.certain_strides = self.certain.data_ptr(), _broadcast(self.certain, 2)
         if self.transform is not None:
-            native_call.transform = ctypes.cast(self.transform, ctypes.c_void_p).value
+            whole.transform = ctypes.cast(self.transform, ctypes.c_void_p).value
         if self.fill is not None:
-            native_call.fill = ctypes.cast(self.fill.function, ctypes.c_void_p).value
-            native_call.fill_operands = ctypes.addressof(self.fill.operands)
-        if "grad_out" in tensors:
-            native_call.grad_step = _steps(tensors["grad_out"])
-        pairs = mask.b * mask.h_kv
-        step = max(1, pairs // (4 * worker_count()))
+            whole.fill = ctypes.cast(self.fill.function, ctypes.c_void_p).value
+            whole.fill_operands = ctypes.addressof(self.fill.operands)
+        return whole
 
-        def work(spans: Iterator[int]) -> None:
-            for start in spans:
-                self.library.attend(
-                    ctypes.byref(native_call), ctypes.c_int64(start), ctypes.c_int64(min(start + step, pairs)), ctypes.c_int64(backward)
-                )
+    def _padded(self, x: Tensor) -> int:
+        return -(-x.shape[-1] // self.lanes) * self.lanes
 
-        share(range(0, pairs, step), work)
+    def _direct(self, x: Tensor) -> bool:
+        return x.dtype == self.call.dtype and x.shape[-1] == self._padded(x)
+
+    def _part(self, whole: _Call, rows: slice, heads: slice) -> _Part:
+        """The call for some batch rows and key heads, copies of theirs alone."""
+        here, mask = _Call.from_buffer_copy(whole), self.call.mask
+        of_queries = slice(heads.start * mask.h // mask.h_kv, heads.stop * mask.h // mask.h_kv)
+        parts, rounded = dict[str, Tensor](), list[tuple[Tensor, Tensor]]()
+        for name, x in (*self.operands.items(), *self.results.items()):
+            part = x[rows, heads if name in _OF_KEYS else of_queries]
+            if name not in self.results:
+                part = self.ready(part)
+                part = part if name in _STRIDED else part.contiguous()
+            elif not self._direct(x):
+                result, part = part, part.new_empty((*part.shape[:3], self._padded(x)), dtype=self.call.dtype)
+                rounded.append((result, part))
+            parts[name] = part
+        for name, part in parts.items():
+            # Native code counts batch rows and heads from the first of all, and goes to none but those of the part.
+            start = heads.start if name in _OF_KEYS else of_queries.start
+            if name in _STRIDED:
+                setattr(here, _STRIDED[name], _steps(part))
+                before = rows.start * part.stride(0) + start * part.stride(1)
+            else:
+                before = (rows.start * (mask.h_kv if name in _OF_KEYS else mask.h) + start) * part.shape[2] * part.shape[3]
+            setattr(here, name, part.data_ptr() - before * part.element_size())
+        return _Part(here, parts, rounded)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A call, what it points to, and results with what they are rounded from."""
+
+    call: _Call
+    parts: dict[str, Tensor]
+    rounded: list[tuple[Tensor, Tensor]]
+
+    def round(self) -> None:
+        for result, wide in self.rounded:
+            result.copy_(wide[..., : result.shape[-1]])
 
 
 def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
@@ -192,8 +236,3 @@ def _broadcast(x: Tensor, axes: int) -> ctypes.Array[ctypes.c_int64]:
 
 def _operand(x: Tensor | None) -> _Operand:
     return _Operand() if x is None else _Operand(x.data_ptr(), _broadcast(x, 4))
-
-
-def _cut(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in this dtype and without the padding of its rows, contiguous."""
-    return x[..., : like.shape[-1]].contiguous().to(dtype)

@@ -1,10 +1,12 @@
 """The sparse attention ops against the reference in fp64: lists, outputs, every gradient, every kind of mask."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import sptc.codegen.ops  # noqa: F401
 from sptc.codegen.reference import attention as reference
@@ -226,6 +228,34 @@ def test_predicates_divide_as_python_does(text, dtype):
     rest = (None, 0.0, 0.3, 8, 8, "u0", None)
     want = reference.sparse_attention(q, k, v, ids, counts, as_mask(spec), *rest)[0]
     assert_close(ops.sparse_attention(q, k, v, ids, counts, *spec, *rest)[0], want, 1e-12, "out")
+
+
+def test_operands_in_16_bits_are_copied_for_some_heads_at_a_time():
+    """The bits are those of fp32 operands of the same values, and no copy of a whole operand stands in memory."""
+    q, k, v, grad = (heads(4, 4, 256, 32, torch.bfloat16, seed) for seed in range(4))
+    spec = "k <= q", [], [], None, None
+    ids, counts, *_ = select(q, k, None, spec, "pooled", 0.5, 16, 16, True)
+    rest = *spec, None, 0.0, 0.3, 16, 16, "u0"
+
+    def run(q, k, v, grad, out=None):
+        found, lse = ops.sparse_attention(q, k, v, ids, counts, *rest, None)
+        read = found if out is None else out
+        return found, lse, *ops.sparse_attention_backward(grad, q, k, v, read, lse, ids, counts, *rest, [True] * 3)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees what its own thread takes
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            out, lse, *grads = run(q, k, v, grad)
+    finally:
+        torch.set_num_threads(threads)
+    taken = accumulate(event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
+    results = sum(x.nbytes for x in (out, lse, *grads))
+    assert results < max(taken) < results + 3 * q.float().nbytes, "backward has eight such arrays in fp32"
+    wide_out, wide_lse, *wide = run(*(x.float() for x in (q, k, v, grad)), out=out.float())
+    assert torch.equal(lse, wide_lse)
+    for narrow, other in zip((out, *grads), (wide_out, *wide), strict=True):
+        assert torch.equal(narrow, other.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["none", "causal", "causal padding", "boolean"])
