@@ -1,4 +1,4 @@
-"""What is known of this machine: measured costs, the private folder that keeps them, the digest of our own sources.
+"""What is known of this machine: measured costs, the private folder that keeps them, the digest of our own sources; memory given back.
 
 `costs` holds plain values for the cost model. Only `measure`, which times kernels, may import codegen; nothing here knows graphs.
 """

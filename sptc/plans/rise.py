@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sptc.device.heap import give_back
 from sptc.ir.plan import Choice, Plan, PlannedRegion
 from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
 from sptc.passes.decide.cost import kept_for_backward
@@ -188,6 +189,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
         rises = runs.rises(settings, allowed)
     finally:
         remove(beside)
+        give_back()  # the hidden values of a whole batch, which would stay with the process beneath what compiling takes
 
     def flops(key: str, density: float) -> float:
         costs = [at_density(unit, r, density)[1:] for r in groups[key]]

@@ -188,6 +188,13 @@ def test_explaining_changes_nothing(measurements: list[int]) -> None:
     assert measurements == [2, 2] and densities(compiled) == [r.density for r in report.regions if r.kind == "ffn"]
 
 
+def test_the_memory_of_the_runs_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(rise, "give_back", lambda: calls.append(True))
+    sptc.explain(Model(), batch(), OPTIONS)
+    assert calls == [True]
+
+
 def test_deep_models_are_measured_in_groups() -> None:
     units: list[Unit] = []
     model = nn.Sequential(*(Ffn() for _ in range(30)))

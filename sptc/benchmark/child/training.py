@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from sptc.backend import KEEPING_LITTLE, spt
 from sptc.benchmark.job import Job
 from sptc.benchmark.model import loss_of, make, trained
+from sptc.device.heap import give_back
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Training:
             self.step()
             self._wait()
             return rest / 2**20, (torch.cuda.max_memory_allocated(self.device) - rest) / 2**20
+        give_back()  # what was freed does not count as resting
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it does not count as resting
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
             rest = _status("VmRSS")
-        except (OSError, AttributeError):
+        except OSError:
             return None
         self.step()
         return rest / 1024, (_status("VmHWM") - rest) / 1024
