@@ -26,6 +26,7 @@ class Outcome:
     batch_seconds: list[float] = field(default_factory=list)
     right: int = 0
     pieces: int = 0
+    first_bytes: int = 0  # the most that was held before the first step: Python, torch, the model
     peak_bytes: int = 0
     report: str = ""
 
@@ -59,7 +60,8 @@ class Outcome:
             "step_seconds_median": self.step,
             "accuracy": self.accuracy,
         }
-        return {**derived, "peak_bytes": self.peak_bytes, "losses": self.losses, "step_seconds": self.step_seconds, "report": self.report}
+        memory = {"first_bytes": self.first_bytes, "peak_bytes": self.peak_bytes}
+        return {**derived, **memory, "losses": self.losses, "step_seconds": self.step_seconds, "report": self.report}
 
 
 Pair = tuple[Outcome, Outcome]  # dense and sparse
@@ -67,18 +69,19 @@ Pair = tuple[Outcome, Outcome]  # dense and sparse
 
 def table(pairs: Mapping[str, Pair]) -> str:
     """Of each dtype a row a run, and one that compares them."""
-    headers = ["", "compile s", "median step s", "peak MiB", "held-out accuracy %, served dense"]
+    headers = ["", "compile s", "median step s", "MiB before steps", "peak MiB", "held-out accuracy %, served dense"]
     rows = [row for dtype, pair in pairs.items() for row in _rows(dtype, *pair)]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5))
 
 
 def _rows(dtype: str, dense: Outcome, sparse: Outcome) -> Iterator[list[str]]:
     for o in (dense, sparse):
         accuracy = "" if o.accuracy is None else f"{100 * o.accuracy:.1f}"
-        yield [f"{o.name}, {dtype}", f"{o.compile_seconds:.1f}", f"{o.step:.3f}", f"{o.peak_bytes / 2**20:.0f}", accuracy]
+        memory = [f"{held / 2**20:.0f}" for held in (o.first_bytes, o.peak_bytes)]
+        yield [f"{o.name}, {dtype}", f"{o.compile_seconds:.1f}", f"{o.step:.3f}", *memory, accuracy]
     points = "" if dense.accuracy is None or sparse.accuracy is None else f"{100 * (sparse.accuracy - dense.accuracy):+.1f} points"
     compared = f"{sparse.compile_seconds / dense.compile_seconds:.2f}x", f"{dense.step / sparse.step:.2f}x faster"
-    yield ["spt against dense", *compared, f"{sparse.peak_bytes / dense.peak_bytes:.2f}x", points]
+    yield ["spt against dense", *compared, "", f"{sparse.peak_bytes / dense.peak_bytes:.2f}x", points]
 
 
 def goals(dense: Outcome, sparse: Outcome) -> dict[str, bool]:

@@ -94,6 +94,8 @@ def _progress(console: Console) -> Progress:
 def _take_turns(workers: list[Worker], job: Job, held_out: int, progress: Progress) -> tuple[Outcome, Outcome]:
     outcomes = {worker.name: Outcome(worker.name) for worker in workers}
     bars = {worker.name: progress.add_task(f"{worker.name} training", total=job.steps, last="compiling") for worker in workers}
+    for worker in workers:
+        outcomes[worker.name].first_bytes = worker.one("peak_bytes")
     for first in range(0, job.steps, TURN):
         last = min(first + TURN, job.steps)
         for worker in workers if (first // TURN) % 2 == 0 else reversed(workers):

@@ -84,7 +84,7 @@ class Run:
             yield int((logits.argmax(-1) == labels).sum()), len(ids), seconds
 
     def peak_bytes(self) -> Iterator[int]:
-        """The most memory that this process has held."""
+        """The most memory that this process has held so far."""
         yield resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def report(self) -> Iterator[str]:
