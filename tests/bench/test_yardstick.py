@@ -50,11 +50,20 @@ def test_a_problem_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_answers_count_and_padding_is_hidden() -> None:
-    made = gsm8k.examples([([5, 6], [7, 8]), ([5] * 4, [7] * 3), ([5, 6, 9], [7, 8, 3])], length=6, padding=1).inputs
+    problems = gsm8k.examples([([5, 6], [7, 8]), ([5] * 4, [7] * 3), ([5, 6, 9], [7, 8, 3])], length=6, padding=1)
+    made = problems.inputs
     i = IGNORED
     assert made["input_ids"].tolist() == [[5, 6, 7, 8, 1, 1], [5, 6, 9, 7, 8, 3]]  # the second pair does not fit
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert made["labels"].tolist() == [[i, i, 7, 8, i, i], [i, i, i, 7, 8, 3]]
+    full = gsm8k.stream(problems, 2, 5)  # without padding
+    assert full["input_ids"].tolist() == [[5, 6, 7, 8, 5], [6, 9, 7, 8, 3]]
+    assert full["labels"].tolist() == [
+        [i, i, 7, 8, i],
+        [i, i, 7, 8, 3],
+    ]
+    with pytest.raises(ValueError, match="2 sequences of 6 tokens are more than the 10"):
+        gsm8k.stream(problems, 2, 6)
 
 
 def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
