@@ -187,6 +187,8 @@ def _transform(mapped: list[Node]) -> sympy.Expr:
         if lifted is None:
             raise Refused("between", node, f"{called(node)} ({op(node)}) has arguments that no elementwise expression covers")
         computed = lifted
+    if not computed.has(_U0):
+        raise Refused("between", mapped[0], f"the loss reads the same number for every logit, {computed}, and nothing of a projection")
     return computed
 
 

@@ -59,6 +59,7 @@ def from_product(node: Any) -> bool:
     return False
 
 
+_MASKED_AND_SCALED = -1e3  # what is left of a number that masks: -1e4 before a division by sqrt(64) is a mask, before one by 1e4 it is none
 _FLOORS = frozenset({"aten.max.other", "aten.maximum.default", "aten.clamp.default", "aten.clamp_min.default"})
 _UNTAGGED = aten(  # elementwise, but torch does not tag these overloads as such
     *("max.other", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor"),
@@ -269,13 +270,17 @@ class Scores:
         first: Any = node.args[0]
         a, floor = first, argument(node, 1, "min" if "clamp" in op(node) else "other")
         scores, floor = (a, floor) if from_product(a) else (floor, a)
-        number = self._reader.constant(floor)
-        if number is None or number > MASKED or argument(node, 2, "max") is not None:
+        if not self._masked_by(floor) or argument(node, 2, "max") is not None:
             raise Refused("scores", node, f"{called(node)} ({op(node)}) bounds the scores by {floor}")
         self._nothing_behind(node)
         return scores
 
     def _masks_out(self, node: Node, fill: Any) -> None:
+        if not self._masked_by(fill):
+            scaled = "" if self.scale == 1.0 else f" and scales them by {self.scale:.3g}"
+            raise Refused("scores", node, f"{called(node)} fills scores with {fill}{scaled}, which does not mask them")
+
+    def _masked_by(self, fill: Any) -> bool:
+        """Whether a number among the scores is so low that softmax gives nothing for it, scaled with them as it still is on its way there."""
         number = self._reader.constant(fill)
-        if number is None or number > MASKED:
-            raise Refused("scores", node, f"{called(node)} fills scores with {fill}, which does not mask them")
+        return number is not None and number <= MASKED and number * self.scale <= _MASKED_AND_SCALED

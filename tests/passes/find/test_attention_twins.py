@@ -137,6 +137,11 @@ def clipped_mask(q, k, v):
     return (q @ k.mT).masked_fill(torch.ones(13, 13, dtype=torch.bool).triu(1), -5.0).softmax(-1) @ v
 
 
+def masked_faintly(q, k, v):
+    """What is left of the mask behind the division moves a score by 1."""
+    return ((q @ k.mT).masked_fill(torch.ones(13, 13, dtype=torch.bool).triu(1), -1e4) / 1e4).softmax(-1) @ v
+
+
 def mode_inside(q, k, v):
     scores = q @ k.mT
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,6 +201,8 @@ TWINS: dict[str, tuple[str, Callable[..., Any]]] = {
     "reweighted": ("weights", lambda q, k, v: ((q @ k.mT).softmax(-1) * v[:, :, :1, :1]) @ v),
     "scaled_per_head": ("scale", lambda q, k, v: (q @ k.mT * v[:, :, :1, :1]).softmax(-1) @ v),
     "clipped_mask": ("scores", clipped_mask),
+    "masked_faintly": ("scores", masked_faintly),
+    "faint_floor": ("scores", lambda q, k, v: ((q @ k.mT * 9e3).clamp(min=-1e4) / 9e3).softmax(-1) @ v),
     "two_products": ("scores", lambda q, k, v: (q @ k.mT + q @ v.mT).softmax(-1) @ v),
     "mode_inside": ("mode-boundary", mode_inside),
     "two_dimensions": ("rank", lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0])),

@@ -90,6 +90,20 @@ def test_logits_that_no_projection_gives():
     assert row.rule == "between" and "layer_norm" in row.reason
 
 
+@pytest.mark.parametrize("of", [lambda y: y * 0.0, lambda y: y - y, lambda y: y.pow(0)], ids=["times 0", "less themselves", "to the power 0"])
+def test_nothing_of_the_logits(of):
+    """A scale that a model learned or was configured to have may be 0: a function of no logit."""
+    model = Model(lambda y, t: cross_entropy(*flat(of(y), t)))
+    compiled = torch.compile(model, backend=without_inductor(decline="never"))
+    x, labels = batch()
+    loss = compiled(x, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, model(x, labels))
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    (row,) = sptc.report(compiled).regions
+    assert row.rule == "between" and "the same number for every logit" in row.reason
+
+
 def test_logits_of_another_graph():
     """As after a graph break: they are an input."""
     given = torch.randn(B, LENGTH, CLASSES, requires_grad=True)
