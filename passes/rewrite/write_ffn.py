@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.node import map_arg
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout, linear, pad
 
 from sptc.ir.region import FfnRegion, Lora, Projection
 from sptc.passes.graph.elementwise import functional
@@ -68,6 +69,17 @@ def _known(size: torch.SymInt, y: Node) -> Node | int:
     return -1
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b.
+
+    Rows of one number, as of an adapter of rank 1, whose count is data get a second one of 0: of a matrix of one column autograd asks
+    whether it has one row, and the count is not known when it asks.
+    """
+    if x.shape[-1] == 1 and has_free_unbacked_symbols(x):
+        x, weight = pad(x, (0, 1)), pad(weight, (0, 1))
+    return linear(x, weight, bias)
+
+
 class Part:
     """All tokens and all hidden units; others override what they do otherwise. Rows are what hidden values are computed for, [n, width]."""
 
@@ -81,11 +93,11 @@ class Part:
 
     def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Hidden values of the rows: x, from `tokens`, by a weight [units, features]."""
-        return linear(x, weight, bias)
+        return product(x, weight, bias)
 
     def leave(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs of the tokens: hidden values by a weight [features, units]."""
-        return linear(hidden, weight, bias)
+        return product(hidden, weight, bias)
 
     def up(self, projection: Projection, u: Tensor) -> Tensor:
         """What the activation is given of a projection, `u` being its values with adapter and bias."""
@@ -121,7 +133,7 @@ class Ffn:
         a = part.units(t[down.lora.a], 1, None)
         low = part.dropout(hidden, down.lora.dropout_p, "adapter") if down.lora.dropout_p else hidden
         low = part.whole(part.leave(cast(low, a.dtype), a))
-        return y + linear(self._scaled(low, down.lora), t[down.lora.b])
+        return y + product(self._scaled(low, down.lora), t[down.lora.b])
 
     def hidden(self) -> Tensor:
         """What the down projection is given, [rows, width]."""

@@ -63,13 +63,13 @@ def batch(n: int = 7) -> tuple[Tensor, Tensor]:
     return torch.randn(2, n, D, generator=generator), labels
 
 
-def model_of(ffn: Callable[[], nn.Module], adapted: bool) -> Model:
+def model_of(ffn: Callable[[], nn.Module], adapted: bool, rank: int = 4) -> Model:
     torch.manual_seed(0)
     model = Model(ffn())
     if adapted:
         for name, layer in list(model.ffn.named_children()):
             conv = isinstance(layer, Conv1D)
-            setattr(model.ffn, name, LoraLinear(layer, "default", LoraConfig(fan_in_fan_out=conv), r=4, lora_alpha=6))
+            setattr(model.ffn, name, LoraLinear(layer, "default", LoraConfig(fan_in_fan_out=conv), r=rank, lora_alpha=6))
         with torch.no_grad():
             for name, p in model.ffn.named_parameters():
                 p.requires_grad_("lora" in name)

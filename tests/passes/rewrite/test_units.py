@@ -121,6 +121,32 @@ def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool)
     assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
 
 
+def test_adapters_of_rank_one() -> None:
+    """Rows whose count is data, of one number each: autograd asks a matrix of one column whether it has one row."""
+    model = model_of(Gated, adapted=True, rank=1)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    compiled = torch.compile(model, backend=without_inductor(**{"decline": "never", "ffn.density": 1.0, "ffn.context_density": None}))
+    got = gradients(model, compiled(x, labels))
+    (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert region.status == "rewritten" and region.settings["rows"] == "counted"
+    assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
+
+
+def test_one_hidden_unit_is_left_to_the_context() -> None:
+    model = model_of(Gated, adapted=False)
+    reference = copy.deepcopy(model).double()
+    x, labels = batch()
+    options = {"ffn.density": 1.0, "ffn.context_density": 1 / HIDDEN, **ALL}
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    got = gradients(model, loss := compiled(x, labels))
+    (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert region.status == "rewritten" and region.settings["context"] == 1
+    expected = reference(x.double(), labels)  # no token reads another one, and the context has no loss
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(got, gradients(reference, expected))
+
+
 class Cast(nn.Module):
     """The activation is computed in fp32, the products in the dtype of the weights."""
 
