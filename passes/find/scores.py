@@ -281,6 +281,6 @@ class Scores:
             raise Refused("scores", node, f"{called(node)} fills scores with {fill}{scaled}, which does not mask them")
 
     def _masked_by(self, fill: Any) -> bool:
-        """Whether a number among the scores is so low that softmax gives nothing for it, scaled with them as it still is on its way there."""
+        """Whether a number among the scores is so low that softmax gives nothing for it, scaled as it still is on its way there."""
         number = self._reader.constant(fill)
         return number is not None and number <= MASKED and number * self.scale <= _MASKED_AND_SCALED
