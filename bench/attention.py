@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ CASES = (
     Case("full 1024", 4, 1024, 12, 64, "none"),
     Case("full 4096", 1, 4096, 12, 64, "none"),
     Case("BERT-like 512", 8, 512, 12, 32, "padding"),
+    *(Case(f"256 keys of {n}", 1, n, 12, 64, "causal", 256 / n) for n in (2048, 4096, 8192, 16384)),
 )
 
 
@@ -114,6 +116,12 @@ def _medians(functions: tuple[Callable[[], None], ...], rounds: int) -> list[flo
     return [statistics.median(taken) for taken in times]
 
 
+def exponent(results: Sequence[Result]) -> float:
+    """Of the length in the time that sparse attention takes, by least squares of the logarithms."""
+    logs = [(math.log(r.case.length), math.log(r.sparse_ms)) for r in results]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -140,6 +148,9 @@ def main() -> None:
         for r in results
     ]
     print(tabulate(rows, ["case", "tile x block", "SDPA ms", "sparse ms", "of it selection ms", "ratio"]))
+    fixed = [r for r in results if r.case.name.startswith("256 keys")]
+    if len(fixed) > 1:
+        print(f"256 keys a query: time grows with the length to the power of {exponent(fixed):.2f}")
     if options.json:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         options.json.write_text(
