@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Counted, LossRegion
-from sptc.passes.graph.effects import reads
+from sptc.passes.graph.effects import alias_sets, reads, written_by
 from sptc.passes.rewrite.loss import operands, operands_of
 from sptc.passes.unit import Unit
 from sptc.plans.beside import Beside, Mixed, cuts
@@ -119,7 +119,8 @@ class _Logits:
     skipped: Container[Node] = ()
 
     def __init__(self, counted: Counted) -> None:
-        self.nodes = frozenset({counted.logits, counted.target})
+        loss = next(user for user in counted.logits.users if counted.target in user.all_input_nodes)
+        self.nodes = _settled({counted.logits, counted.target}, loss)
         self._counted = counted
 
     def __call__(self, values: Mapping[Node, Any]) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ class _Projected:
     """The same from what a loss projects: the logits of other rows, which may be most of a step's memory, are never computed."""
 
     def __init__(self, region: LossRegion) -> None:
-        self.nodes = frozenset(operands_of(region))
+        self.nodes = _settled(operands_of(region), region.y)
         self.skipped = _behind(region.nodes) - set().union(*map(reads, self.nodes))
         self._region = region
 
@@ -141,6 +142,15 @@ class _Projected:
         rows = _rows(o.labels, self._region.ignored)
         with torch.autocast(o.x.device.type, enabled=False):  # which the run that this one shares may be stopped in
             return o.logits(rows), o.labels[rows]
+
+
+def _settled(nodes: Iterable[Node], loss: Node) -> frozenset[Node]:
+    """Nodes, and what writes to their memory before the loss reads it: their values are what they hold behind all of these."""
+    found = frozenset(nodes)
+    writes = [(node, target) for node in loss.graph.nodes if node < loss for target in written_by(node)]
+    aliases = alias_sets(loss.graph) if writes else {}
+    held = {aliases[node] for node in found if writes}
+    return found | {node for node, target in writes if aliases[target] in held}
 
 
 def _behind(nodes: Iterable[Node]) -> set[Node]:

@@ -81,3 +81,40 @@ def test_logits_of_rows_that_count_are_those_of_all(model: type[Model], toleranc
     assert other == pytest.approx(loss, rel=tolerance) and whole.keys() == rows.keys() and len(rows) == 4
     for key, rise in rows.items():
         assert rise == pytest.approx(whole[key], rel=5 * tolerance, abs=tolerance / 10) and rise > 0
+
+
+class Faded(Model):
+    """What is projected is changed in place, by way of a view."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for ffn in self.ffns:
+            x = x + ffn(x)
+            x = self.mixer(x) * 1.0
+        x[..., : D // 2].mul_(0.1)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels)
+
+
+class Ruled(Model):
+    """Logits of a class are ruled out in place, so that no operator is put in the loss's place."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        logits = self.logits(ids).flatten(0, 1) * 2.0
+        logits[..., CLASSES - 1] = -1e4
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("model, read", [(Faded, runs._Projected), (Ruled, runs._Logits)])
+def test_predictions_are_read_behind_what_is_written_to_them(model: type[Model], read: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+    rises = runs.Runs.rises
+
+    def recorded(self: runs.Runs, settings: Any, allowed: float) -> Any:
+        assert isinstance(self._read, read)
+        found.append(self.dense.loss)
+        return rises(self, settings, allowed)
+
+    monkeypatch.setattr(runs.Runs, "rises", recorded)
+    ids, labels = batch(counted=0.5)
+    loss = torch.compile(model(), backend=without_inductor(**{**OPTIONS, "max_rise": 1e-9}))(ids, labels.clamp(max=CLASSES - 2).flatten())
+    assert found == [pytest.approx(loss.item(), rel=1e-4)]
