@@ -56,7 +56,7 @@ class Rises:
     chosen: Mapping[Region, float]
 
 
-_chosen: Any = WeakTensorKeyDictionary()  # down weight -> {(whether the context was told apart, what was allowed): density}
+_chosen: Any = WeakTensorKeyDictionary()  # weight -> {(kind, whether the context was told apart, what was allowed): density}
 
 
 def weigh(unit: Unit) -> Unit:
@@ -91,7 +91,7 @@ def _weighed(unit: Unit, remembered: Any, measure: Callable[[Unit, Sequence[Regi
     if not waiting:
         return unit
     weights = [_weight(unit, region) for region in waiting]
-    cases = [(splits(unit, region), unit.config.max_rise) for region in waiting]
+    cases = [(region.kind, splits(unit, region), unit.config.max_rise) for region in waiting]
     known = [remembered.get(w, {}).get(case) for w, case in zip(weights, cases, strict=True) if w is not None]
     if len(known) == len(waiting) and None not in known:
         return _with(unit, dict(zip(waiting, known, strict=True)), "as chosen on the first batch")
@@ -103,8 +103,12 @@ def _weighed(unit: Unit, remembered: Any, measure: Callable[[Unit, Sequence[Regi
     chosen, text = measure(unit, waiting)
     if chosen is None:  # of this batch; another may tell
         return _with(unit, dict.fromkeys(waiting, 1.0), _unmeasured(text))
+    fresh: Any = WeakTensorKeyDictionary()
     for weight, case, density in zip(weights, cases, chosen, strict=True):
-        remembered[weight] = {**remembered.get(weight, {}), case: density}
+        told = fresh.setdefault(weight, {})
+        told[case] = max(density, told.get(case, 0.0))  # of a weight in several places, what the one that needs most of it keeps
+    for weight, told in fresh.items():
+        remembered[weight] = {**remembered.get(weight, {}), **told}
     return _with(unit, dict(zip(waiting, chosen, strict=True)), text)
 
 

@@ -217,6 +217,43 @@ def test_another_limit_is_another_choice() -> None:
         assert densities(compiled) == expected
 
 
+class Twice(Model):
+    """One FFN in two places, of which the second bears what the first does not."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        x = self.mixer(x + self.ffns[0](x))
+        return self.head(x + 1e-5 * self.ffns[0](x))
+
+
+class Unprojected(Model):
+    """Attention whose queries no matrix projects but that of the FFN before, which adds next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.ffns[1].down.weight *= 1e-4  # type: ignore[union-attr, operator]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        x = self.ffns[1](x) + x
+        heads = x[:, None]
+        return self.head(x + 10 * F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)[:, 0])
+
+
+@pytest.mark.parametrize("model, needs", [(Twice, "ffn"), (Unprojected, "attention")])
+def test_a_matrix_of_two_regions_is_remembered_by_what_needs_most(model: type[Model], needs: str, measurements: list[int]) -> None:
+    options = {**OPTIONS, "attention.enabled": True, "attention.query_block": 4, "attention.key_block": 4, "max_rise": 1e-5}
+    compiled = torch.compile(model(), backend=without_inductor(**options))
+    compiled(*batch(64))
+    least, most = sorted((r.density, r.kind) for r in sptc.report(compiled).regions if r.kind != "loss")
+    assert most == (1.0, needs) and least[0] < 1.0
+    compiled(*batch(48))
+    both = [(r.density, r.kind) for r in sptc.report(compiled).regions if r.kind != "loss"]
+    assert measurements == [2] and len(both) == 4
+    assert all(density == 1.0 for density, kind in both[2:] if kind == needs), both
+
+
 class Noisy(Model):
     """Random numbers, layers that are recomputed, the most of it under autocast, and where asked a write to what others read."""
 
