@@ -39,6 +39,23 @@ LANGUAGE = [
     name for name in MODELS.read_text().split() if name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 ]
 
+# What a report says of the loss where it is not rewritten; empty: the model breaks its graph, and no loss is in one.
+OTHERWISE = {
+    "FSMTForConditionalGeneration": ["refused"],  # its logits are an input of the graph
+    "ProphetNetForConditionalGeneration": ["refused"],  # logits of several tokens ahead, written into one tensor
+    "JambaForCausalLM": [],
+    "LongT5ForConditionalGeneration": [],
+    "MambaForCausalLM": [],
+    "SwitchTransformersForConditionalGeneration": [],
+}
+NOT_COMPARED = {
+    "BigBirdForMaskedLM": "AOTAutograd gives zeros for the pooler, eager nothing",
+    "GitForCausalLM": "Dynamo does not trace its loss",
+    "LEDForConditionalGeneration": "its gradients are NaN in eager mode",
+    "LongformerForMaskedLM": "its gradients are NaN in eager mode",
+    "Qwen3NextForCausalLM": "its backward fails under aot_eager",
+}
+
 
 def with_labels(model: nn.Module, batch: dict[str, Tensor], counted: float) -> dict[str, Tensor]:
     """A batch whose labels count with this probability."""
@@ -54,8 +71,10 @@ def _doubled(batch: dict[str, Any]) -> dict[str, Any]:
 def _error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     """The largest error of a gradient, as the suite's bound counts it."""
     assert got.keys() == want.keys()
+    want = {n: g for n, g in want.items() if g.numel()}
     largest = max(float(g.abs().max()) for g in want.values())
-    return max(float((got[n].double() - g).abs().max()) / max(float(g.abs().max()), 1e-2 * largest) for n, g in want.items())
+    errors = {n: float((got[n].double() - g).abs().max()) for n, g in want.items()}
+    return max(error / max(float(want[n].abs().max()), 1e-2 * largest) for n, error in errors.items())
 
 
 def assert_equals_eager(name: str, attention: str, options: dict[str, Any] = LOSS_ALONE) -> None:
@@ -85,7 +104,7 @@ def assert_equals_eager(name: str, attention: str, options: dict[str, Any] = LOS
             want = {key: g.double() for key, g in own.items()}
         assert _error(got, want) <= max(1e-5, 2 * _error(own, want))
     rows = [r for r in sptc.report(compiled).regions if r.kind == "loss"]
-    assert [r.status for r in rows] == ["rewritten"], rows
+    assert [r.status for r in rows] == OTHERWISE.get(name, ["rewritten"]), rows
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -97,6 +116,8 @@ def test_equals_eager(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LANGUAGE if name not in ARCHITECTURES])
 def test_every_architecture_equals_eager(name):
+    if name in NOT_COMPARED:
+        pytest.skip(NOT_COMPARED[name])
     with quiet():
         try:
             assert_equals_eager(name, "eager")
