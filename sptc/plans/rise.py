@@ -3,7 +3,7 @@
 How much attention or an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once
 dense, then once for each region and density with this one sparse, without gradients and without dropout, before the graph is compiled.
 What comes before the region is shared with the dense run, and of the logits only the rows that are compared are computed. Behind a density
-that alone takes more than half of `max_rise` no sparser one is tried: its rise was always at least twice as much. In deep models neighbours
+that alone takes more than half of `max_rise` no sparser one is tried, whose rise is taken to be twice as much. In deep models neighbours
 are measured together: about a dozen groups of each kind bound the runs. A run's rise is the divergence of its predictions from the dense
 ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense model would rise by, without
 the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose sum stays within `max_rise` of

@@ -51,7 +51,7 @@ class Runs:
 
         Args:
             settings: for each group and density, the densest first, what its regions keep, by their keys.
-            allowed: sparser densities of a group that are sure to exceed this alone are not tried.
+            allowed: sparser densities of a group that are taken to exceed this alone, by `_GROWTH`, are not tried.
         """
         found: dict[tuple[str, float], float] = {}
         worth = allowed / _GROWTH

@@ -58,10 +58,7 @@ def test_answers_count_and_padding_is_hidden() -> None:
     assert made["labels"].tolist() == [[i, i, 7, 8, i, i], [i, i, i, 7, 8, 3]]
     full = gsm8k.stream(problems, 2, 5)  # without padding
     assert full["input_ids"].tolist() == [[5, 6, 7, 8, 5], [6, 9, 7, 8, 3]]
-    assert full["labels"].tolist() == [
-        [i, i, 7, 8, i],
-        [i, i, 7, 8, 3],
-    ]
+    assert full["labels"].tolist() == [[i, i, 7, 8, i], [i, i, 7, 8, 3]]
     with pytest.raises(ValueError, match="2 sequences of 6 tokens are more than the 10"):
         gsm8k.stream(problems, 2, 6)
 

@@ -351,6 +351,15 @@ def test_what_is_sparser_than_too_sparse_is_not_tried(monkeypatch: pytest.Monkey
     assert densities(compiled) == [1.0, 0.5] and len(tried) == 3  # 3/4 of the first, and both of the second
 
 
+@pytest.mark.parametrize("share, runs_of_both", [(0.4, 4), (0.6, 2)])
+def test_what_takes_most_of_the_limit_is_not_thinned_further(share: float, runs_of_both: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rise is taken to double from one density to the next."""
+    tried: list[float] = []
+    monkeypatch.setattr(runs, "_divergence", lambda dense, _: (tried.append(share * OPTIONS["max_rise"] * dense.loss), tried[-1])[1])
+    torch.compile(Model(), backend=without_inductor(**OPTIONS))(*batch())
+    assert len(tried) == runs_of_both
+
+
 def test_what_pays_when_sparser_only_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """3/4 of the first FFN's units is what the loss allows, and the overhead of choosing them is more than a quarter."""
     found: list[dict[tuple[str, float], float]] = []
