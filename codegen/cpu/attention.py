@@ -21,6 +21,7 @@ from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
 from sptc.codegen.cpu.predicate_source import Fill, fill
 from sptc.codegen.cpu.transform_source import transform
+from sptc.codegen.reference.layout import empty_rows
 
 
 def default_blocks(n: int, m: int, density: float, own: bool = False) -> tuple[int, int]:
@@ -56,7 +57,7 @@ class Call:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
-_STRIDES = ctypes.c_int64 * 3  # of batch row, head and row; within a row elements are adjacent
+_STRIDES = ctypes.c_int64 * 3  # of batch row, head and row, for what is not contiguous; within a row elements are adjacent
 
 
 class _Operand(ctypes.Structure):
@@ -84,24 +85,24 @@ class _Call(ctypes.Structure):
         ("dropout_p", ctypes.c_double),
         ("seed", ctypes.c_int64),
         ("drops", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "grad_out")),
-        ("grad_step", _STRIDES),
-        *((name, ctypes.c_void_p) for name in ("grad_q", "grad_k", "grad_v")),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("out", "grad_out", "grad_q", "grad_k", "grad_v")),
+        *((f"{name}_step", _STRIDES) for name in ("out", "grad_out", "grad_q")),
     ]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out [b, h, n, d_v] in the dtype of q, lse [b, h, n] in the dtype of arithmetic."""
-    out = call.q.new_empty((*call.q.shape[:3], call.v.shape[-1]))
+    """out [b, h, n, d_v] in the dtype of q, heads of a position together, lse [b, h, n] in the dtype of arithmetic."""
+    out = empty_rows(call.q, (*call.q.shape[:3], call.v.shape[-1]))
     lse = torch.empty(call.q.shape[:3], dtype=call.dtype)
     _Prepared(call, lse, {"q": call.q, "k": call.k, "v": call.v}, {"out": out}).run()
     return out, lse
 
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, those without need as empty tensors of shape [0]. The scores are computed anew."""
+    """Gradients of q, k and v, heads of a position together, those without need of shape [0]. The scores are computed anew."""
     sources = {"q": call.q, "k": call.k, "v": call.v}
-    grads = [x.new_empty(x.shape if wanted else 0) for x, wanted in zip(sources.values(), need, strict=True)]
+    grads = [empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip(sources.values(), need, strict=True)]
     results = {f"grad_{name}": g for name, g, wanted in zip("qkv", grads, need, strict=True) if wanted}
     _Prepared(call, lse.contiguous(), {**sources, "out": out, "grad_out": grad_out}, results).run(backward=True)
     grad_q, grad_k, grad_v = grads
@@ -109,14 +110,14 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Seque
 
 
 _OF_KEYS = ("k", "v", "grad_k", "grad_v")  # a row for each key; all others for each query
-_STRIDED = {"q": "q_step", "k": "k_step", "v": "v_step", "grad_out": "grad_step"}  # what need not be contiguous
+_SUMS = ("grad_k", "grad_v")  # contiguous: every tile adds to their rows, which lie in the cache so; all others are strided
 
 
 class _Prepared:
     """A call with every operand as the native code reads it. It keeps what it points to alive."""
 
     def __init__(self, call: Call, lse: Tensor, operands: dict[str, Tensor], results: dict[str, Tensor]) -> None:
-        """Operands [b, h or h_kv, ...] and contiguous results, both in any dtype, by their names in `Call` of attention.cpp."""
+        """Operands and results [b, h or h_kv, ...], both in any dtype, by their names in `Call` of attention.cpp."""
         self.call, mask, self.lse = call, call.mask, lse
         self.operands, self.results = operands, results
         self.library = native("attention", **REAL[call.dtype])
@@ -154,8 +155,7 @@ class _Prepared:
 
     def _copies(self) -> bool:
         """Whether native code can't read all operands, and write all results, where they are."""
-        found = (x.stride(-1) == 1 if name in _STRIDED else x.is_contiguous() for name, x in self.operands.items())
-        return not (all(found) and all(map(self._direct, (*self.operands.values(), *self.results.values()))))
+        return not all(self._direct(name, x) for name, x in (*self.operands.items(), *self.results.items()))
 
     def _whole(self) -> _Call:
         """What all spans of heads have in common."""
@@ -183,8 +183,9 @@ class _Prepared:
     def _padded(self, x: Tensor) -> int:
         return -(-x.shape[-1] // self.lanes) * self.lanes
 
-    def _direct(self, x: Tensor) -> bool:
-        return x.dtype == self.call.dtype and x.shape[-1] == self._padded(x)
+    def _direct(self, name: str, x: Tensor) -> bool:
+        lies_well = x.is_contiguous() if name in _SUMS else x.stride(-1) == 1
+        return lies_well and x.dtype == self.call.dtype and x.shape[-1] == self._padded(x)
 
     def _part(self, whole: _Call, rows: slice, heads: slice) -> _Part:
         """The call for some batch rows and key heads, copies of theirs alone."""
@@ -195,19 +196,19 @@ class _Prepared:
             part = x[rows, heads if name in _OF_KEYS else of_queries]
             if name not in self.results:
                 part = self.ready(part)
-                part = part if name in _STRIDED else part.contiguous()
-            elif not self._direct(x):
+            elif not self._direct(name, x):
                 result, part = part, part.new_empty((*part.shape[:3], self._padded(x)), dtype=self.call.dtype)
                 rounded.append((result, part))
             parts[name] = part
         for name, part in parts.items():
             # Native code counts batch rows and heads from the first of all, and goes to none but those of the part.
             start = heads.start if name in _OF_KEYS else of_queries.start
-            if name in _STRIDED:
-                setattr(here, _STRIDED[name], _steps(part))
-                before = rows.start * part.stride(0) + start * part.stride(1)
+            row_step, head_step = part.stride()[:2]
+            if name in _SUMS:
+                head_step, row_step = part.shape[2] * part.shape[3], mask.h_kv * part.shape[2] * part.shape[3]
             else:
-                before = (rows.start * (mask.h_kv if name in _OF_KEYS else mask.h) + start) * part.shape[2] * part.shape[3]
+                setattr(here, f"{name}_step", _STRIDES(*part.stride()[:3]))
+            before = rows.start * row_step + start * head_step
             setattr(here, name, part.data_ptr() - before * part.element_size())
         return _Part(here, parts, rounded)
 
@@ -223,10 +224,6 @@ class _Part:
     def round(self) -> None:
         for result, wide in self.rounded:
             result.copy_(wide[..., : result.shape[-1]])
-
-
-def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    return _STRIDES(*x.stride()[:3])
 
 
 def _broadcast(x: Tensor, axes: int) -> ctypes.Array[ctypes.c_int64]:

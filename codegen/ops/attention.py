@@ -15,6 +15,7 @@ from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.ops import autocast
 from sptc.codegen.ops.implementation import implement
 from sptc.codegen.reference.block_lists import block_count, list_width
+from sptc.codegen.reference.layout import empty_rows
 from sptc.codegen.triton.launchers import attention as kernels
 from sptc.codegen.triton.launchers import selection as kernel_selection
 from sptc.codegen.triton.launchers.mask import KernelMask
@@ -162,7 +163,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor
     _check_sink(q, sink)
     parse(predicate).check(tensors, sizes)
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse)
+    return empty_rows(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse)
 
 
 def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +172,7 @@ def _backward_cpu(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k, v), rest[-1], strict=True))
+    return tuple(empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), rest[-1], strict=True))
 
 
 def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

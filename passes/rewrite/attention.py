@@ -14,6 +14,9 @@ from sptc.passes.graph.boundary import alias_sets, written_by
 from sptc.passes.graph.insert import cast, insert
 from sptc.passes.graph.pattern import dtype, exchanged, same_size, shape, value
 
+aten = torch.ops.aten
+_BY_STRIDES = (aten.as_strided.default, aten.as_strided_scatter.default)
+
 
 def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, state: CodebookState | None) -> Node:
     """Insert the sparse attention before `region.y`; returns the node that replaces it."""
@@ -22,16 +25,14 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     named = (region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink, *trained)
     nodes = {node: node for node in named if isinstance(node, Node)}
     form = replace(region, nodes=frozenset(), site=Site("", "")), settings, state  # equal in all layers, but for nodes
-    to, together, written = dtype(y), _heads_together(y), _is_written(y)
+    to, layout = dtype(y), _layout_that_counts(y)
 
     def run(tensors: dict[Node, Any]) -> Tensor:
         out = cast(_attention(*exchanged(form, tensors)), to)
-        if together:
-            out = out.transpose(1, 2).contiguous().transpose(1, 2)
-        return out.clone() if written else out
+        return out if layout is None else out.clone(memory_format=layout)
 
     number = {node: f"node {i}" for i, node in enumerate((*nodes, y))}
-    alike = ("attention", exchanged(form, number), to, together, written)
+    alike = ("attention", exchanged(form, number), to, layout)
     result: Node = insert(y, run, nodes, alike=alike)
     return result
 
@@ -46,7 +47,7 @@ def _attention(region: Any, settings: AttentionSettings, state: Any) -> Tensor:
         state: a CodebookState with tensors, fp32, in place of nodes; None: without codebooks.
 
     Returns:
-        [b, h, n, d_v], of the dtype of the products.
+        [b, h, n, d_v], of the dtype of the products, heads of a position together as fused attention has them.
     """
     q, k, v, mask, bias = region.q, region.k, region.v, region.mask, region.mask.bias
     if bias is not None and mask.merged:
@@ -81,19 +82,24 @@ def _zero_times(v: Tensor, heads: int) -> Tensor:
     return total if same_size(v.shape[1], heads) else total.repeat_interleave(heads // v.shape[1], 1)
 
 
-def _is_written(y: Node) -> bool:
-    """Whether `y` is changed in place later: the operator needs its output for backward, where the products that it replaces did not."""
-    written = [target for node in y.graph.nodes if node > y for target in written_by(node)]
-    aliases = alias_sets(y.graph) if written else {}
-    return any(aliases[target] == aliases[y] for target in written)
+def _layout_that_counts(y: Node) -> torch.memory_format | None:
+    """The layout of `y`, for a copy of the result that has it; None: where no one can tell its layout.
+
+    Views of `y` became reshapes (passes/normalize/lower.py), but for those that something is written to in place: whether they are views
+    depends on its strides. What is written to is a copy also because the operator needs its output for backward, where the products that
+    it replaces did not.
+    """
+    aliases = None
+    for node in y.graph.nodes:
+        if node > y and (told := [*written_by(node), *(node.all_input_nodes if node.target in _BY_STRIDES else ())]):
+            aliases = aliases or alias_sets(y.graph)
+            if any(aliases[target] == aliases[y] for target in told):
+                return torch.preserve_format if _heads_together(y) else torch.contiguous_format
+    return None
 
 
 def _heads_together(y: Node) -> bool:
-    """Whether `y` has the strides of fused attention, which keeps the heads of a position together: what was captured relies on them.
-
-    Dynamo leaves out a `contiguous` that changes nothing, so that a `view` of the transposed result may follow. Where a copy into that
-    layout follows anyway, it is this one.
-    """
+    """Whether `y` has the strides of fused attention, which keeps the heads of a position together, and those of the operator."""
     _, h, _, d = shape(y)
     strides = value(y).stride()
     return same_size(strides[1], d) and same_size(strides[2], h * d) and not same_size(h, 1)

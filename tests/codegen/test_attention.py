@@ -84,7 +84,7 @@ def test_attention_equals_reference(name, sizes):
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-12)
     for x, gradient in got[2].items():
         assert_close(gradient, want[2][x], 1e-12, x)
-    assert got[0].is_contiguous() and got[1].is_contiguous()
+    assert got[1].is_contiguous() and all(x.transpose(1, 2).is_contiguous() for x in (got[0], *got[2].values()))
 
 
 @pytest.mark.parametrize("name", MASKS)

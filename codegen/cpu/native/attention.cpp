@@ -35,10 +35,10 @@ struct Call {
     Operand boolean, bias;
     double dropout_p;
     i64 seed, drops;
-    REAL *out, *lse;  // contiguous [b, h, n, d_v] and [b, h, n]
+    REAL *lse, *out;  // lse is contiguous
     const REAL* grad_out;
-    Strides grad_step;
-    REAL *grad_q, *grad_k, *grad_v;  // contiguous, or null where not needed
+    REAL *grad_q, *grad_k, *grad_v;  // null where not needed; those of keys and values are contiguous: they are summed where they lie
+    Strides out_step, grad_out_step, grad_q_step;
 };
 
 // A run of adjacent keys of a list: one block.
@@ -186,12 +186,12 @@ static void forward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     if (c.drops) drop(c, s, x, scores);
     REAL* out = take(s.out, x.padded * c.d_v);
     product<false>(x.rows, c.d_v, x.keys, scores, 1, x.padded, s.v.data(), c.d_v, out, c.d_v);
-    const i64 at = (x.b * c.heads + x.h) * c.n + x.first;
+    REAL* lse = c.lse + (x.b * c.heads + x.h) * c.n + x.first;
     for (i64 i = 0; i < x.rows; i++) {
         const bool empty = total[i] == 0;
-        c.lse[at + i] = empty ? -INF : greatest[i] + std::log(total[i]);
+        lse[i] = empty ? -INF : greatest[i] + std::log(total[i]);
         const Vector share = spread(empty ? 0 : 1 / total[i]);
-        REAL* row = c.out + (at + i) * c.d_v;
+        REAL* row = at(c.out, c.out_step, x.b, x.h, x.first + i);
         for (i64 j = 0; j < c.d_v; j += LANES) store(row + j, empty ? Vector{} : load(out + i * c.d_v + j) * share);
     }
 }
@@ -210,11 +210,13 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     const i64 row = (x.b * c.heads + x.h) * c.n + x.first, key_row = (x.b * c.key_heads + x.h / (c.heads / c.key_heads)) * c.m;
     REAL *scores = s.scores.data(), *slope = take(s.slope, x.keys * x.padded);
     REAL *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded), *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
-    pack(at(c.grad_out, c.grad_step, x.b, x.h, x.first), c.grad_step.row, x.rows, x.padded, c.d_v, g, g_t);
+    pack(at(c.grad_out, c.grad_out_step, x.b, x.h, x.first), c.grad_out_step.row, x.rows, x.padded, c.d_v, g, g_t);
     for (i64 i = 0; i < x.padded; i++) {
         Vector sum = {};
-        if (i < x.rows)
-            for (i64 j = 0; j < c.d_v; j += LANES) sum += load(g + i * c.d_v + j) * load(c.out + (row + i) * c.d_v + j);
+        if (i < x.rows) {
+            const REAL* out = at(c.out, c.out_step, x.b, x.h, x.first + i);
+            for (i64 j = 0; j < c.d_v; j += LANES) sum += load(g + i * c.d_v + j) * load(out + j);
+        }
         delta[i] = 0;
         for (i64 l = 0; l < LANES; l++) delta[i] += sum[l];
         lse[i] = i < x.rows && c.lse[row + i] != -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
@@ -239,7 +241,10 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
         }
     }
     if (c.grad_v) add_to_keys(s, scores, x.padded, g, c.d_v, c.grad_v + key_row * c.d_v);
-    if (c.grad_q) product<false>(x.rows, c.d, x.keys, slope, 1, x.padded, s.k.data(), c.d, c.grad_q + row * c.d, c.d);
+    if (c.grad_q) {
+        REAL* grad_q = at(c.grad_q, c.grad_q_step, x.b, x.h, x.first);
+        product<false>(x.rows, c.d, x.keys, slope, 1, x.padded, s.k.data(), c.d, grad_q, c.grad_q_step.row);
+    }
     if (c.grad_k) add_to_keys(s, slope, x.padded, s.q.data(), c.d, c.grad_k + key_row * c.d);
 }
 

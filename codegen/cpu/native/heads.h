@@ -1,4 +1,4 @@
-// Tensors [b, h, rows, size] of any strides, as attention and selection read them.
+// Tensors [b, h, rows, size] of any strides, as attention and selection read and write them.
 #pragma once
 
 #include "product.h"
@@ -9,4 +9,7 @@ struct Strides {
     i64 b, h, row;  // of elements; within a row they are adjacent
 };
 
-static const REAL* at(const REAL* x, const Strides& s, i64 b, i64 h, i64 row) { return x + b * s.b + h * s.h + row * s.row; }
+template <typename T>
+static T* at(T* x, const Strides& s, i64 b, i64 h, i64 row) {
+    return x + b * s.b + h * s.h + row * s.row;
+}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sptc.codegen.reference.block_lists import block_count
+from sptc.codegen.reference.layout import empty_rows
 from sptc.codegen.reference.random import drop_threshold
 from sptc.codegen.triton.launchers.attention_tiles import BACKWARD_KV, BACKWARD_Q, FORWARD
 from sptc.codegen.triton.launchers.inverted import inverted_lists
@@ -36,10 +37,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, *opera
         TypeError: q, k and v are not all of one dtype among bfloat16, float16 and float32.
     """
     call = _Call.of(q, k, v, ids, counts, *operands)
-    out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _by_lists(
-        call, FORWARD, {"SCALE_FIRST": call.mask.bias is not None or call.scale <= 0.0 or call.transforms}, {"out_ptr": out, "lse_ptr": lse}
-    )
+    out, lse = empty_rows(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    scale_first = call.mask.bias is not None or call.scale <= 0.0 or call.transforms
+    _by_lists(call, FORWARD, {"SCALE_FIRST": scale_first}, strided("out", out, "bhn") | {"lse_ptr": lse})
     return out, lse
 
 
@@ -54,14 +54,15 @@ def backward(
     *shared, need = operands
     call = _Call.of(q, k, v, ids, counts, *shared)
     need_q, need_k, need_v = need
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k, v), need, strict=True))
+    grad_q, grad_k, grad_v = (empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), need, strict=True))
     delta = torch.empty_like(lse)
     incoming = strided("grad_out", _rows(grad_out.to(q.dtype)), "bhn")
     incoming |= {"lse_ptr": lse.contiguous(), "delta_ptr": delta}
     if need_q or need_k:  # without need_q for delta alone
-        _by_lists(call, BACKWARD_Q, {"NEED_Q": need_q}, incoming | {"out_ptr": out.contiguous(), "grad_q_ptr": grad_q})
+        _by_lists(call, BACKWARD_Q, {"NEED_Q": need_q}, incoming | strided("out", _rows(out), "bhn") | strided("grad_q", grad_q, "bhn"))
     if need_k or need_v:
-        _by_keys(call, {"NEED_K": need_k, "NEED_V": need_v}, incoming | {"grad_k_ptr": grad_k, "grad_v_ptr": grad_v})
+        results = strided("grad_k", grad_k, "bhm") | strided("grad_v", grad_v, "bhm")
+        _by_keys(call, {"NEED_K": need_k, "NEED_V": need_v}, incoming | results)
     return grad_q, grad_k, grad_v
 
 

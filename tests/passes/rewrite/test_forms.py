@@ -147,23 +147,32 @@ def test_other_biases_of_merged_scores_are_refused(beta, sizes, rule):
     assert (region.status, region.rule) == ("refused", rule)
 
 
-class Written(torch.nn.Module):
-    """Attention whose result is added to in place."""
+WRITES = {
+    "itself": lambda y, v: y.add_(v),
+    "a view": lambda y, v: y.view(-1, 8).mul_(2.0),
+    "a copy, as its strides are": lambda y, v: y.transpose(1, 2).reshape(2, 11, 16).mul_(2.0),
+    "by strides": lambda y, v: y.as_strided((8,), (1,)).mul_(2.0),
+}
 
-    def __init__(self):
+
+class Written(torch.nn.Module):
+    """Attention whose result is written to in place."""
+
+    def __init__(self, write):
         super().__init__()
-        self.qkv = torch.nn.Linear(16, 48)
+        self.qkv, self.write = torch.nn.Linear(16, 48), write
 
     def forward(self, x):
         q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         y = (q @ k.mT).softmax(-1) @ v
-        y += v
+        self.write(y, v)
         return y.transpose(1, 2).flatten(2)
 
 
-def test_a_result_that_is_written_to_stays_for_backward():
+@pytest.mark.parametrize("what", WRITES)
+def test_a_result_that_is_written_to_stays_for_backward_and_keeps_its_strides(what):
     torch.manual_seed(0)
-    model, x = Written(), torch.randn(2, 11, 16)
+    model, x = Written(WRITES[what]), torch.randn(2, 11, 16)
     want = gradients(model, model(x).square().sum())
     compiled = torch.compile(model, backend=without_inductor(**FULL))
     assert_gradients_close(gradients(model, compiled(x).square().sum()), want)

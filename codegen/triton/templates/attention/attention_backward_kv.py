@@ -11,7 +11,8 @@ from sptc.codegen.triton.templates.language import many, transform_slope, transf
 @triton.jit
 def attention_backward_kv(
     q_ptr, q_stride_b, q_stride_h, q_stride_n, k_ptr, k_stride_b, k_stride_h, k_stride_m, v_ptr, v_stride_b, v_stride_h, v_stride_m,
-    grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_n, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
+    grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_n, lse_ptr, delta_ptr,
+    grad_k_ptr, grad_k_stride_b, grad_k_stride_h, grad_k_stride_m, grad_v_ptr, grad_v_stride_b, grad_v_stride_h, grad_v_stride_m,
     tiles_ptr, offsets_ptr, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"),
     mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
@@ -124,8 +125,9 @@ def attention_backward_kv(
 
     k_live = key_live[:, None] & (features < HEAD_DIM)[None, :]
     v_live = key_live[:, None] & (values < VALUE_DIM)[None, :]
-    key_index = (pair.to(tl.int64) * m + k_first + columns)[:, None]
     if NEED_K:
-        tl.store(grad_k_ptr + key_index * HEAD_DIM + features[None, :], (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=k_live)
+        grad_k_row = grad_k_ptr + batch * grad_k_stride_b + key_head.to(tl.int64) * grad_k_stride_h + key.to(tl.int64) * grad_k_stride_m
+        tl.store(grad_k_row[:, None] + features[None, :], (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=k_live)
     if NEED_V:
-        tl.store(grad_v_ptr + key_index * VALUE_DIM + values[None, :], grad_v.to(grad_v_ptr.dtype.element_ty), mask=v_live)
+        grad_v_row = grad_v_ptr + batch * grad_v_stride_b + key_head.to(tl.int64) * grad_v_stride_h + key.to(tl.int64) * grad_v_stride_m
+        tl.store(grad_v_row[:, None] + values[None, :], grad_v.to(grad_v_ptr.dtype.element_ty), mask=v_live)

@@ -11,7 +11,8 @@ from sptc.codegen.triton.templates.language import many, transform_slope, transf
 @triton.jit
 def attention_backward_q(
     q_ptr, q_stride_b, q_stride_h, q_stride_n, k_ptr, k_stride_b, k_stride_h, k_stride_m, v_ptr, v_stride_b, v_stride_h, v_stride_m,
-    grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_n, out_ptr, lse_ptr, delta_ptr, grad_q_ptr, ids_ptr, counts_ptr,
+    grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_n, out_ptr, out_stride_b, out_stride_h, out_stride_n,
+    lse_ptr, delta_ptr, grad_q_ptr, grad_q_stride_b, grad_q_stride_h, grad_q_stride_n, ids_ptr, counts_ptr,
     T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"),
     mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
@@ -39,7 +40,8 @@ def attention_backward_q(
     batch = b.to(tl.int64)
     grad_row = grad_out_ptr + batch * grad_out_stride_b + head.to(tl.int64) * grad_out_stride_h + position.to(tl.int64) * grad_out_stride_n
     grad_out = load_rows(grad_row[:, None], 0, VALUE_DIM, BLOCK_V)
-    out = load_rows(out_ptr, row_index[:, None] * VALUE_DIM, VALUE_DIM, BLOCK_V)
+    out_row = out_ptr + batch * out_stride_b + head.to(tl.int64) * out_stride_h + position.to(tl.int64) * out_stride_n
+    out = load_rows(out_row[:, None], 0, VALUE_DIM, BLOCK_V)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     tl.store(delta_ptr + row_index, delta, mask=row_live)
 
@@ -92,4 +94,5 @@ def attention_backward_q(
 
         grad_q = (acc * scale).to(grad_q_ptr.dtype.element_ty)
         q_live = row_live[:, None] & (features < HEAD_DIM)[None, :]
-        tl.store(grad_q_ptr + row_index[:, None] * HEAD_DIM + features[None, :], grad_q, mask=q_live)
+        grad_row = grad_q_ptr + batch * grad_q_stride_b + head.to(tl.int64) * grad_q_stride_h + position.to(tl.int64) * grad_q_stride_n
+        tl.store(grad_row[:, None] + features[None, :], grad_q, mask=q_live)

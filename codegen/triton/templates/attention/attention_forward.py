@@ -11,7 +11,8 @@ from sptc.codegen.triton.templates.language import many, transformed
 @triton.jit
 def attention_forward(
     q_ptr, q_stride_b, q_stride_h, q_stride_n, k_ptr, k_stride_b, k_stride_h, k_stride_m, v_ptr, v_stride_b, v_stride_h, v_stride_m,
-    out_ptr, lse_ptr, ids_ptr, counts_ptr, T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"),
+    out_ptr, out_stride_b, out_stride_h, out_stride_n, lse_ptr, ids_ptr, counts_ptr,
+    T: many("TENSORS"), T_STRIDE: many("STRIDES"), S: many("SIZES"),
     mask_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     bias_ptr, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k,
     seed_ptr, threshold, keep_scale, scale, scale_log2, h_kv, n, m, tiles, width,
@@ -91,4 +92,5 @@ def attention_forward(
         acc = acc / total[:, None]
     tl.store(lse_ptr + row_index, (maximum + tl.log2(total)) * 0.6931471805599453, mask=row_live)
     out_live = row_live[:, None] & (values < VALUE_DIM)[None, :]
-    tl.store(out_ptr + row_index[:, None] * VALUE_DIM + values[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_live)
+    out_row = out_ptr + batch * out_stride_b + head.to(tl.int64) * out_stride_h + position.to(tl.int64) * out_stride_n
+    tl.store(out_row[:, None] + values[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_live)
