@@ -162,6 +162,22 @@ def test_a_graph_with_nothing_for_us_is_compiled_as_it_was_captured():
     assert len(captured) == len(compiled) > 1 and all(a is b for a, b in zip(captured, compiled, strict=True))
 
 
+def test_hooks_of_saved_tensors_see_none_of_what_is_traced():
+    model, x = _block()
+    want = gradients(model, model(x).square().mean())
+    compiled, seen = torch.compile(model, backend=without_inductor(**FULL)), []
+
+    def pack(saved):
+        assert type(saved) in (torch.Tensor, nn.Parameter)
+        seen.append(saved.data_ptr())  # which a fake has not
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = compiled(x)
+    assert_gradients_close(gradients(model, y.square().mean()), want)
+    assert seen and [r.status for r in sptc.report(compiled).regions] == ["rewritten", "rewritten"]
+
+
 class Flat(nn.Module):
     """The up projection over flat tokens, the down projection over [b, n]."""
 

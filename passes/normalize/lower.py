@@ -17,6 +17,7 @@ import torch.fx.traceback
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -90,7 +91,8 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         with torch.fx.traceback.preserve_node_meta():
             return Lowering(gm).run(*args)
 
-    with fake_mode, enable_python_dispatcher():
+    # What autograd saves here is never read: hooks of the user that pack it would only see fakes.
+    with fake_mode, enable_python_dispatcher(), _disable_saved_tensors_hooks_during_tracing():
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     _keep_dynamo_metadata(gm, graph)
     for module in graphs(graph):
