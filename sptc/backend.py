@@ -124,7 +124,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         kernels = emit(unit, _device(example_inputs))
         # A graph in which nothing was rewritten is compiled as it was captured: what is not ours, we leave alone.
         rewritten = any(decision.rewrite for decision in unit.decisions)
-        with _keeping_little(unit):
+        with _keeping_little(unit, rewritten):
             compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
         called = _summary.gather(report, config, example_inputs)
     except (TorchDynamoException, ConfigError):
@@ -144,13 +144,14 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
 spt.reset = _summary.forget  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls
 
 
-def _keeping_little(unit: Unit) -> AbstractContextManager[Any]:
-    """With objective "memory", AOTAutograd's partitioner keeps for backward only what is not cheap to compute again.
+def _keeping_little(unit: Unit, rewritten: bool) -> AbstractContextManager[Any]:
+    """Where a region is rewritten, AOTAutograd's partitioner keeps for backward only what is not cheap to compute again.
 
-    By default it keeps whatever backward's products read as it is: outputs of norms, copies of weights in another dtype, activations. It
-    takes no notice of writes: what follows from an input that the graph changes in place would be computed of the new value.
+    By default it keeps whatever backward's products read as it is: outputs of norms, copies of weights in another dtype, activations. To
+    read those takes about as long as to compute them (README.md, "Memory"). It takes no notice of writes: what follows from an input that
+    the graph changes in place would be computed of the new value. With objective "memory" it is so in graphs without regions, too.
     """
-    if unit.config.objective != "memory" or returns_after_writes(unit.gm):
+    if not (rewritten or unit.config.objective == "memory") or returns_after_writes(unit.gm):
         return nullcontext()
     patch: AbstractContextManager[Any] = functorch_config.patch(KEEPING_LITTLE)
     return patch

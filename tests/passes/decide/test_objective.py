@@ -119,29 +119,37 @@ class Layer(nn.Module):
         return cross_entropy(self.head(x + self.ffn(self.other(x))).flatten(0, 1), labels.flatten())
 
 
-def test_what_is_cheap_is_not_kept_and_nothing_changes() -> None:
+def test_what_is_cheap_is_not_kept_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, inputs = Layer(), batch(41)
     reference = copy.deepcopy(model).double()
     want = gradients(reference, reference(inputs[0].double(), inputs[1]))
 
     def kept(**options: Any) -> int:
-        shapes = kept_for_backward(model, inputs, {"decline": "auto", "max_rise": 0.0, "ffn.recompute": True, **options})
+        shapes = kept_for_backward(model, inputs, {"max_rise": 0.0, "ffn.recompute": True, **options})
         return sum(math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 
-    assert kept() - kept(objective="memory") > inputs[0].numel(), "what the norms give"
+    little, memory = kept(decline="never"), kept(objective="memory", decline="auto")
+    monkeypatch.setattr("sptc.backend.KEEPING_LITTLE", {})
+    assert kept(decline="never") - little > inputs[0].numel(), "what the norms give"
+    assert kept(objective="memory", decline="auto") - memory > inputs[0].numel(), "what the norms give"
     compiled = torch.compile(model, backend=without_inductor(**MEMORY))
     assert_gradients_close(gradients(model, compiled(*inputs)), want)
     assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"attention": "declined", "ffn": "rewritten", "loss": "rewritten"}
 
 
-def test_what_is_random_is_not_drawn_again() -> None:
+@pytest.mark.parametrize("objective", ["memory", "time"])
+def test_what_is_random_is_not_drawn_again(objective: str) -> None:
+    ffn = Gated()
+
     def masked(x: Tensor) -> Tensor:
-        return torch.dropout(x.sin(), 0.5, True).cos() - 1
+        return torch.dropout(x.sin(), 0.5, True).cos() - 1 + 0 * ffn(x[:, :D].detach()).sum()
 
     x = torch.ones(64, 512, requires_grad=True)
-    y = torch.compile(masked, backend="spt", options={"objective": "memory"})(x)
+    compiled = torch.compile(masked, backend="spt", options={"objective": objective, "ffn.density": 0.5, "decline": "never"})
+    y = compiled(x)
     y.sum().backward()
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
     assert x.grad is not None and torch.equal(y != 0, x.grad != 0) and 0.4 < float((y != 0).float().mean()) < 0.6
 
 
