@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -57,6 +58,9 @@ def _compile(launch: Launch, target: Target) -> None:
 
 
 def _processors() -> int:
+    """One where Python counts how deep it parses for all threads together: now and then one fails (CPython's issue 106905)."""
+    if sys.version_info < (3, 11, 8) or (3, 12) <= sys.version_info < (3, 12, 2):
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

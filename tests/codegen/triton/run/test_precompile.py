@@ -74,6 +74,13 @@ def test_each_is_compiled_once(launches, monkeypatch):
     assert len(built) == first + 2
 
 
+@pytest.mark.parametrize(("version", "several"), [((3, 11, 7), False), ((3, 11, 8), True), ((3, 12, 1), False), ((3, 12, 2), True)])
+def test_one_thread_where_several_must_not_parse(monkeypatch, version, several):
+    monkeypatch.setattr(module.sys, "version_info", version)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: range(5), raising=False)
+    assert module._processors() == (5 if several else 1)
+
+
 def test_several_at_a_time(launches, monkeypatch):
     meeting = threading.Barrier(2, timeout=60)  # one thread alone would wait in vain
     monkeypatch.setattr(module, "_processors", lambda: 2)
