@@ -148,8 +148,8 @@ def _keeping_little(unit: Unit, rewritten: bool) -> AbstractContextManager[Any]:
     """Where a region is rewritten, AOTAutograd's partitioner keeps for backward only what is not cheap to compute again.
 
     By default it keeps whatever backward's products read as it is: outputs of norms, copies of weights in another dtype, activations. To
-    read those takes about as long as to compute them (README.md, "Memory"). It takes no notice of writes: what follows from an input that
-    the graph changes in place would be computed of the new value. With objective "memory" it is so in graphs without regions, too.
+    read those takes about as long as to compute them (docs/design/deciding.md). It takes no notice of writes: what follows from an input
+    that the graph changes in place would be computed of the new value. With objective "memory" it is so in graphs without regions, too.
     """
     if not (rewritten or unit.config.objective == "memory") or returns_after_writes(unit.gm):
         return nullcontext()
