@@ -16,6 +16,7 @@ from sptc.passes.graph.pattern import dtype, exchanged, same_size, shape, value
 
 aten = torch.ops.aten
 _BY_STRIDES = (aten.as_strided.default, aten.as_strided_scatter.default)
+_JOINS = (aten.reshape.default, aten.flatten.using_ints)
 
 
 def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, state: CodebookState | None) -> Node:
@@ -25,14 +26,16 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     named = (region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink, *trained)
     nodes = {node: node for node in named if isinstance(node, Node)}
     form = replace(region, nodes=frozenset(), site=Site("", "")), settings, state  # equal in all layers, but for nodes
-    to, layout = dtype(y), _layout_that_counts(y)
+    to, own, together, free = dtype(y), _is_told(y), _heads_together(y), _is_free(y)
 
     def run(tensors: dict[Node, Any]) -> Tensor:
         out = cast(_attention(*exchanged(form, tensors)), to)
-        return out if layout is None else out.clone(memory_format=layout)
+        if own:
+            return out.clone(memory_format=torch.preserve_format if together else torch.contiguous_format)
+        return out if together or free else out.contiguous()
 
     number = {node: f"node {i}" for i, node in enumerate((*nodes, y))}
-    alike = ("attention", exchanged(form, number), to, layout)
+    alike = ("attention", exchanged(form, number), to, own, together, free)
     result: Node = insert(y, run, nodes, alike=alike)
     return result
 
@@ -82,20 +85,41 @@ def _zero_times(v: Tensor, heads: int) -> Tensor:
     return total if same_size(v.shape[1], heads) else total.repeat_interleave(heads // v.shape[1], 1)
 
 
-def _layout_that_counts(y: Node) -> torch.memory_format | None:
-    """The layout of `y`, for a copy of the result that has it; None: where no one can tell its layout.
+def _is_told(y: Node) -> bool:
+    """Whether `y` is written to in place later, or read by strides.
 
-    Views of `y` became reshapes (passes/normalize/lower.py), but for those that something is written to in place: whether they are views
-    depends on its strides. What is written to is a copy also because the operator needs its output for backward, where the products that
-    it replaces did not.
+    The result is a copy then: the operator needs its output for backward, where the products that it replaces did not; and views that are
+    written to are views still (passes/normalize/lower.py), whose meaning depends on strides.
     """
     aliases = None
     for node in y.graph.nodes:
         if node > y and (told := [*written_by(node), *(node.all_input_nodes if node.target in _BY_STRIDES else ())]):
             aliases = aliases or alias_sets(y.graph)
             if any(aliases[target] == aliases[y] for target in told):
-                return torch.preserve_format if _heads_together(y) else torch.contiguous_format
-    return None
+                return True
+    return False
+
+
+def _is_free(y: Node) -> bool:
+    """Whether nothing tells how `y` lies: its heads are put together and copied, as before the projection that follows attention.
+
+    Else strides travel on, through elementwise operators too, and out of the graph, where a `view` may count on them.
+    """
+    return all(_swaps(user) and all(_copies(copy, value(y).shape[-1]) for copy in user.users) for user in y.users)
+
+
+def _swaps(node: Node) -> bool:
+    """Whether positions and heads of [b, h, n, d] change places."""
+    if node.target is aten.transpose.int:
+        return {axis % 4 for axis in node.args[1:3]} == {1, 2}  # type: ignore[operator]
+    return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+
+
+def _copies(node: Node, d: Any) -> bool:
+    """Whether [b, n, h, d] is copied, whichever of the two ways it lies: made contiguous, or with heads and features as one axis."""
+    if node.target is aten.clone.default:
+        return node.kwargs.get("memory_format") is torch.contiguous_format
+    return node.target is aten.contiguous.default or (node.target in _JOINS and not same_size(value(node).shape[-1], d))
 
 
 def _heads_together(y: Node) -> bool:

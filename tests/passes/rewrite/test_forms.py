@@ -176,3 +176,39 @@ def test_a_result_that_is_written_to_stays_for_backward_and_keeps_its_strides(wh
     want = gradients(model, model(x).square().sum())
     compiled = torch.compile(model, backend=without_inductor(**FULL))
     assert_gradients_close(gradients(model, compiled(x).square().sum()), want)
+
+
+RETURNS = {
+    "itself": lambda y: y,
+    "what is computed of its elements": lambda y: y * 2,
+    "turned": lambda y: y.transpose(1, 2),
+    "turned, of its elements": lambda y: y.transpose(1, 2) * 2,
+    "as rows": lambda y: y.transpose(1, 2).flatten(2),
+}
+
+
+class Returned(torch.nn.Module):
+    """Attention whose result leaves the graph."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.qkv, self.how = torch.nn.Linear(16, 48), how
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.how((q @ k.mT).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("how", RETURNS)
+def test_what_leaves_the_graph_has_the_strides_of_the_dense_model(how):
+    torch.manual_seed(0)
+    model, x = Returned(RETURNS[how]), torch.randn(2, 11, 16)
+    got, want = torch.compile(model, backend=without_inductor(**FULL))(x), model(x)
+    torch.testing.assert_close(got, want)
+    assert got.stride() == want.stride()
+
+
+def test_heads_that_are_put_together_are_not_copied():
+    (unit,) = rewritten(Returned(RETURNS["as rows"]), {"x": torch.randn(2, 11, 16)})
+    targets = {node.target for node in unit.gm.graph.nodes}
+    assert not targets & {torch.ops.aten.clone.default, torch.ops.aten.contiguous.default}
