@@ -155,24 +155,24 @@ WRITES = {
 }
 
 
-class Written(torch.nn.Module):
-    """Attention whose result is written to in place."""
+class Followed(torch.nn.Module):
+    """Attention whose result is written to in place, if at all, and leaves the graph as `returned` has it."""
 
-    def __init__(self, write):
+    def __init__(self, returned, write=lambda y, v: None):
         super().__init__()
-        self.qkv, self.write = torch.nn.Linear(16, 48), write
+        self.qkv, self.returned, self.write = torch.nn.Linear(16, 48), returned, write
 
     def forward(self, x):
         q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         y = (q @ k.mT).softmax(-1) @ v
         self.write(y, v)
-        return y.transpose(1, 2).flatten(2)
+        return self.returned(y)
 
 
 @pytest.mark.parametrize("what", WRITES)
 def test_a_result_that_is_written_to_stays_for_backward_and_keeps_its_strides(what):
     torch.manual_seed(0)
-    model, x = Written(WRITES[what]), torch.randn(2, 11, 16)
+    model, x = Followed(RETURNS["as rows"], WRITES[what]), torch.randn(2, 11, 16)
     want = gradients(model, model(x).square().sum())
     compiled = torch.compile(model, backend=without_inductor(**FULL))
     assert_gradients_close(gradients(model, compiled(x).square().sum()), want)
@@ -187,28 +187,16 @@ RETURNS = {
 }
 
 
-class Returned(torch.nn.Module):
-    """Attention whose result leaves the graph."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.qkv, self.how = torch.nn.Linear(16, 48), how
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return self.how((q @ k.mT).softmax(-1) @ v)
-
-
 @pytest.mark.parametrize("how", RETURNS)
 def test_what_leaves_the_graph_has_the_strides_of_the_dense_model(how):
     torch.manual_seed(0)
-    model, x = Returned(RETURNS[how]), torch.randn(2, 11, 16)
+    model, x = Followed(RETURNS[how]), torch.randn(2, 11, 16)
     got, want = torch.compile(model, backend=without_inductor(**FULL))(x), model(x)
     torch.testing.assert_close(got, want)
     assert got.stride() == want.stride()
 
 
 def test_heads_that_are_put_together_are_not_copied():
-    (unit,) = rewritten(Returned(RETURNS["as rows"]), {"x": torch.randn(2, 11, 16)})
+    (unit,) = rewritten(Followed(RETURNS["as rows"]), {"x": torch.randn(2, 11, 16)})
     targets = {node.target for node in unit.gm.graph.nodes}
     assert not targets & {torch.ops.aten.clone.default, torch.ops.aten.contiguous.default}
