@@ -44,9 +44,9 @@ _summary = Summary()
 KEEPING_LITTLE = {
     "ban_recompute_materialized_backward": False,
     "ban_recompute_used_far_apart": False,
-    "ban_recompute_long_fusible_chains": False,
 }
-"""Settings of `torch._functorch.config` with which AOTAutograd's partitioner keeps little."""
+"""Settings of `torch._functorch.config` with which AOTAutograd's partitioner keeps little. Its ban on long chains stays: without
+it the residual stream of all layers is computed again at the begin of backward, and lies in memory at once."""
 
 Inner = Callable[[fx.GraphModule, list[Any], Config], Callable[..., Any]]
 
