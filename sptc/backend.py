@@ -18,6 +18,7 @@ from torch._logging import warning_once
 
 import sptc.codegen.ops  # noqa: F401  registers the sptc operators
 from sptc.codegen.cpu.attention import default_blocks
+from sptc.codegen.ops.returned import joined
 from sptc.codegen.triton.launchers.selection import default_blocks as kernel_blocks
 from sptc.codegen.triton.target import KERNEL_DTYPES, runs_kernels
 from sptc.config import Config, ConfigError
@@ -126,6 +127,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         rewritten = any(decision.rewrite for decision in unit.decisions)
         with _keeping_little(unit, rewritten):
             compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
+        if unit.handles:
+            compiled = joined(compiled, unit.handles)
         called = _summary.gather(report, config, example_inputs)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend

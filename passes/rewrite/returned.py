@@ -1,0 +1,114 @@
+"""What a graph returns beside its loss, as a rule logits that nothing outside computes with, has no gradient of zeros.
+
+Autograd would fill one for each: of logits an array as large as they are, where a step's memory is at its peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sptc.ir.hint import optimization_hint
+from sptc.passes.graph.effects import alias_sets, reads, written_by
+from sptc.passes.graph.insert import insert
+from sptc.passes.graph.pattern import VIEWS, dtype, op, requires_grad, shape, transparent, value
+from sptc.passes.unit import Unit
+
+_LEAST = 1 << 20  # bytes: zeros of fewer cost nothing
+
+
+def large_results(unit: Unit) -> tuple[int, ...]:
+    """Which results of the captured graph are large and carry a gradient, beside a loss that it returns, too."""
+    results = _results(unit.gm.graph)
+    if not any(_is_loss(r) for r in results) or (unit.config.inductor or {}).get("triton.cudagraphs"):
+        return ()
+    return tuple(i for i, r in enumerate(results) if shape(r) and _carries_gradient(r) and _bytes(r) >= _LEAST)
+
+
+def set_apart(graph: fx.Graph, large: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Let the graph return a handle (`sptc::apart`) for each of these results that a loss is computed from.
+
+    Returns:
+        By position: which result belongs to which handle. The handles are behind all other results.
+    """
+    (output,) = graph.find_nodes(op="output")
+    losses = [r for r in _results(graph) if isinstance(r, Node) and not shape(r)]
+    read = set().union(*map(reads, losses)) if large else set()
+    written = [target for node in graph.nodes for target in written_by(node)] if large else []
+    aliases = alias_sets(graph) if written else {}
+    changed = {aliases[target] for target in written}
+    handles: dict[int, Node] = {}
+    for place in large:
+        result = _results(graph)[place]
+        if not isinstance(result, Node):  # logits that are dropped
+            continue
+        views, start = _alone(result, output)
+        if start.op != "call_function" or read.isdisjoint(start.users) or (written and aliases[start] in changed):
+            continue
+        users = list(start.users)
+        inside, handles[place], outside = insert(start.next, _apart, start, like=start)
+        for user in users:
+            user.replace_input_with(start, outside if user in views else inside)
+        if start is result:
+            _replace(output, place, outside)
+    results = _results(graph)
+    output.args = (type(output.args[0])([*results, *handles.values()]),)
+    return tuple((place, len(results) + i) for i, place in enumerate(handles))
+
+
+def _apart(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` for the graph, a handle of its gradient from outside, and `x` without gradient for the outside."""
+    inside, handle = torch.ops.sptc.apart(x)
+    return inside, handle, x.detach()
+
+
+def _alone(result: Node, output: Node) -> tuple[list[Node], Node]:
+    """The views and casts between a result and what else the graph computes with, and the latter."""
+    views: list[Node] = []
+    while (
+        (op(result) in VIEWS or transparent(result))
+        and len(result.users) == 1
+        and (views or _results(output.graph).count(result) == 1)
+        and value(result).device == value(result.args[0]).device
+    ):
+        views.append(result)
+        result = result.args[0]  # type: ignore[assignment]
+    return views, result
+
+
+def _replace(output: Node, place: int, new: Node) -> None:
+    results = _results(output.graph)
+    results[place] = new
+    output.args = (type(output.args[0])(results),)
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    (output,) = graph.find_nodes(op="output")
+    return [*output.args[0]]  # type: ignore[misc]
+
+
+def _is_loss(result: Any) -> bool:
+    return isinstance(result, Node) and not shape(result) and _carries_gradient(result)
+
+
+def _carries_gradient(result: Any) -> bool:
+    known = value(result)
+    return (
+        isinstance(result, Node)
+        and isinstance(known, Tensor)
+        and known.is_floating_point()
+        and not is_traceable_wrapper_subclass(known)
+        and requires_grad(result)
+    )
+
+
+def _bytes(result: Node) -> int:
+    to = dtype(result)
+    assert to is not None
+    return to.itemsize * math.prod(optimization_hint(size) for size in shape(result))
