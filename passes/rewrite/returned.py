@@ -18,6 +18,7 @@ from sptc.ir.hint import optimization_hint
 from sptc.passes.graph.effects import alias_sets, reads, written_by
 from sptc.passes.graph.insert import insert
 from sptc.passes.graph.pattern import VIEWS, dtype, op, requires_grad, shape, transparent, value
+from sptc.passes.graph.row_axes import empty
 from sptc.passes.unit import Unit
 
 _LEAST = 1 << 20  # bytes: zeros of fewer cost nothing
@@ -48,41 +49,38 @@ def set_apart(graph: fx.Graph, large: Sequence[int]) -> tuple[tuple[int, int], .
         result = _results(graph)[place]
         if not isinstance(result, Node):  # logits that are dropped
             continue
-        views, start = _alone(result, output)
+        start = _start(result, output)
         if start.op != "call_function" or read.isdisjoint(start.users) or (written and aliases[start] in changed):
             continue
         users = list(start.users)
-        inside, handles[place], outside = insert(start.next, _apart, start, like=start)
+        inside, handles[place] = insert(start.next, torch.ops.sptc.apart, start, like=start)
         for user in users:
-            user.replace_input_with(start, outside if user in views else inside)
-        if start is result:
-            _replace(output, place, outside)
+            user.replace_input_with(start, inside)
+        _return(output, place, insert(output, torch.detach, inside if start is result else result, like=result))
     results = _results(graph)
     output.args = (type(output.args[0])([*results, *handles.values()]),)
     return tuple((place, len(results) + i) for i, place in enumerate(handles))
 
 
-def _apart(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`x` for the graph, a handle of its gradient from outside, and `x` without gradient for the outside."""
-    inside, handle = torch.ops.sptc.apart(x)
-    return inside, handle, x.detach()
+def _start(result: Node, output: Node) -> Node:
+    """What else the graph computes with, of which a result is a view, a cast, or what a cache before its first token makes."""
+    while len(result.users) == 1 and _results(output.graph).count(result) < 2:
+        if op(result) in VIEWS or transparent(result):
+            before: Node = result.args[0]  # type: ignore[assignment]
+        elif op(result) == "aten.cat.default":
+            filled = [part for part in result.args[0] if not empty(part)]  # type: ignore[union-attr, arg-type]
+            if len(filled) != 1:
+                break
+            before = filled[0]  # type: ignore[assignment]
+        else:
+            break
+        if value(before).device != value(result).device:
+            break
+        result = before
+    return result
 
 
-def _alone(result: Node, output: Node) -> tuple[list[Node], Node]:
-    """The views and casts between a result and what else the graph computes with, and the latter."""
-    views: list[Node] = []
-    while (
-        (op(result) in VIEWS or transparent(result))
-        and len(result.users) == 1
-        and (views or _results(output.graph).count(result) == 1)
-        and value(result).device == value(result.args[0]).device
-    ):
-        views.append(result)
-        result = result.args[0]  # type: ignore[assignment]
-    return views, result
-
-
-def _replace(output: Node, place: int, new: Node) -> None:
+def _return(output: Node, place: int, new: Node) -> None:
     results = _results(output.graph)
     results[place] = new
     output.args = (type(output.args[0])(results),)

@@ -45,6 +45,8 @@ BESIDE: dict[str, Callable[[Tensor, Tensor], Outputs]] = {
     "logits under two shapes": lambda logits, x: (logits.flatten(0, 1), logits.flatten(0, 1).unsqueeze(0)),
     "logits and a cast": lambda logits, x: (logits, logits.double()),
     "a cast and its view": lambda logits, x: (logits.double(), logits.double().flatten()),
+    "a cache before its first token": lambda logits, x: (torch.cat([x.new_empty(len(x), 0, D), x], 1), logits),
+    "a cache that is part of what it holds": lambda logits, x: (torch.cat([x[:, :0], x], 1), logits),
     "a part": lambda logits, x: (logits[:, -1:], logits),
     "what the loss does not read": lambda logits, x: (logits.tanh(), x),
 }
