@@ -8,11 +8,14 @@ with. So such a result leaves the graph without gradient, beside a number: the h
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sptc.ir.errors import SptcError
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("apart(Tensor value) -> (Tensor, Tensor)")
@@ -21,7 +24,11 @@ _lib.define("hand_over(Tensor gradient) -> Tensor")
 _lib.define("add_handed_(Tensor(a!) gradient, Tensor handle) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 _handed: dict[int, Tensor] = {}
-_handles = itertools.count(1)
+_handles = itertools.count(2**40 + 1, 2)  # no multiple of one is another
+
+
+class HandleError(SptcError, RuntimeError):
+    """The gradient of a result was not found."""
 
 
 class _Apart(torch.autograd.Function):
@@ -45,7 +52,12 @@ class _Returned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None]:
         (gradient,) = gradients
-        return None, None if gradient is None else torch.ops.sptc.hand_over(gradient)
+        if gradient is None:
+            return None, None
+        handle: Tensor = torch.ops.sptc.hand_over(gradient)
+        if not torch.compiler.is_compiling():  # where backward fails before it is found, it goes with the graph
+            weakref.finalize(ctx, _handed.pop, int(handle), None)
+        return None, handle
 
 
 def apart(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,10 +77,21 @@ def hand_over(gradient: Tensor) -> Tensor:
 
 
 def add_handed_(gradient: Tensor, handle: Tensor) -> None:
-    """Add to `gradient` what was handed over for the handle; of the same number of elements, under any shape and dtype."""
-    number = int(handle)
-    if number:
-        gradient.add_(_handed.pop(number).reshape(gradient.shape))
+    """Add to `gradient` what was handed over for the handle; of the same number of elements, under any shape and dtype.
+
+    Raises:
+        HandleError: nothing was.
+    """
+    number = handle.item()
+    if not number:
+        return
+    handed = _handed.pop(number, None)  # type: ignore[arg-type]
+    if handed is None:
+        raise HandleError(
+            "a hook on the autograd node of a compiled graph changed the gradients of all its results, one of which tells where another "
+            "one is: let it leave alone the gradient of dtype float64 and shape [] that stands last, or hook the results themselves"
+        )
+    gradient.add_(handed.reshape(gradient.shape))
 
 
 def joined(call: Callable[..., Sequence[Any]], handles: Sequence[tuple[int, int]]) -> Callable[..., list[Any]]:

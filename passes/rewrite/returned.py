@@ -6,11 +6,13 @@ Autograd would fill one for each: of logits an array as large as they are, where
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import config as inductor_config
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -25,11 +27,27 @@ _LEAST = 1 << 20  # bytes: zeros of fewer cost nothing
 
 
 def large_results(unit: Unit) -> tuple[int, ...]:
-    """Which results of the captured graph are large and carry a gradient, beside a loss that it returns, too."""
-    results = _results(unit.gm.graph)
-    if not any(_is_loss(r) for r in results) or (unit.config.inductor or {}).get("triton.cudagraphs"):
+    """Which results of the captured graph are large and carry a gradient, beside a loss that it returns, too.
+
+    Those that share memory with an input or another result are left out: they are views of one tensor to autograd, which a write to one of
+    them, outside, has to reach.
+    """
+    (output,) = unit.gm.graph.find_nodes(op="output")
+    results = _results(output)
+    cuda_graphs = (unit.config.inductor or {}).get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+    large = [i for i, r in enumerate(results) if shape(r) and _carries_gradient(r) and _bytes(r) >= _LEAST]
+    if not large or cuda_graphs or not any(_is_loss(r) for r in results):
         return ()
-    return tuple(i for i, r in enumerate(results) if shape(r) and _carries_gradient(r) and _bytes(r) >= _LEAST)
+    nodes = unit.gm.graph.nodes
+    sets = alias_sets(unit.gm.graph)
+    outer = [node for node in nodes if node.op in ("placeholder", "get_attr")]
+    visible = Counter(sets[node] for node in (*outer, *{r for r in results if isinstance(r, Node)}))
+    written = {sets[target] for node in nodes for target in written_by(node)}
+
+    def free(result: Node) -> bool:
+        return visible[sets[result]] == 1 and written.isdisjoint((sets[result], sets[_start(result, output)]))
+
+    return tuple(i for i in large if free(results[i]))
 
 
 def set_apart(graph: fx.Graph, large: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -38,33 +56,32 @@ def set_apart(graph: fx.Graph, large: Sequence[int]) -> tuple[tuple[int, int], .
     Returns:
         By position: which result belongs to which handle. The handles are behind all other results.
     """
+    if not large:
+        return ()
     (output,) = graph.find_nodes(op="output")
-    losses = [r for r in _results(graph) if isinstance(r, Node) and not shape(r)]
-    read = set().union(*map(reads, losses)) if large else set()
-    written = [target for node in graph.nodes for target in written_by(node)] if large else []
-    aliases = alias_sets(graph) if written else {}
-    changed = {aliases[target] for target in written}
+    losses = [r for r in _results(output) if isinstance(r, Node) and not shape(r)]
+    read = set().union(*map(reads, losses))
     handles: dict[int, Node] = {}
     for place in large:
-        result = _results(graph)[place]
+        result = _results(output)[place]
         if not isinstance(result, Node):  # logits that are dropped
             continue
         start = _start(result, output)
-        if start.op != "call_function" or read.isdisjoint(start.users) or (written and aliases[start] in changed):
+        if start.op != "call_function" or read.isdisjoint(start.users):
             continue
         users = list(start.users)
         inside, handles[place] = insert(start.next, torch.ops.sptc.apart, start, like=start)
         for user in users:
             user.replace_input_with(start, inside)
         _return(output, place, insert(output, torch.detach, inside if start is result else result, like=result))
-    results = _results(graph)
+    results = _results(output)
     output.args = (type(output.args[0])([*results, *handles.values()]),)
     return tuple((place, len(results) + i) for i, place in enumerate(handles))
 
 
 def _start(result: Node, output: Node) -> Node:
     """What else the graph computes with, of which a result is a view, a cast, or what a cache before its first token makes."""
-    while len(result.users) == 1 and _results(output.graph).count(result) < 2:
+    while len(result.users) == 1 and _results(output).count(result) < 2:
         if op(result) in VIEWS or transparent(result):
             before: Node = result.args[0]  # type: ignore[assignment]
         elif op(result) == "aten.cat.default":
@@ -81,13 +98,12 @@ def _start(result: Node, output: Node) -> Node:
 
 
 def _return(output: Node, place: int, new: Node) -> None:
-    results = _results(output.graph)
+    results = _results(output)
     results[place] = new
     output.args = (type(output.args[0])(results),)
 
 
-def _results(graph: fx.Graph) -> list[Any]:
-    (output,) = graph.find_nodes(op="output")
+def _results(output: Node) -> list[Any]:
     return [*output.args[0]]  # type: ignore[misc]
 
 

@@ -101,16 +101,17 @@ def backward_inputs(model: nn.Module, inputs: Outputs, used: Any, **options: Any
 
 
 def test_no_gradient_as_large_as_logits_comes_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model(BESIDE["logits and a cast"])
-    x, labels = batch()
-    logits = torch.Size((*labels.shape, CLASSES))
-    assert backward_inputs(model, (x, labels), USED["loss"]).count(logits) == 0
-    torch._dynamo.reset()
-    cuda_graphs = {"inductor": {"triton.cudagraphs": True}}  # of which nothing may depend on numbers of the host
-    assert backward_inputs(model, (x, labels), USED["loss"], **cuda_graphs).count(logits) == 2
-    torch._dynamo.reset()
+    model = Model(lambda logits, x: (logits.double(), x))
+    inputs = batch()
+
+    def large(**options: Any) -> int:
+        torch._dynamo.reset()
+        return sum(len(shape) > 0 for shape in backward_inputs(model, inputs, USED["loss"], **options))
+
+    assert large() == 0
+    assert large(inductor={"triton.cudagraphs": True}) == 2  # of which none may depend on numbers of the host
     monkeypatch.setattr(returned, "_LEAST", 1 << 20)
-    assert backward_inputs(model, (x, labels), USED["loss"]).count(logits) == 2
+    assert large() == 2
 
 
 def test_backward_twice() -> None:
@@ -142,6 +143,75 @@ def test_results_are_tensors_like_any_other() -> None:
     loss, (logits,) = torch.compile(model, backend=without_inductor(**FULL))(x, labels)
     assert not logits._is_view()
     assert_gradients_close(gradients(model, total(loss, logits)), want)
+
+
+SHARED: dict[str, Callable[[Tensor, Tensor], Outputs]] = {
+    "a view": lambda y, x: (y, y.flatten(0, 1)),
+    "a slice": lambda y, x: (y, y[:, -1:]),
+    "a transpose": lambda y, x: (y.transpose(0, 1), y),
+    "what it is taken from": lambda y, x: (y, x),
+}
+
+
+class Shared(nn.Module):
+    """Returns what shares memory: of the input, or of logits."""
+
+    def __init__(self, beside: Callable[[Tensor, Tensor], Outputs], of_input: bool) -> None:
+        super().__init__()
+        self.beside, self.of_input, self.ffn, self.head = beside, of_input, Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Outputs]:
+        y = x[:, :-1] if self.of_input else self.head(x + self.ffn(x))
+        logits = self.head(y + self.ffn(y)) if self.of_input else y
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, : logits.shape[1]].flatten()), self.beside(y, x)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("beside", SHARED.values(), ids=SHARED)
+def test_a_write_to_a_result_reaches_what_shares_its_memory(beside: Any, of_input: bool, first: int) -> None:
+    torch.manual_seed(0)
+    model = Shared(beside, of_input)
+    (x, labels), reference = batch_and(model)
+
+    if not of_input and beside is SHARED["what it is taken from"]:
+        pytest.skip("logits share no memory with the input")
+
+    def of(call: Any, own: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        x = x.clone().requires_grad_()
+        more = call(x * 1, labels)[1]
+        more[first].mul_(2)
+        own.zero_grad()
+        more[1 - first].square().sum().backward()
+        return {name: p.grad for name, p in [*own.named_parameters(), ("x", x)] if p.grad is not None and p.grad.any()}
+
+    want = of(reference, reference, x.double())
+    assert_gradients_close(of(torch.compile(model, backend=without_inductor(**FULL)), model, x), want)
+
+
+def test_a_backward_that_fails_keeps_nothing() -> None:
+    model = Model(BESIDE["logits"])
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+
+    def fail(gradient: Tensor) -> None:
+        raise KeyError("the user's")
+
+    loss, (logits,) = compiled(*batch())
+    loss.register_hook(fail)
+    with pytest.raises(KeyError, match="the user's"):
+        (loss + logits.square().mean()).backward()
+    assert len(ops._handed) == 1
+    del loss, logits
+    assert not ops._handed
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, -1.0])
+def test_a_hook_on_the_node_may_not_change_a_handle(factor: float) -> None:
+    model = Model(BESIDE["logits"])
+    loss, (logits,) = torch.compile(model, backend=without_inductor(**FULL))(*batch())
+    loss.grad_fn.register_prehook(lambda gradients: tuple(None if g is None else g * factor for g in gradients))  # type: ignore[union-attr]
+    with pytest.raises(ops.HandleError, match="leave alone the gradient of dtype float64"):
+        (loss + logits.square().mean()).backward()
 
 
 def test_without_gradients_there_are_no_handles() -> None:
