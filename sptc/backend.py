@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ from sptc.codegen.triton.target import KERNEL_DTYPES, runs_kernels
 from sptc.config import Config, ConfigError
 from sptc.device.costs import calibrate
 from sptc.device.fingerprint import fingerprint
+from sptc.device.heap import give_back
 from sptc.ir.plan import Plan
 from sptc.model.compiled import CompiledGraph
 from sptc.model.recompiles import limit_note
@@ -73,6 +75,8 @@ def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
     with tagged():
         # Twice, as compile_fx itself does with config_patches: the backward graph is compiled later, out of this scope.
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(_patiently), config_patches=config.inductor or None)
+    gc.collect()  # graphs are cycles: tens of MiB of those that are done with would stay beneath what a step takes
+    give_back()
     return compiled
 
 
