@@ -19,6 +19,7 @@ from sptc.ir.errors import SptcError
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("apart(Tensor value) -> (Tensor, Tensor)")
+_lib.define("handle_of(Tensor value) -> Tensor")
 _lib.define("hand_over(Tensor gradient) -> Tensor")
 # No CUDA graph may hold it: what it does is told by a number in the memory of the host.
 _lib.define("add_handed_(Tensor(a!) gradient, Tensor handle) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
@@ -34,7 +35,7 @@ class HandleError(SptcError, RuntimeError):
 class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-        return value.view_as(value), _handle(0)
+        return value.view_as(value), torch.ops.sptc.handle_of(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -67,6 +68,11 @@ def apart(value: Tensor) -> tuple[Tensor, Tensor]:
     """
     applied: tuple[Tensor, Tensor] = _Apart.apply(value)  # type: ignore[no-untyped-call]
     return applied
+
+
+def handle_of(value: Tensor) -> Tensor:
+    """A handle, 0. An operator, so that two values never have the same, and no C++ is compiled for a number beside kernels of a GPU."""
+    return _handle(0)
 
 
 def hand_over(gradient: Tensor) -> Tensor:
@@ -118,7 +124,9 @@ def _handle(number: int) -> Tensor:
 
 _lib.impl("apart", apart, "CompositeImplicitAutograd")
 for _key in ("CPU", "CUDA"):
+    _lib.impl("handle_of", handle_of, _key)
     _lib.impl("hand_over", hand_over, _key)
     _lib.impl("add_handed_", add_handed_, _key)
-torch.library.register_fake("sptc::hand_over", lambda gradient: gradient.new_empty((), dtype=torch.float64, device="cpu"), lib=_lib)
+for _name in ("handle_of", "hand_over"):
+    torch.library.register_fake(f"sptc::{_name}", lambda x: x.new_empty((), dtype=torch.float64, device="cpu"), lib=_lib)
 torch.library.register_fake("sptc::add_handed_", lambda gradient, handle: None, lib=_lib)
