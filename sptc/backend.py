@@ -75,7 +75,7 @@ def inductor(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
     with tagged():
         # Twice, as compile_fx itself does with config_patches: the backward graph is compiled later, out of this scope.
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=tagged()(_patiently), config_patches=config.inductor or None)
-    gc.collect()  # graphs are cycles: tens of MiB of those that are done with would stay beneath what a step takes
+    gc.collect()  # graphs are cycles, those that are done with would stay beneath what a step takes; Dynamo collects young ones alone
     give_back()
     return compiled
 
