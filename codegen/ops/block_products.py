@@ -32,7 +32,8 @@ def gather_product(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -
     _check(x, weight)
     u = x.new_empty((tokens.shape[0], weight.shape[1]))
     for block, entries in _used_blocks(offsets):
-        u[entries] = _multiply(x.index_select(0, tokens[entries]), weight[block].t())
+        some = _stepped(tokens[entries], x.shape[0])
+        u[entries] = _multiply(x.index_select(0, some), weight[block].t())[: entries.stop - entries.start]
     return u
 
 
@@ -41,7 +42,8 @@ def scatter_product(h: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, 
     _check(h, weight)
     y = _sums(h, rows, weight.shape[2])
     for block, entries in _used_blocks(offsets):
-        y.index_add_(0, tokens[entries], _multiply(h[entries], weight[block]).to(y.dtype))
+        products = _multiply(_stepped(h[entries], rows), weight[block])[: entries.stop - entries.start]
+        y.index_add_(0, tokens[entries], products.to(y.dtype))
     return y.to(h.dtype)
 
 
@@ -50,7 +52,10 @@ def outer_product(h: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor) -> Tens
     _check(h, x)
     w = h.new_zeros((offsets.shape[0] - 1, h.shape[1], x.shape[1]))
     for block, entries in _used_blocks(offsets):
-        w[block] = _multiply(h[entries].t(), x.index_select(0, tokens[entries]))
+        some = _stepped(tokens[entries], x.shape[0])
+        a = h.new_zeros(h.shape[1], some.shape[0])
+        a[:, : entries.stop - entries.start] = h[entries].t()
+        w[block] = _multiply(a, x.index_select(0, some))
     return w
 
 
@@ -87,6 +92,16 @@ def _used_blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
     """Each block that a token uses, and its entries. Waits for the device."""
     bounds = offsets.tolist()
     return ((block, slice(*ends)) for block, ends in enumerate(itertools.pairwise(bounds)) if ends[1] > ends[0])
+
+
+def _stepped(entries: Tensor, tokens: int) -> Tensor:
+    """Entries of a block, the last one repeated, so that their number is one of some 32 whichever it is of `tokens`.
+
+    oneDNN makes a kernel for each number of rows that a product has, which takes as long as a fifth of the product to a half, and keeps the
+    last 1,024 of them (`units.in_steps`).
+    """
+    more = -entries.shape[0] % max(1, tokens // 32)
+    return torch.cat([entries, entries[-1:].expand(more, *entries.shape[1:])]) if more else entries
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -35,15 +35,16 @@ def loss_and_gradients(
     ]
     grad_x, grad_weight, grad_bias, grad_low, grad_up = grads
     total = torch.zeros((), dtype=single, device=x.device)
-    for chunk, part, products, logits in _chunks(x, weight, bias, low, up, counted, rows, single):
+    for chunk, some, part, products, logits in _chunks(x, weight, bias, low, up, counted, rows, single):
         scores = logits if function == _U0 else expression.evaluate(function, logits)
         slope = None if function == _U0 else expression.evaluate(expression.derivative(function), logits)
-        total += _to_gradient(scores, labels.index_select(0, chunk), smoothing)
+        total += _to_gradient(scores[: len(chunk)], labels.index_select(0, chunk), smoothing)
         if slope is not None:
             scores *= slope
+        scores[len(chunk) :] = 0
         narrow = scores if products is logits else products.copy_(scores)  # as the product was given, its gradient is taken
         if grad_x is not None:
-            grad_x.index_copy_(0, chunk, narrow @ weight)
+            grad_x.index_copy_(0, chunk, (narrow @ weight)[: len(chunk)])
         if grad_weight is not None:
             _add_product(grad_weight, narrow.t(), part)
         if grad_bias is not None:
@@ -51,9 +52,9 @@ def loss_and_gradients(
         if low is not None and up is not None:
             adapted = scores if low.dtype == single else narrow.to(low.dtype)
             if grad_low is not None:
-                grad_low.index_copy_(0, chunk, adapted @ up)
+                grad_low.index_copy_(0, chunk, (adapted @ up)[: len(chunk)])
             if grad_up is not None:
-                _add_product(grad_up, adapted.t(), low.index_select(0, chunk))
+                _add_product(grad_up, adapted.t(), low.index_select(0, some))
     count = torch.full((), counted.shape[0], dtype=single, device=x.device)
     return total, count, [
         x.new_empty(0) if grad is None or source is None else grad.to(source.dtype) for grad, source in zip(grads, sources, strict=True)
@@ -67,16 +68,20 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def _chunks(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, counted: Tensor, rows: int, single: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Row numbers, rows of x, their products with the weight as these come, and their logits in the accumulation dtype.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Row numbers, the same with more, rows of x, their products with the weight as these come, and their logits in the accumulation dtype.
 
+    The last chunk repeats its last row, so that there are only eight numbers of rows: oneDNN keeps a kernel for each (`units.in_steps`).
     The last two are buffers, or one, that the next chunk overwrites.
     """
-    most = min(rows, counted.shape[0])
+    step = max(1, rows // 8)
+    most = min(rows, -(-counted.shape[0] // step) * step)
     buffer = torch.empty(most, weight.shape[0], dtype=x.dtype, device=x.device)
     wide = buffer if x.dtype == single else torch.empty_like(buffer, dtype=single)
     for chunk in counted.split(rows):
-        part, products, logits = x.index_select(0, chunk), buffer[: len(chunk)], wide[: len(chunk)]
+        more = min(-len(chunk) % step, rows - len(chunk))
+        some = torch.cat([chunk, chunk[-1:].expand(more)]) if more else chunk
+        part, products, logits = x.index_select(0, some), buffer[: len(some)], wide[: len(some)]
         if bias is None:
             torch.mm(part, weight.t(), out=products)
         else:
@@ -84,8 +89,8 @@ def _chunks(
         if products is not logits:
             logits.copy_(products)
         if low is not None and up is not None:
-            _add_product(logits, low.index_select(0, chunk), up.t())
-        yield chunk, part, products, logits
+            _add_product(logits, low.index_select(0, some), up.t())
+        yield chunk, some, part, products, logits
 
 
 def _to_gradient(scores: Tensor, labels: Tensor, smoothing: float) -> Tensor:

@@ -15,6 +15,7 @@ from sptc.ir.hint import optimization_hint
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("split_tokens(Tensor counted) -> (Tensor, Tensor)")
 _lib.define("rows_where(Tensor mask) -> Tensor")
+_lib.define("in_steps(Tensor mask, Tensor spare) -> Tensor")
 _lib.define("sample_tokens(Tensor x, Tensor? mask) -> Tensor")
 _lib.define("choose_units(Tensor energy, int units) -> Tensor")
 
@@ -53,6 +54,30 @@ def _where_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(_some_of(mask.shape[0]), dtype=torch.int64)
 
 
+_STEPS = 16  # numbers of rows that there may be, of all tokens
+_FEW = 256  # tokens below which any number may be
+
+
+def in_steps(mask: Tensor, spare: Tensor) -> Tensor:
+    """A mask, bool [N], with as many of the first rows of `spare`, bool [N], as make the number of true rows one of 16 shares of N.
+
+    oneDNN makes a kernel for each number of rows that a product has, and keeps the last 1,024 of them: where numbers are data, of which
+    no two batches have the same, half a gigabyte of them. Where `spare` has fewer rows all of these are taken; below 256 rows none is.
+    """
+    rows = mask.shape[0]
+    if rows < _FEW:
+        return mask.clone()
+    count = mask.sum()
+    steps = (count * _STEPS + rows - 1) // rows
+    missing = (steps * rows + _STEPS - 1) // _STEPS - count
+    others = spare & ~mask
+    return mask | (others & (others.cumsum(0) <= missing))
+
+
+def _in_steps_fake(mask: Tensor, spare: Tensor) -> Tensor:
+    return torch.empty_like(mask)
+
+
 def sample_size(tokens: int) -> int:
     """How many of `tokens` rows energies are measured on."""
     return torch.sym_min(tokens, tokens // sample.SHARE + sample.LEAST)
@@ -88,6 +113,7 @@ def _choose_fake(energy: Tensor, units: int) -> Tensor:
 for _name, _function, _fake in (
     ("split_tokens", split_tokens, _split_fake),
     ("rows_where", rows_where, _where_fake),
+    ("in_steps", in_steps, _in_steps_fake),
     ("sample_tokens", sample_tokens, _sample_fake),
     ("choose_units", choose_units, _choose_fake),
 ):

@@ -91,20 +91,22 @@ def _lists(mask: Tensor | None, padding: Tensor | None, kinds: Collection[Rows],
         shown = others
         if visible is not None and same_size(visible.shape[0], mask.shape[0]):
             shown = torch.logical_and(others, visible)
-        counted, context = ops.split_tokens(mask)
+        dense = ops.in_steps(ops.in_steps(mask, shown), others)
+        counted, context = ops.split_tokens(dense)
         first, second = (ops.sample_tokens(mask, of) for of in (mask, shown))
         every = Tokens(None, counted, context, first, second, every.sample)
         if read is not None and known:
-            made["visible"] = _visible(every, mask, torch.logical_and(others, read))
+            made["visible"] = _visible(every, dense, torch.logical_and(dense.logical_not(), read))
         if "counted" in kinds:
             made["counted"] = Tokens(order=counted, sample=every.counted_sample)
     if read is not None and "visible" not in made:
-        made["visible"] = every._replace(order=ops.rows_where(read))
+        made["visible"] = every._replace(order=ops.rows_where(ops.in_steps(read, read.logical_not())))
     return {"all": every, **made}
 
 
 def _visible(every: Tokens, mask: Tensor, others: Tensor) -> Tokens:
-    """Those that count, by `mask`, and the others that are read."""
+    """Those that count, by `mask`, and the others that are read, both with as many more as make numbers of rows few."""
+    others = ops.in_steps(others, mask.logical_not())
     counted, context = every.counted, ops.rows_where(others)
     # Sizes are data: places are counted up, since an arange would have sizes of its own. And all of them together have a size of their own,
     # not the sum of two, of which a graph for backward that is given nothing else could not tell the parts.

@@ -127,3 +127,23 @@ def test_opcheck(count: int) -> None:
     torch.library.opcheck(ops.gather_product.default, (x, weight, tokens, offsets))
     torch.library.opcheck(ops.scatter_product.default, (h, weight, tokens, offsets, N))
     torch.library.opcheck(ops.outer_product.default, (h, x, tokens, offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_products_have_few_numbers_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN makes a kernel for each, and keeps a thousand of them; how many tokens use a block is data."""
+    seen: set[tuple[int, ...]] = set()
+    multiply = by._multiply
+    monkeypatch.setattr(by, "_multiply", lambda a, b: (seen.add((*a.shape, b.shape[1])), multiply(a, b))[1])
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in ((320, FEATURES), (1, WIDTH, FEATURES)))
+    for used in range(1, 321, 3):
+        tokens = torch.randperm(320, generator=generator)[:used].sort().values
+        h = torch.randn(used, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        lists = tokens, torch.tensor([0, used], dtype=torch.int32)
+        got = by.gather_product(x, weight, *lists), by.scatter_product(h, weight, *lists, 320), by.outer_product(h, x, *lists)
+        rows = x[tokens].double()
+        added = torch.zeros(320, FEATURES, dtype=torch.float64).index_add(0, tokens, h.double() @ weight[0].double())
+        for one, want in zip(got, (rows @ weight[0].double().t(), added, (h.double().t() @ rows)[None]), strict=True):
+            assert (one.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert len(seen) <= 3 * 32

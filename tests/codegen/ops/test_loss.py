@@ -185,3 +185,27 @@ def test_never_holds_more_than_a_few_rows(monkeypatch):
     with Largest() as largest:
         loss_and_gradients(x, weight, None, None, None, torch.zeros(256, dtype=torch.long), -100, 0.1, CAP, 16, [True, False] + [False] * 3)
     assert 16 * 1000 * 4 <= largest.seen <= max(16 * 1000 * 4, weight.untyped_storage().nbytes())
+
+
+def test_products_have_few_numbers_of_rows():
+    """oneDNN makes a kernel for each, and keeps a thousand of them; how many labels count is data."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from sptc.codegen.ops.chunked_loss import loss_and_gradients
+
+    class Products(TorchDispatchMode):
+        rows: set[int] = set()  # noqa: RUF012  of one test
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                self.rows.add(args[-2].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    given = operands(torch.float64)
+    for count in range(1, N + 1):
+        labels = some_labels(1.0).masked_fill(torch.arange(N) >= count, -100)
+        with Products() as products:
+            loss_and_gradients(*given.values(), labels, -100, 0.1, CAP, 32, [True] * 5)
+        got = by_op(given, labels, label_smoothing=0.1, transform=CAP, rows=32)
+        assert_close(got, by_definition(given, labels, label_smoothing=0.1, transform=CAP), 1e-12)
+    assert products.rows - {D, RANK, CLASSES} <= {4, 8, 12, 16, 20, 24, 28, 32}

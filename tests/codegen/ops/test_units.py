@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,20 @@ def mask_of(*true: int, size: int = 40) -> Tensor:
 def test_split_holds_every_row_once(true: tuple[int, ...]) -> None:
     counted, context = ops.split_tokens(mask_of(*true))
     assert counted.tolist() == list(true) and context.tolist() == [i for i in range(40) if i not in true]
+
+
+@pytest.mark.parametrize("size", [256, 1000, 4096])
+def test_rows_are_added_up_to_one_of_16_shares(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = {math.ceil(i * size / 16) for i in range(17)}
+    for share in (0.0, 0.001, 0.3, 0.31, 0.9, 1.0):
+        mask, spare = torch.rand(size, generator=generator) < share, torch.rand(size, generator=generator) < 0.5
+        found = ops.in_steps(mask, spare)
+        added = found & ~mask
+        assert bool((found & mask).equal(mask)) and not (added & ~spare).any() and int(added.sum()) <= size / 16 + 1
+        assert int(found.sum()) in shares or torch.equal(found, mask | spare)  # all that there were
+        assert int(ops.in_steps(mask, ~mask).sum()) in shares
+    assert torch.equal(ops.in_steps(mask_of(3), mask_of(4)), mask_of(3))  # few tokens: as they are
 
 
 @pytest.mark.parametrize("size", [1, 40, 5000])
@@ -48,6 +64,8 @@ def test_units_of_the_largest_energy_in_order() -> None:
         (ops.sample_tokens, (torch.randn(40, 3), mask_of(2, 5))),
         (ops.sample_tokens, (torch.randn(40, 3), None)),
         (ops.choose_units, (torch.randn(9), 4)),
+        (ops.in_steps, (mask_of(2, 5), mask_of(1))),
+        (ops.in_steps, (mask_of(2, 5, size=300), mask_of(1, size=300))),
     ],
 )
 def test_opcheck(op, arguments) -> None:
