@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -94,7 +96,9 @@ class Config:
         "'memory': regions are rewritten where they keep less for backward, hidden values of FFNs and whatever else is cheap are computed "
         "again, at the cost of some time",
     )
-    plan: str | None = _option("plan", None, "a file that sptc.plan(...).save wrote: a density for each region, in place of the two above")
+    plan: str | dict[str, Any] | None = _option(
+        "plan", None, "what sptc.plan gave, or a file that its save wrote: a density for each region, in place of the two above"
+    )
     decline: Literal["auto", "never"] = _option("decline", "auto", "leave a region dense where sparse would not be faster")
     on_error: Literal["raise", "dense"] | None = _option(
         "on_error", None, "None: what can't be traced again stays dense, with a warning, and a bug raises; 'raise': both; 'dense': neither"
@@ -127,7 +131,7 @@ class Config:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 raise ConfigError(f"unknown option {key!r}; did you mean {near[0]!r}? Known: {', '.join(sorted(known))}")
             name = known[key].name
-            values[name] = _checked(key, value, hints[name])
+            values[name] = _checked(key, _written(value) if key == "plan" else value, hints[name])
         config = cls(**values, given=frozenset(options))
         config._check_ranges()
         return config
@@ -181,6 +185,15 @@ class Config:
                 raise ConfigError(f"option {key!r} must be at least 1, got {size}")
 
 
+def _written(plan: Any) -> Any:
+    """A plan as plain data, of which scripts and processes of their own can be given options; a path as a string."""
+    from sptc.ir.plan import Plan  # which is applied to a Config
+
+    if isinstance(plan, Plan):
+        return plan.to_dict()
+    return os.fspath(plan) if isinstance(plan, os.PathLike) else plan
+
+
 def _options() -> list[Field[Any]]:
     return [f for f in fields(Config) if "key" in f.metadata]
 
@@ -202,4 +215,4 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             return float(value)
     names = [*({float: "a number", type(None): "None"}.get(kind, kind.__name__) for kind in plain), *map(repr, words)]
     fits = " or ".join(names) if plain else f"one of {', '.join(names)}"
-    raise ConfigError(f"option {key!r} must be {fits}, got {value!r} ({type(value).__name__})")
+    raise ConfigError(f"option {key!r} must be {fits}, got {reprlib.repr(value)} ({type(value).__name__})")

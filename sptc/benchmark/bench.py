@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from sptc.benchmark.run import Settings, run
 from sptc.benchmark.show.progress import Progress
 from sptc.benchmark.variants import BenchError, Variant, chosen, default_variants, fast_products, kind_variants, own_variants
 from sptc.device.costs import check_device
+from sptc.ir.plan import Plan
 from sptc.model.load import factory_of, is_factory, takes_sizes
 
 RANK = 16  # of the adapters that a Hugging Face model gets
@@ -30,7 +32,7 @@ def bench(
     *,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     inductor: Mapping[str, Mapping[str, Any]] | None = None,
-    plan: str | None = None,
+    plan: str | os.PathLike[str] | Plan | None = None,
     kinds: bool = False,
     only: Iterable[str] | None = None,
     dtype: str | None = None,
@@ -60,7 +62,7 @@ def bench(
             number that the model returns, or the mean square of what it returns first.
         variants: more ones of backend "spt", options by name.
         inductor: more ones of Inductor, the options of `torch.compile(model, options=...)` by name.
-        plan: a file that `sptc.plan(...).save` wrote.
+        plan: what `sptc.plan` gave, or a file that its `save` wrote.
         kinds: also "spt" with attention alone, FFNs alone and losses alone, each with its predicted and its measured gain.
         only: names of the variants to run.
         dtype: "fp32", or "bf16" for autocast over fp32 weights; None: a module as it is, a named model in fp32.

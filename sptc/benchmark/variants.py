@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -53,8 +54,8 @@ class Variant:
         return self.dense or self.density_one
 
 
-def default_variants(device: torch.device, dtype: str, plan: str | None = None) -> list[Variant]:
-    """Eager, Inductor, Inductor at its best on `device`, "spt" at density 1, with its defaults, and with the plan of a file.
+def default_variants(device: torch.device, dtype: str, plan: str | os.PathLike[str] | Plan | None = None) -> list[Variant]:
+    """Eager, Inductor, Inductor at its best on `device`, "spt" at density 1, with its defaults, and with a plan.
 
     What a user can switch for dense models is switched for sparse ones as well, so that a ratio to the best dense variant is of sparsity.
 
@@ -71,10 +72,8 @@ def default_variants(device: torch.device, dtype: str, plan: str | None = None) 
         Variant("spt-density-1", "spt", DENSITY_ONE, precision=products, density_one=True),
         Variant("spt", "spt", precision=products),
     ]
-    if plan is not None:
-        Plan.load(plan)
-        variants.append(Variant("spt-plan", "spt", {"plan": plan}, precision=products))
-    return variants
+    planned = {} if plan is None else {"spt-plan": {"plan": plan}}
+    return [*variants, *own_variants("spt", planned, products)]
 
 
 def kind_variants(precision: Precision) -> list[Variant]:
@@ -130,14 +129,17 @@ def own_variants(backend: Backend, named: Mapping[str, Mapping[str, Any]] | None
         ConfigError: an option of "spt" that there is not, or that can't be; a plan that can't be read.
         BenchError: an option that Inductor does not have.
     """
+    variants = []
     for name, options in (named or {}).items():
         if backend == "spt":
             plan = Config.from_options(options).plan
             if plan is not None:
                 Plan.load(plan)
+                options = {**options, "plan": plan}  # as plain data, for a table of results
         else:
             _check_inductor(name, options)
-    return [Variant(name, backend, options, precision=precision) for name, options in (named or {}).items()]
+        variants.append(Variant(name, backend, options, precision=precision))
+    return variants
 
 
 def _check_inductor(name: str, options: Mapping[str, Any]) -> None:

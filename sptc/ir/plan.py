@@ -149,23 +149,26 @@ class Plan:
         return {"version": VERSION, **asdict(self), "predicted": summary}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read what `save` wrote.
+    def load(cls, path: str | os.PathLike[str] | Mapping[str, Any]) -> Plan:
+        """Read what `save` wrote, or what `to_dict` gave.
 
         Raises:
             ConfigError: there is no such file, or it holds no plan of this version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"option 'plan': cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise ConfigError(f"option 'plan': {str(path)!r} is no plan of version {VERSION}; make one with sptc.plan")
+        named, data = "what was given", path
+        if not isinstance(path, Mapping):
+            named = repr(str(path))
+            try:
+                data = json.loads(Path(path).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"option 'plan': cannot read {named}: {getattr(error, 'strerror', None) or error}") from error
+        if not isinstance(data, Mapping) or data.get("version") != VERSION:
+            raise ConfigError(f"option 'plan': {named} is no plan of version {VERSION}; make one with sptc.plan")
         try:
             regions = tuple(_region(entry) for entry in data["regions"])
             return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data and f.name != "regions"}, regions=regions)
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"option 'plan': {str(path)!r} is not a whole plan ({error!r}); make it again with sptc.plan") from error
+            raise ConfigError(f"option 'plan': {named} is not a whole plan ({error!r}); make it again with sptc.plan") from error
 
     def applied_to(self, config: Config) -> Config:
         """`config` with the options that the plan was made with.
@@ -174,10 +177,11 @@ class Plan:
             ConfigError: an option was given that says something else.
         """
         given = config.to_options()
+        named = f" {config.plan!r}" if isinstance(config.plan, str) else ""
         for key, value in self.options.items():
             if given.get(key, value) != value:
                 raise ConfigError(
-                    f"option {key!r} is {given[key]!r}, but the plan {config.plan!r} was made with {value!r}; "
+                    f"option {key!r} is {given[key]!r}, but the plan{named} was made with {value!r}; "
                     "leave the option out, or make a plan with it"
                 )
         return Config.from_options({**self.options, **given})

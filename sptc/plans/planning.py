@@ -33,8 +33,8 @@ def plan(
 ) -> Plan:
     """Choose a density for each region: sparse where it harms least, as far as a speed-up or a memory needs or an error or a loss allows.
 
-        sptc.plan(model, batch, speedup=1.5).save("plan.json")
-        model.compile(backend="spt", options={"plan": "plan.json"})
+        plan = sptc.plan(model, batch, speedup=1.5)  # plan.save("plan.json") for other runs
+        model.compile(backend="spt", options={"plan": plan})  # or "plan.json"
 
     `prepare` and `explain` take the option too; preparing with a plan gives no state to regions that it keeps dense.
     The batch runs once dense, then once for each region and density, without gradients and without dropout; nothing of the model changes.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sptc
+from sptc.benchmark.variants import own_variants
 from sptc.cli import main
 from sptc.config import ConfigError
 from sptc.ir.plan import Choice, Plan, PlannedRegion
@@ -60,6 +61,22 @@ def test_densities_of_a_plan_win_over_those_of_the_options(tmp_path):
     expected = [("declined", 1.0), ("rewritten", 0.5), ("rewritten", 0.25), ("rewritten", 0.5)]
     assert explained(gpt_plan(), tmp_path / "plan.json") == expected
     assert explained(gpt_plan(), tmp_path / "plan.json", **{"ffn.density": 0.125, "attention.density": 1.0}) == expected
+
+
+def test_the_option_takes_a_plan_or_its_file(tmp_path):
+    plan = gpt_plan(**{"attention.key_block": 3})
+    want = explained(plan, tmp_path / "plan.json")
+    for given in (plan, plan.to_dict(), tmp_path / "plan.json"):
+        options = {"plan": given, "dump": str(tmp_path / "dump")}
+        assert [(r.status, r.density) for r in sptc.explain(Gpt(), (IDS, IDS), options).regions if r.kind != "loss"] == want
+        (variant,) = own_variants("spt", {"mine": {"plan": given}}, "highest")
+        assert Plan.load(json.loads(json.dumps(dict(variant.options)))["plan"]) == plan
+    with pytest.raises(ConfigError, match=r"'attention.key_block' is 4, but the plan was made with 3"):
+        sptc.explain(Gpt(), (IDS, IDS), {"plan": plan, "attention.key_block": 4})
+    with pytest.raises(ConfigError, match="what was given is no plan of version 2"):
+        sptc.explain(Gpt(), (IDS, IDS), {"plan": {"regions": []}})
+    with pytest.raises(ConfigError, match=r"option 'plan' must be str or dict or None, got \[.{,80}list\)"):
+        sptc.explain(Gpt(), (IDS, IDS), {"plan": [plan]})
 
 
 def test_a_plan_brings_its_options_and_its_own_blocks(tmp_path):
