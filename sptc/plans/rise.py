@@ -7,7 +7,8 @@ that alone takes more than half of `max_rise` no sparser one is tried, whose ris
 are measured together: about a dozen groups of each kind bound the runs. A run's rise is the divergence of its predictions from the dense
 ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense model would rise by, without
 the noise of the batch's own labels. Rises add, as squared errors do; the cheapest densities are taken whose sum stays within `max_rise` of
-the dense loss. Costs are FLOPs: times would make the choice the machine's.
+the dense loss, or of what the dense predictions tell of the input where that is less, as of a new head. Costs are FLOPs: times would make
+the choice the machine's.
 
 A weight's density is chosen once for a limit: other graphs of the model, for other shapes, take the same. Under torch.distributed rank 0
 chooses.
@@ -189,7 +190,8 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
         runs = Runs(unit, beside)
         if not math.isfinite(runs.dense.loss):
             return None, f"the dense loss of the batch is {runs.dense.loss:g}{_uncounted(runs)}; ", Rises(None, {}, {})
-        allowed = unit.config.max_rise * runs.dense.loss
+        told = runs.dense.known
+        allowed = unit.config.max_rise * told
         rises = runs.rises(settings, allowed)
     finally:
         remove(beside)
@@ -209,6 +211,8 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
     log.info("densities: %s", {r.key: (r.density, {c.density: c.error**2 for c in r.choices}) for r in plan.regions})
     chosen = {region: r.density for r in plan.regions for region in groups[r.key]}
     text = f"measured: the loss of {runs.dense.loss:.3g} rises by {plan.error**2:.2g} with all densities so, before training"
+    if told < runs.dense.loss:
+        text += f", compared with the {told:.2g} nats that its predictions tell of the input"
     # A group's rise is shared out among its regions.
     shares = {r: {c.density: c.error**2 / len(groups[p.key]) for c in p.choices} for p in planned for r in groups[p.key]}
     return [chosen[region] for region in regions], text, Rises(runs.dense.loss, shares, chosen)

@@ -33,6 +33,17 @@ class _Predictions:
     logs: Tensor
     loss: float
 
+    @property
+    def known(self) -> float:
+        """What a rise is compared with, in nats: the loss, or what predictions tell of the input, KL(prediction || their mean), if that is
+        less.
+
+        A new head predicts much the same whatever it reads: what is left out beneath it shows in no loss before it has learned.
+        """
+        chances = self.logs.exp()
+        told = float(_entropy(chances.mean(0)) - _entropy(chances).mean())
+        return min(self.loss, max(0.0, told))
+
 
 class Runs:
     """Runs of the batch without gradients and dropout: a dense one, and others that share with it what comes before they differ."""
@@ -169,6 +180,10 @@ def _rows(labels: Tensor, ignored: int) -> Tensor:
     rows = (labels != ignored).nonzero().squeeze(1)
     taken = min(len(rows), _ROWS)
     return rows[torch.arange(taken, device=rows.device) * len(rows) // max(1, taken)]
+
+
+def _entropy(chances: Tensor) -> Tensor:
+    return -torch.special.xlogy(chances, chances).sum(-1)
 
 
 def _divergence(dense: _Predictions, sparse: _Predictions) -> float:

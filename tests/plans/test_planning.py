@@ -206,7 +206,11 @@ def test_as_fast_as_uniform_densities(gpt):
     model, inputs, plan = gpt
     uniform = plan.uniform(attention=0.125, ffn=0.5)
     assert set(by_key(uniform)) == {(r.key.rpartition(":")[0], r.kind, {"attention": 0.125, "ffn": 0.5}[r.kind]) for r in plan.regions}
-    rows = [r for r in sptc.explain(model, inputs, {"decline": "never", "ffn.density": 0.5}).regions if r.kind != "loss"]
+    rows = [
+        r
+        for r in sptc.explain(model, inputs, {"decline": "never", "attention.density": 0.125, "ffn.density": 0.5}).regions
+        if r.kind != "loss"
+    ]
     assert uniform.seconds == pytest.approx(plan.other_seconds + sum(r.seconds_sparse for r in rows))
     assert uniform.dense_seconds == plan.dense_seconds
     assert replan(plan, speedup=uniform.speedup).speedup >= uniform.speedup > 1

@@ -342,6 +342,23 @@ def test_what_predictions_do_not_depend_on_is_not_measured_by_them(writes: bool,
     assert ["the cross entropy does not depend on it" in reason for reason in reasons] == [False, True]
 
 
+def test_a_head_that_tells_nothing_yet_allows_nothing() -> None:
+    """Its logits differ by next to nothing, and so do those of the sparsest model; once it is trained they would not."""
+    model, (ids, labels) = Model(), batch()
+    told = torch.compile(model, backend=without_inductor(**{**OPTIONS, "max_rise": 0.5}))
+    told(ids, labels)
+    assert min(densities(told)) < 1.0
+    torch._dynamo.reset()
+    new = Model()
+    new.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        new.head.weight *= 1e-3
+    compiled = torch.compile(new, backend=without_inductor(**{**OPTIONS, "max_rise": 1e-3}))
+    compiled(ids, labels)
+    assert densities(compiled) == [1.0, 1.0]
+    assert "nats that its predictions tell" in sptc.report(compiled).regions[0].reason
+
+
 def test_what_is_sparser_than_too_sparse_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
     divergence = runs._divergence
@@ -355,7 +372,7 @@ def test_what_is_sparser_than_too_sparse_is_not_tried(monkeypatch: pytest.Monkey
 def test_what_takes_most_of_the_limit_is_not_thinned_further(share: float, runs_of_both: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rise is taken to double from one density to the next."""
     tried: list[float] = []
-    monkeypatch.setattr(runs, "_divergence", lambda dense, _: (tried.append(share * OPTIONS["max_rise"] * dense.loss), tried[-1])[1])
+    monkeypatch.setattr(runs, "_divergence", lambda dense, _: (tried.append(share * OPTIONS["max_rise"] * dense.known), tried[-1])[1])
     torch.compile(Model(), backend=without_inductor(**OPTIONS))(*batch())
     assert len(tried) == runs_of_both
 
@@ -363,13 +380,14 @@ def test_what_takes_most_of_the_limit_is_not_thinned_further(share: float, runs_
 def test_what_pays_when_sparser_only_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """3/4 of the first FFN's units is what the loss allows, and the overhead of choosing them is more than a quarter."""
     found: list[dict[tuple[str, float], float]] = []
+    dense: list[Any] = []
     rises = runs.Runs.rises
-    monkeypatch.setattr(runs.Runs, "rises", lambda *args: (found.append(rises(*args)), found[-1])[1])
+    monkeypatch.setattr(runs.Runs, "rises", lambda run, *args: (dense.append(run.dense), found.append(rises(run, *args)), found[-1])[2])
     ids, labels = batch()
     compiled = torch.compile(Model(), backend=without_inductor(**{**OPTIONS, "max_rise": 1e6}))
-    loss = compiled(ids, labels).item()
+    compiled(ids, labels)
     (mild, harsh) = (rise for (key, _), rise in found[0].items() if key.startswith("ffns.0"))
-    allowed = {"max_rise": (mild * harsh) ** 0.5 / loss, "decline": "auto"}
+    allowed = {"max_rise": (mild * harsh) ** 0.5 / dense[0].known, "decline": "auto"}
     regions = {}
     for overhead in (0.0, 4e-6):
         torch._dynamo.reset()
