@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="every dropout of the model; 0 keeps dense attention on its fast path")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--options", type=json.loads, default={}, help="options of backend spt, as JSON: '{\"ffn.density\": 0.25}'")
+    parser.add_argument("--options", type=json.loads, default={}, help="more options of backend spt, as JSON: '{\"ffn.density\": 0.25}'")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results and the dump (default: %(default)s)")
     turns.run(turns.Plan(**vars(parser.parse_args())))
 
