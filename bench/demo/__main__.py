@@ -9,6 +9,8 @@ from pathlib import Path
 
 from bench.demo import turns
 
+DENSITIES = {"attention.density": 0.125, "ffn.density": 0.5}  # a new head, by whose predictions they would be measured, tells nothing yet
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
@@ -20,7 +22,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="every dropout of the model; 0 keeps dense attention on its fast path")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--options", type=json.loads, default={}, help="more options of backend spt, as JSON: '{\"ffn.density\": 0.25}'")
+    parser.add_argument("--options", type=json.loads, default=DENSITIES, help="of backend spt, as JSON (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results and the dump (default: %(default)s)")
     turns.run(turns.Plan(**vars(parser.parse_args())))
 

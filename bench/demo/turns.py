@@ -22,7 +22,6 @@ from sptc.benchmark.child.process import Worker, WorkerFailed
 from sptc.benchmark.machine import facts
 
 TURN = 5  # steps
-DENSITIES = {"attention.density": 0.125, "ffn.density": 0.5}  # a new head, by whose predictions they would be measured, tells nothing yet
 BF16_STEPS = 15  # of runs that tell the time of a step, and are not evaluated
 
 
@@ -68,9 +67,9 @@ def run(plan: Plan) -> None:
             dropout=plan.dropout,
             seed=plan.seed,
         )
-        sparse = replace(dense, backend="spt", cache=str(Path(scratch, "spt")), options={"dump": str(dump), **DENSITIES, **plan.options})
+        sparse = replace(dense, backend="spt", cache=str(Path(scratch, "spt")), options={"dump": str(dump), **plan.options})
         short = replace(dense, steps=min(plan.steps, BF16_STEPS), bf16=True, cache=str(Path(scratch, "dense-bf16")))
-        thin = replace(short, backend="spt", cache=str(Path(scratch, "spt-bf16")), options={**DENSITIES, **plan.options})
+        thin = replace(short, backend="spt", cache=str(Path(scratch, "spt-bf16")), options=plan.options)
         try:
             pairs = {"fp32": _pair(dense, sparse, len(held_out), console), "bf16 autocast": _pair(short, thin, 0, console)}
         except WorkerFailed as failure:

@@ -95,9 +95,9 @@ def _used_blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _stepped(entries: Tensor, tokens: int) -> Tensor:
-    """Entries of a block, the last one repeated, so that their number is one of some 32 whichever it is of `tokens`.
+    """Entries of a block, the last one repeated until their number is a multiple of a 32nd of `tokens`.
 
-    oneDNN makes a kernel for each number of rows that a product has, which takes as long as a fifth of the product to a half, and keeps the
+    oneDNN makes a kernel for each number of rows that a product has, in a fifth to a half of the time of the product itself, and keeps the
     last 1,024 of them (`units.in_steps`).
     """
     more = -entries.shape[0] % max(1, tokens // 32)

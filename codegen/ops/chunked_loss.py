@@ -71,7 +71,8 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Row numbers, the same with more, rows of x, their products with the weight as these come, and their logits in the accumulation dtype.
 
-    The last chunk repeats its last row, so that there are only eight numbers of rows: oneDNN keeps a kernel for each (`units.in_steps`).
+    The last chunk repeats its last row until it has a multiple of an eighth of `rows`: oneDNN keeps a kernel for each number of rows
+    (`units.in_steps`).
     The last two are buffers, or one, that the next chunk overwrites.
     """
     step = max(1, rows // 8)

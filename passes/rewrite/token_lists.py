@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     in all."""
 
     order: Any = None  # the rows that are computed; None: all
-    counted: Any = None  # rows of the tokens that count, [c]
+    counted: Any = None  # rows of the tokens that count, and of some others that are computed like them, [c]
     context: Any = None  # rows of the others that are computed
     counted_sample: Any = None  # rows that the energies of the former are measured on
     context_sample: Any = None
@@ -96,7 +96,7 @@ def _lists(mask: Tensor | None, padding: Tensor | None, kinds: Collection[Rows],
         first, second = (ops.sample_tokens(mask, of) for of in (mask, shown))
         every = Tokens(None, counted, context, first, second, every.sample)
         if read is not None and known:
-            made["visible"] = _visible(every, dense, torch.logical_and(dense.logical_not(), read))
+            made["visible"] = _visible(every, dense, torch.logical_and(dense.logical_not(), read), mask, shown)
         if "counted" in kinds:
             made["counted"] = Tokens(order=counted, sample=every.counted_sample)
     if read is not None and "visible" not in made:
@@ -104,16 +104,17 @@ def _lists(mask: Tensor | None, padding: Tensor | None, kinds: Collection[Rows],
     return {"all": every, **made}
 
 
-def _visible(every: Tokens, mask: Tensor, others: Tensor) -> Tokens:
-    """Those that count, by `mask`, and the others that are read, both with as many more as make numbers of rows few."""
-    others = ops.in_steps(others, mask.logical_not())
+def _visible(every: Tokens, dense: Tensor, others: Tensor, mask: Tensor, shown: Tensor) -> Tokens:
+    """Those that are computed as tokens that count, `dense`, and the others that are read, with as many more as make few numbers of rows.
+
+    Energies are measured on those that do count, `mask`, and those of the others that are no padding, `shown`.
+    """
+    others = ops.in_steps(others, dense.logical_not())
     counted, context = every.counted, ops.rows_where(others)
     # Sizes are data: places are counted up, since an arange would have sizes of its own. And all of them together have a size of their own,
     # not the sum of two, of which a graph for backward that is given nothing else could not tell the parts.
-    order = ops.rows_where(torch.logical_or(mask, others))
-    ones, rest = torch.ones_like(counted), torch.ones_like(context)
-    place = torch.cat([ones, rest]).cumsum(0) - 1
-    first, second = ones.cumsum(0) - 1, rest.cumsum(0) - 1 + counted.shape[0]
-    counts = place < counted.shape[0]
-    samples = (ops.sample_tokens(counts, of) for of in (counts, counts.logical_not()))
+    order = ops.rows_where(torch.logical_or(dense, others))
+    first, second = torch.ones_like(counted).cumsum(0) - 1, torch.ones_like(context).cumsum(0) - 1 + counted.shape[0]
+    rows = torch.cat([counted, context])
+    samples = (ops.sample_tokens(rows, of.index_select(0, rows)) for of in (mask, shown))
     return every._replace(order=order, context=context, among=Tokens(None, first, second, *samples))

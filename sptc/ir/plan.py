@@ -69,7 +69,7 @@ class PlannedRegion:
 
 @dataclass(frozen=True)
 class Plan:
-    """Densities for one model. `options={"plan": path}` applies a saved one; `str(plan)` is a table."""
+    """Densities for one model. `options={"plan": plan}` applies it, or the file that it is saved to; `str(plan)` is a table."""
 
     target: Mapping[str, float]  # {"speedup": 1.5}, {"max_error": 0.05}, {"max_memory": 2e9} or {"max_rise": 0.01}
     options: Mapping[str, Any]  # those that it was made with and is to be used with

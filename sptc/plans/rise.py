@@ -45,6 +45,7 @@ from sptc.plans.runs import Runs
 log = logging.getLogger(__name__)
 
 _GROUPS = 12  # of FFNs, and as many of attention
+_NOTHING = 1e-5  # nats, whose hundredth is what rounding in fp32 makes of a divergence
 _FARTHEST = 64  # nodes between queries and what computes them
 
 
@@ -190,8 +191,10 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
         runs = Runs(unit, beside)
         if not math.isfinite(runs.dense.loss):
             return None, f"the dense loss of the batch is {runs.dense.loss:g}{_uncounted(runs)}; ", Rises(None, {}, {})
-        told = runs.dense.known
-        allowed = unit.config.max_rise * told
+        told = runs.dense.told
+        if told < _NOTHING:
+            return None, "the predictions of the batch are the same whatever it holds, as those of a new head; ", Rises(None, {}, {})
+        allowed = unit.config.max_rise * min(runs.dense.loss, told)
         rises = runs.rises(settings, allowed)
     finally:
         remove(beside)

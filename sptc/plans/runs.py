@@ -34,15 +34,13 @@ class _Predictions:
     loss: float
 
     @property
-    def known(self) -> float:
-        """What a rise is compared with, in nats: the loss, or what predictions tell of the input, KL(prediction || their mean), if that is
-        less.
+    def told(self) -> float:
+        """What predictions tell of the input, in nats: KL(prediction || their mean), the mean over rows.
 
         A new head predicts much the same whatever it reads: what is left out beneath it shows in no loss before it has learned.
         """
         chances = self.logs.exp()
-        told = float(_entropy(chances.mean(0)) - _entropy(chances).mean())
-        return min(self.loss, max(0.0, told))
+        return float(_entropy(chances.mean(0)) - _entropy(chances).mean())
 
 
 class Runs:

@@ -143,8 +143,8 @@ def _moments(value: Tensor) -> tuple[float, float]:
 
 def _sample(value: Tensor) -> Tensor:
     """A view of at most 65,536 values, evenly spaced: of a table of embeddings, all in a wider dtype would be gigabytes."""
-    most = int(_SAMPLED ** (1 / max(value.dim(), 1)))
-    return value[tuple(slice(None, None, -(-size // most)) for size in value.shape)]
+    most = int(_SAMPLED ** (1 / max(1, sum(size > 1 for size in value.shape))))
+    return value[tuple(slice(None, None, -(-size // most) | 1) for size in value.shape)]  # odd: weights lie in patterns of even lengths
 
 
 def _range(value: Tensor) -> tuple[int, int, float]:

@@ -37,6 +37,11 @@ def test_lists_hold_what_is_read_and_have_few_lengths(all_count: bool) -> None:
         assert set(read.nonzero().flatten().tolist()) <= set(visible.order.tolist())
         both = torch.cat([visible.among.counted, visible.among.context])
         assert torch.equal(both, torch.arange(len(visible.order)))
+        rows = torch.cat([visible.counted, visible.context])
+        assert bool(mask[rows[visible.among.counted_sample]].all())
+        if not all_count:
+            sampled = rows[visible.among.context_sample]
+            assert not mask[sampled].any() and bool((padding != 0).flatten()[sampled].all())
         assert len(visible.order) <= int(read.sum()) + 2 * N // 16
         assert bool(mask[every.counted_sample].all()) and (all_count or not mask[every.context_sample].any())
         alone = _lists(None, padding, {"visible"}, known=False, averaged=False)["visible"].order
