@@ -97,8 +97,7 @@ def _used_blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 def _stepped(entries: Tensor, tokens: int) -> Tensor:
     """Entries of a block, the last one repeated until their number is a multiple of a 32nd of `tokens`.
 
-    oneDNN makes a kernel for each number of rows that a product has, in a fifth to a half of the time of the product itself, and keeps the
-    last 1,024 of them (`units.in_steps`).
+    oneDNN makes a kernel for each number of rows that a product has, and keeps the last 1,024 of them (`units.in_steps`).
     """
     more = -entries.shape[0] % max(1, tokens // 32)
     return torch.cat([entries, entries[-1:].expand(more, *entries.shape[1:])]) if more else entries

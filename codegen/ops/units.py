@@ -62,7 +62,8 @@ def in_steps(mask: Tensor, spare: Tensor) -> Tensor:
     """A mask, bool [N], with as many of the first rows of `spare`, bool [N], as make the number of true rows one of 16 shares of N.
 
     oneDNN makes a kernel for each number of rows that a product has, and keeps the last 1,024 of them: where numbers are data, of which
-    no two batches have the same, half a gigabyte of them. Where `spare` has fewer rows all of these are taken; below 256 rows none is.
+    no two batches have the same, the process would grow with each. Where `spare` has fewer rows all of these are taken; below 256 rows none
+    is.
     """
     rows = mask.shape[0]
     if rows < _FEW:
