@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from sptc.codegen.ops import autocast
+from sptc.codegen.ops import autocast, row_numbers
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("gather_product(Tensor x, Tensor weight, Tensor tokens, Tensor offsets) -> Tensor")
@@ -31,9 +31,11 @@ def gather_product(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -
     """w[g(s)] x[t(s)] of each entry, [L, width]."""
     _check(x, weight)
     u = x.new_empty((tokens.shape[0], weight.shape[1]))
-    for block, entries in _used_blocks(offsets):
-        some = _stepped(tokens[entries], x.shape[0])
-        u[entries] = _multiply(x.index_select(0, some), weight[block].t())[: entries.stop - entries.start]
+    for block, pieces in _used_blocks(offsets, x.shape[0]):
+        b = _fast(weight[block].t())
+        for entries in pieces:
+            some = _stepped(tokens[entries], x.shape[0])
+            u[entries] = _multiply(x.index_select(0, some), b)[: entries.stop - entries.start]
     return u
 
 
@@ -41,22 +43,25 @@ def scatter_product(h: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, 
     """The sum of h[s] w[g(s)] over the entries of each of `rows` tokens, [rows, features]: in fp32 (fp64), in the order of blocks."""
     _check(h, weight)
     y = _sums(h, rows, weight.shape[2])
-    for block, entries in _used_blocks(offsets):
-        products = _multiply(_stepped(h[entries], rows), weight[block])[: entries.stop - entries.start]
-        y.index_add_(0, tokens[entries], products.to(y.dtype))
+    for block, pieces in _used_blocks(offsets, rows):
+        b = _fast(weight[block])
+        for entries in pieces:
+            products = _multiply(_stepped(h[entries], rows), b)[: entries.stop - entries.start]
+            y.index_add_(0, tokens[entries], products.to(y.dtype))
     return y.to(h.dtype)
 
 
 def outer_product(h: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     """The sum of h[s] x[t(s)]^T over the entries of each block, [G, width, features]."""
     _check(h, x)
-    w = h.new_zeros((offsets.shape[0] - 1, h.shape[1], x.shape[1]))
-    for block, entries in _used_blocks(offsets):
-        some = _stepped(tokens[entries], x.shape[0])
-        a = h.new_zeros(h.shape[1], some.shape[0])
-        a[:, : entries.stop - entries.start] = h[entries].t()
-        w[block] = _multiply(a, x.index_select(0, some))
-    return w
+    w = h.new_zeros((offsets.shape[0] - 1, h.shape[1], x.shape[1]), dtype=torch.promote_types(h.dtype, torch.float32))
+    for block, pieces in _used_blocks(offsets, x.shape[0]):
+        for entries in pieces:
+            some = _stepped(tokens[entries], x.shape[0])
+            a = h.new_zeros(h.shape[1], some.shape[0])
+            a[:, : entries.stop - entries.start] = h[entries].t()
+            w[block] += _multiply(a, x.index_select(0, some))
+    return w.to(h.dtype)
 
 
 def grouped_gather_product(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
@@ -88,29 +93,46 @@ def _sums(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_zeros((rows, columns), dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def _used_blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each block that a token uses, and its entries. Waits for the device."""
-    bounds = offsets.tolist()
-    return ((block, slice(*ends)) for block, ends in enumerate(itertools.pairwise(bounds)) if ends[1] > ends[0])
+def _used_blocks(offsets: Tensor, tokens: int) -> Iterator[tuple[int, list[slice]]]:
+    """Each block that a token uses, and its entries, in pieces of an eighth of `tokens` (256 or more). Waits for the device.
+
+    Pieces have few numbers of rows; shorter ones would cost products.
+    """
+    step = _step(tokens)
+    size = step * max(2, -(-256 // step))
+    for block, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        if end > start:
+            yield block, [slice(at, min(at + size, end)) for at in range(start, end, size)]
+
+
+def _step(tokens: int) -> int:
+    return max(1, tokens // row_numbers.SHARES)
 
 
 def _stepped(entries: Tensor, tokens: int) -> Tensor:
-    """Entries of a block, the last one repeated until their number is a multiple of a 32nd of `tokens`.
-
-    oneDNN makes a kernel for each number of rows that a product has, and keeps the last 1,024 of them (`units.in_steps`).
-    """
-    more = -entries.shape[0] % max(1, tokens // 32)
-    return torch.cat([entries, entries[-1:].expand(more, *entries.shape[1:])]) if more else entries
+    """Entries of a piece, the last one repeated until their number is one of few."""
+    step = _step(tokens)
+    return row_numbers.lengthened(entries, -(-entries.shape[0] // step) * step)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] times b [k, n]. In fp32 by oneDNN, which on a processor of AMD was twice as fast as the MKL behind torch's own product."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return a @ b
-    weight = b.t()
-    if not (weight.is_contiguous() or b.is_contiguous()):  # other strides have no fast product
-        weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), weight, None, "none", [], "")
+    """a [m, k] times b [k, n], which is `_fast`."""
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.t(), None, "none", [], "") if _by_onednn(b) else a @ b
+
+
+def _fast(b: Tensor) -> Tensor:
+    """The same matrix, copied if oneDNN is to multiply by it and knows no fast way for its strides."""
+    if not _by_onednn(b) or b.is_contiguous() or b.t().is_contiguous():
+        return b
+    return b.contiguous() if b.stride(1) == 1 else b.t().contiguous().t()
+
+
+def _by_onednn(b: Tensor) -> bool:
+    """Whether products by b are oneDNN's and not torch's own: in fp32 it was twice as fast on a processor of AMD as the MKL behind these.
+
+    By a thin matrix, as an adapter has, both are as fast, and MKL makes no kernel for each.
+    """
+    return b.device.type == "cpu" and b.dtype == torch.float32 and min(b.shape) > 64 and torch.backends.mkldnn.is_available()
 
 
 def _grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
+from sptc.codegen.ops.row_numbers import SHARES
 from sptc.ir import sample
 from sptc.ir.hint import optimization_hint
 
@@ -54,23 +55,20 @@ def _where_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(_some_of(mask.shape[0]), dtype=torch.int64)
 
 
-_STEPS = 16  # numbers of rows that there may be, of all tokens
 _FEW = 256  # tokens below which any number may be
 
 
 def in_steps(mask: Tensor, spare: Tensor) -> Tensor:
     """A mask, bool [N], with as many of the first rows of `spare`, bool [N], as make the number of true rows one of 16 shares of N.
 
-    oneDNN makes a kernel for each number of rows that a product has, and keeps the last 1,024 of them: where numbers are data, of which
-    no two batches have the same, the process would grow with each. Where `spare` has fewer rows all of these are taken; below 256 rows none
-    is.
+    What follows multiplies few numbers of rows (`row_numbers`). Where `spare` has fewer rows all of these are taken, of less than 256 none.
     """
     rows = mask.shape[0]
     if rows < _FEW:
         return mask.clone()
     count = mask.sum()
-    steps = (count * _STEPS + rows - 1) // rows
-    missing = (steps * rows + _STEPS - 1) // _STEPS - count
+    steps = (count * SHARES + rows - 1) // rows
+    missing = (steps * rows + SHARES - 1) // SHARES - count
     others = spare & ~mask
     return mask | (others & (others.cumsum(0) <= missing))
 

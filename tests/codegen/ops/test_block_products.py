@@ -131,19 +131,19 @@ def test_opcheck(count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_products_have_few_numbers_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN makes a kernel for each, and keeps a thousand of them; how many tokens use a block is data."""
+    """Of 640 tokens, seven in three products: multiples of 40 up to 280."""
     seen: set[tuple[int, ...]] = set()
     multiply = by._multiply
     monkeypatch.setattr(by, "_multiply", lambda a, b: (seen.add((*a.shape, b.shape[1])), multiply(a, b))[1])
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in ((320, FEATURES), (1, WIDTH, FEATURES)))
-    for used in range(1, 321, 3):
-        tokens = torch.randperm(320, generator=generator)[:used].sort().values
+    x, weight = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in ((640, FEATURES), (1, WIDTH, FEATURES)))
+    for used in range(1, 641, 7):
+        tokens = torch.randperm(640, generator=generator)[:used].sort().values
         h = torch.randn(used, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
         lists = tokens, torch.tensor([0, used], dtype=torch.int32)
-        got = by.gather_product(x, weight, *lists), by.scatter_product(h, weight, *lists, 320), by.outer_product(h, x, *lists)
+        got = by.gather_product(x, weight, *lists), by.scatter_product(h, weight, *lists, 640), by.outer_product(h, x, *lists)
         rows = x[tokens].double()
-        added = torch.zeros(320, FEATURES, dtype=torch.float64).index_add(0, tokens, h.double() @ weight[0].double())
+        added = torch.zeros(640, FEATURES, dtype=torch.float64).index_add(0, tokens, h.double() @ weight[0].double())
         for one, want in zip(got, (rows @ weight[0].double().t(), added, (h.double().t() @ rows)[None]), strict=True):
-            assert (one.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
-    assert len(seen) <= 3 * 32
+            assert (one.double() - want).abs().max() <= 16 * torch.finfo(dtype).eps * want.abs().max()
+    assert len(seen) <= 3 * 7
