@@ -33,7 +33,7 @@ MAY = {
     "sptc.reports.explain": {"sptc.backend", "sptc.model", "sptc.plans.rise"},
     "sptc.reports.emit": {"sptc.codegen"},
     "sptc.benchmark": {"sptc.config", "sptc.device", "sptc.ir", "sptc.model"},
-    "sptc.benchmark.child": {"sptc.backend", "sptc.benchmark", "sptc.device.heap", "sptc.model"},
+    "sptc.benchmark.child": {"sptc.backend", "sptc.benchmark", "sptc.device.heap", "sptc.model", "sptc.paper.prepare"},
     "sptc.benchmark.show": {"sptc.benchmark"},
     "sptc.passes": {"sptc.config", "sptc.ir", "sptc.paper.state"},
     "sptc.passes.graph": {"sptc.ir"},

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from sptc.codegen.ops import autocast, row_numbers
+from sptc.codegen.ops import autocast, units
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("gather_product(Tensor x, Tensor weight, Tensor tokens, Tensor offsets) -> Tensor")
@@ -106,13 +106,13 @@ def _used_blocks(offsets: Tensor, tokens: int) -> Iterator[tuple[int, list[slice
 
 
 def _step(tokens: int) -> int:
-    return max(1, tokens // row_numbers.SHARES)
+    return max(1, tokens // units.SHARES)
 
 
 def _stepped(entries: Tensor, tokens: int) -> Tensor:
     """Entries of a piece, the last one repeated until their number is one of few."""
     step = _step(tokens)
-    return row_numbers.lengthened(entries, -(-entries.shape[0] // step) * step)
+    return units.lengthened(entries, -(-entries.shape[0] // step) * step)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

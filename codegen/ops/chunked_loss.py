@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sptc.codegen.ops import row_numbers
+from sptc.codegen.ops import units
 from sptc.ir import expression
 
 _U0 = expression.U0
@@ -72,7 +72,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Row numbers, the same with more, rows of x, their products with the weight as these come, and their logits in the accumulation dtype.
 
-    The last chunk repeats its last row until it has a multiple of an eighth of `rows` (`row_numbers`).
+    The last chunk repeats its last row until it has a multiple of an eighth of `rows` (`units.SHARES`).
     The last two are buffers, or one, that the next chunk overwrites.
     """
     step = max(1, rows // 8)
@@ -80,7 +80,7 @@ def _chunks(
     buffer = torch.empty(most, weight.shape[0], dtype=x.dtype, device=x.device)
     wide = buffer if x.dtype == single else torch.empty_like(buffer, dtype=single)
     for chunk in counted.split(rows):
-        some = row_numbers.lengthened(chunk, min(-(-len(chunk) // step) * step, rows))
+        some = units.lengthened(chunk, min(-(-len(chunk) // step) * step, rows))
         part, products, logits = x.index_select(0, some), buffer[: len(some)], wide[: len(some)]
         if bias is None:
             torch.mm(part, weight.t(), out=products)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-from sptc.codegen.ops.row_numbers import SHARES
 from sptc.ir import sample
 from sptc.ir.hint import optimization_hint
 
@@ -55,13 +54,27 @@ def _where_fake(mask: Tensor) -> Tensor:
     return mask.new_empty(_some_of(mask.shape[0]), dtype=torch.int64)
 
 
+SHARES = 16
+"""Numbers of rows that products have, of all tokens, where that is data.
+
+oneDNN makes a kernel for each number of rows, up to a megabyte in a millisecond, and keeps the last 1,024 of them. Batches are padded each
+in its own way and labels count here and there, so that no two have the same numbers, and the process would grow with each. So rows are
+rounded up: here, in `block_products`, and to one of eight shares of a chunk in the last chunk of a loss.
+"""
 _FEW = 256  # tokens below which any number may be
+
+
+def lengthened(rows: Tensor, number: int) -> Tensor:
+    """`rows`, [n, ...], the last one repeated until there are `number`, n or more. n is not 0."""
+    more = number - rows.shape[0]
+    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more else rows
 
 
 def in_steps(mask: Tensor, spare: Tensor) -> Tensor:
     """A mask, bool [N], with as many of the first rows of `spare`, bool [N], as make the number of true rows one of 16 shares of N.
 
-    What follows multiplies few numbers of rows (`row_numbers`). Where `spare` has fewer rows all of these are taken, of less than 256 none.
+    Products of what follows have few numbers of rows (`SHARES`). Where `spare` has fewer rows all of these are taken; of less than 256
+    tokens none is.
     """
     rows = mask.shape[0]
     if rows < _FEW:

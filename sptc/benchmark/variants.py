@@ -39,6 +39,7 @@ class Variant:
     precision: Precision = "highest"  # torch.set_float32_matmul_precision, torch's own default
     density_one: bool = False
     keeps_little: bool = False  # by the settings of AOTAutograd's partitioner that objective "memory" has, for Inductor as well
+    prepares: bool = False  # by `sptc.prepare` on the batch, with these options, before anything is compiled
 
     @property
     def dense(self) -> bool:

@@ -16,6 +16,7 @@ from sptc.backend import KEEPING_LITTLE, spt
 from sptc.benchmark.job import Job
 from sptc.benchmark.model import loss_of, make, trained
 from sptc.device.heap import give_back
+from sptc.paper.prepare import prepare
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Training:
         self.device = torch.device(job.device)
         self.model, self.args, self.kwargs, self.notes = make(job, reference)
         self.autocast = job.dtype == "bf16" and not reference
+        if job.variant.prepares and not reference:
+            with self._autocast():
+                prepare(self.model, self.kwargs or self.args, dict(job.variant.options))
         self.call = self.model if reference else _compiled(self.model, job)
         self.optimizer = torch.optim.AdamW([p for _, p in trained(self.model)], lr=1e-4, weight_decay=0.0)
 
     def loss(self, call: Any = None) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self._autocast():
             return loss_of((call or self.call)(*self.args, **self.kwargs))
 
     def step(self) -> None:
@@ -93,6 +97,9 @@ class Training:
             return None
         self.step()
         return rest / 1024, (_status("VmHWM") - rest) / 1024
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sptc.benchmark.child.process import Worker, WorkerFailed
-from sptc.benchmark.child.training import Gradients, _kind
+from sptc.benchmark.child.training import Gradients, Training, _kind
 from sptc.benchmark.child.worker import Check, Runner, compared, error_of
 from sptc.benchmark.job import Job, Source
 from sptc.benchmark.outcome import Case, Outcome
@@ -209,3 +209,22 @@ def test_progress_is_lines_in_a_log_and_nothing_where_it_is_not_wanted(capsys):
         progress.end()
         captured = capsys.readouterr()
         assert captured.err == want and captured.out == ""
+
+
+class Ffn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_variant_is_prepared_before_it_is_compiled(job, tmp_path):
+    """With the options that it is compiled with: what trains besides the model's own is there before the first step."""
+    job = replace(job, source=Source.saved(nn.Sequential(Ffn()), torch.randn(16, 8), tmp_path))
+    routed = {"ffn.selector": "router", "ffn.density": 0.5, "decline": "never"}
+    prepared = replace(job, variant=Variant("routed", "spt", routed, prepares=True))
+    plain = set(Training(job).model.state_dict())
+    assert set(Training(prepared).model.state_dict()) > plain
+    assert set(Training(prepared, reference=True).model.state_dict()) == plain
