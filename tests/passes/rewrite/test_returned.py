@@ -82,6 +82,23 @@ def test_gradients_are_those_of_the_dense_model(beside: Any, used: Any) -> None:
     assert not ops._handed
 
 
+def test_labels_tell_which_tokens_count_for_a_loss_outside_too() -> None:
+    """Its tokens get what all units give, the others an eighth of them; the model's own loss is not used. No token reads another here."""
+    torch.manual_seed(0)
+    model = Model(BESIDE["logits"])
+    (x, labels), reference = batch_and(model)
+
+    def train(model: nn.Module, inputs: Outputs, counted: Tensor, **options: Any) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        call = torch.compile(model, backend=without_inductor(**FULL | options), fullgraph=True) if options else model
+        return gradients(model, call(*inputs)[1][0][counted].square().mean())
+
+    context = {"ffn.context_density": 0.125}
+    assert_gradients_close(train(model, (x, labels), labels >= 0, **context), train(reference, (x.double(), labels), labels >= 0))
+    others = train(model, (x, labels), labels < 0, **context)["ffn.gate.weight"]
+    assert not torch.allclose(others, train(reference, (x.double(), labels), labels < 0)["ffn.gate.weight"].float(), rtol=0.1)
+
+
 def backward_inputs(model: nn.Module, inputs: Outputs, used: Any, **options: Any) -> list[torch.Size]:
     """Shapes of the gradients that a compiled backward graph is given."""
     shapes: list[torch.Size] = []
