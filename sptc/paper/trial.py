@@ -96,7 +96,9 @@ class Trial:
             if not decision.rewrite or stateless:
                 continue
             owner = self._owner(region, moved)
-            if owner is None:
+            if owner is None and region.site.owner and not holder(region):
+                self._refuse(region, "only containers hold it, which call or count their modules; put it into a module of another class")
+            elif owner is None:
                 self._refuse(region, "a graph break separates it from the module that it belongs to")
             elif not owner and not torch._dynamo.config.wrap_top_frame:
                 self._refuse(

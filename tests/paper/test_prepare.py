@@ -251,6 +251,13 @@ def test_a_region_parted_from_its_module_is_refused():
     assert any(r.rule == "state" and "graph break" in r.reason for r in report.regions) and not slots(model)
 
 
+def test_a_region_that_only_containers_hold_is_refused():
+    """`nn.Sequential` calls what it holds: a module with state would be called as well."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(D, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, D)), nn.Tanh())
+    report = sptc.prepare(model, batch(), OPTIONS)
+    assert any(r.rule == "state" and "only containers" in r.reason for r in report.regions) and not slots(model)
+
+
 def test_errors_are_clear_and_leave_nothing_half_attached():
     model = Model()
     with pytest.raises(ConfigError, match=r"ffn\.blocks"):
