@@ -54,14 +54,16 @@ def scatter_product(h: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, 
 def outer_product(h: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     """The sum of h[s] x[t(s)]^T over the entries of each block, [G, width, features]."""
     _check(h, x)
-    w = h.new_zeros((offsets.shape[0] - 1, h.shape[1], x.shape[1]), dtype=torch.promote_types(h.dtype, torch.float32))
+    w = h.new_zeros((offsets.shape[0] - 1, h.shape[1], x.shape[1]))
     for block, pieces in _used_blocks(offsets, x.shape[0]):
+        total = _sums(h, h.shape[1], x.shape[1])
         for entries in pieces:
             some = _stepped(tokens[entries], x.shape[0])
             a = h.new_zeros(h.shape[1], some.shape[0])
             a[:, : entries.stop - entries.start] = h[entries].t()
-            w[block] += _multiply(a, x.index_select(0, some))
-    return w.to(h.dtype)
+            total += _multiply(a, x.index_select(0, some))
+        w[block] = total
+    return w
 
 
 def grouped_gather_product(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
