@@ -78,11 +78,11 @@ class Config:
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
     )
     max_rise: float = _option("max_rise", 0.01, "of densities 'auto': how much the loss may rise before training, relative, at least 0")
-    loss_enabled: bool = _option("loss.enabled", True, "rewrite losses: labels that are ignored cost nothing, and logits are never whole")
+    loss_enabled: bool = _option("loss.enabled", True, "rewrite losses: only labels that count cost anything, and no logits are kept")
     loss_logits: Literal["keep", "drop"] = _option(
         "loss.logits",
         "keep",
-        "logits that a graph with gradients returns beside its loss: 'keep' leaves such a loss dense, 'drop' returns a tensor that raises",
+        "logits that a graph with gradients returns beside its loss: 'keep' computes them all, 'drop' returns a tensor that raises",
     )
     inference: Literal["dense", "sparse"] = _option(
         "inference", "dense", "graphs without gradients; with trained routers or codebooks they are sparse unless this is given"

@@ -18,12 +18,12 @@ _U0 = expression.U0
 
 
 def loss_and_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, labels: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, labels: Tensor, given: Tensor | None,
     ignored: int, smoothing: float, transform: str, rows: int, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The sum of the losses, how many there are (both numbers in fp32, or fp64 for fp64), and the gradients of x, weight, bias, low, up.
 
-    Arguments as of `sptc::linear_cross_entropy`. A gradient that is not needed is an empty tensor of shape [0].
+    Arguments as of `sptc::linear_cross_entropy`; `given` are its logits. A gradient that is not needed is an empty tensor of shape [0].
     """
     counted = (labels != ignored).nonzero().squeeze(1)
     function = expression.parse(transform)
@@ -36,7 +36,7 @@ def loss_and_gradients(
     ]
     grad_x, grad_weight, grad_bias, grad_low, grad_up = grads
     total = torch.zeros((), dtype=single, device=x.device)
-    for chunk, some, part, products, logits in _chunks(x, weight, bias, low, up, counted, rows, single):
+    for chunk, some, part, products, logits in _chunks(x, weight, bias, low, up, given, counted, rows, single):
         scores = logits if function == _U0 else expression.evaluate(function, logits)
         slope = None if function == _U0 else expression.evaluate(expression.derivative(function), logits)
         total += _to_gradient(scores[: len(chunk)], labels.index_select(0, chunk), smoothing)
@@ -62,14 +62,33 @@ def loss_and_gradients(
     ]  # fmt: skip
 
 
+def add_gradients(
+    grads: Sequence[Tensor | None], logits: Tensor, x: Tensor | None, weight: Tensor, low: Tensor | None, up: Tensor | None
+) -> None:
+    """Add to the gradients of x, weight, bias, low, up, where there are any, what a gradient `logits` [N, classes] gives."""
+    grad_x, grad_weight, grad_bias, grad_low, grad_up = grads
+    narrow = logits.to(weight.dtype)
+    if grad_x is not None:
+        grad_x += narrow @ weight
+    if grad_weight is not None and x is not None:
+        grad_weight += narrow.t() @ x
+    if grad_bias is not None:
+        grad_bias += logits.sum(0)
+    if grad_low is not None and up is not None:
+        grad_low += logits.to(up.dtype) @ up
+    if grad_up is not None and low is not None:
+        grad_up += logits.to(low.dtype).t() @ low
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """What sums and logarithms of rows like x are computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, counted: Tensor, rows: int, single: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, given: Tensor | None,
+    counted: Tensor, rows: int, single: torch.dtype,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Row numbers, the same with more, rows of x, their products with the weight as these come, and their logits in the accumulation dtype.
 
     The last chunk repeats its last row until it has a multiple of an eighth of `rows` (`units.SHARES`).
@@ -82,14 +101,17 @@ def _chunks(
     for chunk in counted.split(rows):
         some = units.lengthened(chunk, min(-(-len(chunk) // step) * step, rows))
         part, products, logits = x.index_select(0, some), buffer[: len(some)], wide[: len(some)]
-        if bias is None:
-            torch.mm(part, weight.t(), out=products)
+        if given is not None:
+            logits.copy_(given.index_select(0, some))
         else:
-            torch.addmm(bias, part, weight.t(), out=products)
-        if products is not logits:
-            logits.copy_(products)
-        if low is not None and up is not None:
-            _add_product(logits, low.index_select(0, some), up.t())
+            if bias is None:
+                torch.mm(part, weight.t(), out=products)
+            else:
+                torch.addmm(bias, part, weight.t(), out=products)
+            if products is not logits:
+                logits.copy_(products)
+            if low is not None and up is not None:
+                _add_product(logits, low.index_select(0, some), up.t())
         yield chunk, some, part, products, logits
 
 

@@ -71,7 +71,12 @@ def apart(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def handle_of(value: Tensor) -> Tensor:
-    """A handle, 0. An operator, so that two values never have the same, and no C++ is compiled for a number beside kernels of a GPU."""
+    """A handle. An operator, so that two values never have the same, and no C++ is compiled for a number beside kernels of a GPU."""
+    return new_handle()
+
+
+def new_handle() -> Tensor:
+    """A handle, float64 [] on the CPU: 0."""
     return _handle(0)
 
 
@@ -88,16 +93,27 @@ def add_handed_(gradient: Tensor, handle: Tensor) -> None:
     Raises:
         HandleError: nothing was.
     """
+    found = handed(handle)
+    if found is not None:
+        gradient.add_(found.reshape(gradient.shape))
+
+
+def handed(handle: Tensor) -> Tensor | None:
+    """What was handed over for the handle, once; None for the gradient of one that nothing was handed over for.
+
+    Raises:
+        HandleError: it is another's.
+    """
     number = handle.item()
     if not number:
-        return
-    handed = _handed.pop(number, None)  # type: ignore[arg-type]
-    if handed is None:
+        return None
+    found = _handed.pop(number, None)  # type: ignore[arg-type]
+    if found is None:
         raise HandleError(
             "a hook on the autograd node of a compiled graph changed the gradients of all its results, one of which tells where another "
             "one is: let it leave alone the gradient of dtype float64 and shape [] that stands last, or hook the results themselves"
         )
-    gradient.add_(handed.reshape(gradient.shape))
+    return found
 
 
 def joined(call: Callable[..., Sequence[Any]], handles: Sequence[tuple[int, int]]) -> Callable[..., list[Any]]:

@@ -116,6 +116,7 @@ class LossShape:
     need_x: bool
     need_weight: bool
     need_adapter: bool
+    returned: bool = False  # all logits are computed in any form
 
 
 def kept_for_backward(dense: Cost, sparse: Cost) -> str:
@@ -323,6 +324,8 @@ def loss_by_rows(s: LossShape, device: DeviceCosts) -> Work:
     """The rows that count, and every gradient in forward, which is what it keeps."""
     rows, el = s.counted * s.rows, _element(s.dtype)
     flops, traffic = rows * _loss_flops(s), rows * s.classes * _WIDE * _LOGITS_PASSES
+    if s.returned:
+        flops += (s.rows - rows) * 2 * s.classes * (s.d + s.rank)
     seconds = flops / device.rates(s.dtype).gemm + traffic / device.bandwidth + rows * s.classes / device.exponentials
     kept = el * (s.rows * s.d * int(s.need_x) + s.classes * (s.d * int(s.need_weight) + s.rank * int(s.need_adapter)))
     return Work(flops, traffic, seconds, sympy.sympify(kept))

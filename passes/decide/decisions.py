@@ -41,7 +41,7 @@ from sptc.passes.decide.cost import (
     sparse_ffn,
 )
 from sptc.passes.decide.gradients import with_gradients
-from sptc.passes.decide.loss import decide_loss
+from sptc.passes.decide.loss import decide_loss, keeps_logits
 from sptc.passes.decide.operand_dtypes import misfit
 from sptc.passes.decide.planned import planned_lean, planned_regions
 from sptc.passes.decide.read_rows import read_rows
@@ -70,8 +70,9 @@ _LONGEST = 1 << 24
 def decide(unit: Unit) -> Unit:
     """Fill `decisions`, one a region in the order of `regions`, then those on losses.
 
-    A loss whose logits the graph returns becomes a refusal of rule "logits" unless options drop them, a routed FFN whose hidden units can't
-    be cut into equal blocks one of rule "blocks", attention in dtypes that the sparse operators don't compute in one of rule "dtype".
+    A loss whose logits the graph returns in part or twice becomes a refusal of rule "logits" unless options drop them, a routed FFN whose
+    hidden units can't be cut into equal blocks one of rule "blocks", attention in dtypes that the sparse operators don't compute in one of
+    rule "dtype".
     """
     assert isinstance(unit.device, DeviceCosts), "decide needs the costs of the device"
     regions: list[Region] = []
@@ -94,8 +95,9 @@ def decide(unit: Unit) -> Unit:
             unit = replace(unit, counted_share=counted_share(unit.gm, unit.counted, unit.example_inputs))
     losses = [decide_loss(unit, region, region in trained) for region in unit.losses]
     by_rows = [loss.region for loss in losses if isinstance(loss, Decision) and loss.rewrite]
+    dropped = [loss.region for loss in losses if isinstance(loss, Decision) and loss.rewrite and not keeps_logits(loss)]
     if trained and unit.config.ffn_padding == "skip":
-        unit = replace(unit, read=read_rows(unit, frozenset(by_rows)), visible_share=visible_share(unit))
+        unit = replace(unit, read=read_rows(unit, frozenset(dropped)), visible_share=visible_share(unit))
     planned = planned_regions(unit)
     unit = replace(unit, lean=planned_lean(unit))
     logits = frozenset(node for region in by_rows for node in region.nodes)

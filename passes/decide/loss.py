@@ -1,4 +1,4 @@
-"""Decide which losses are computed without their logits. The result is exact, so what is judged is memory, from sizes alone."""
+"""Decide which losses are computed some rows at a time. The result is exact, so what is judged is memory, from sizes alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
 from sptc.passes.decide.cost import LossShape, dense_loss, kept_for_backward, loss_by_rows
 from sptc.passes.find.loss import needed
+from sptc.passes.find.returned import place_of_logits
 from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
 
@@ -19,12 +20,14 @@ _FEW = 2  # classes for each feature up to which the logits take no more than wh
 
 
 def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Refusal:
-    """The decision on one loss; a refusal of rule "logits" where the graph returns its logits and options keep these.
+    """The decision on one loss; a refusal of rule "logits" where options keep what the graph returns of its logits and that is not all of
+    them, once and unchanged.
 
     `recorded`: gradients are recorded where it stands.
     """
-    settings = LossSettings(_rows(region), bool(region.returned))
-    sizes = _shape(unit, region)
+    keep = bool(region.returned) and unit.config.loss_logits == "keep"
+    settings = LossSettings(_rows(region), place_of_logits(unit, region) if keep else None)
+    sizes = _shape(unit, region, keep)
     costs = dense_loss(sizes, unit.device).at({}), loss_by_rows(sizes, unit.device).at({})
     dense, by_rows = costs
     features = sizes.d
@@ -38,12 +41,17 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
             return Decision(region, False, f"would not pay: {kept}", settings, *costs)
     elif unit.config.decline == "auto" and region.classes <= _FEW * features:
         return Decision(region, False, f"would not pay: {region.classes} classes of {features} features", settings, *costs)
-    if region.returned and unit.config.loss_logits == "keep":
-        names = ", ".join(node.name for node in region.returned)
+    names = ", ".join(node.name for node in region.returned)
+    if keep and settings.kept is None:
         reason = f"the graph returns its logits ({names}); options={{'loss.logits': 'drop'}} would not, with {kept}"
         return Refusal("loss", "logits", region.y, reason, region.site)
-    dropped = ", and the logits that the graph returns are dropped" if region.returned else ""
-    return Decision(region, True, f"pays: {kept}{dropped}", settings, *costs)
+    logits = f", and the logits that the graph returns ({names}) are {'computed besides' if keep else 'dropped'}" if region.returned else ""
+    return Decision(region, True, f"pays: {kept}{logits}", settings, *costs)
+
+
+def keeps_logits(decision: Decision) -> bool:
+    """Whether the graph goes on returning the logits of a loss that is rewritten."""
+    return isinstance(decision.settings, LossSettings) and decision.settings.kept is not None
 
 
 def _rows(region: LossRegion) -> int:
@@ -53,7 +61,7 @@ def _rows(region: LossRegion) -> int:
     return max(_LEAST_ROWS, rows - rows % _LEAST_ROWS)
 
 
-def _shape(unit: Unit, region: LossRegion) -> LossShape:
+def _shape(unit: Unit, region: LossRegion, keep: bool) -> LossShape:
     lora = region.projection.lora
     need_x, need_weight, _, _, need_up = needed(region)
     x: Node = region.projection.x
@@ -67,4 +75,5 @@ def _shape(unit: Unit, region: LossRegion) -> LossShape:
         need_x=need_x,
         need_weight=need_weight,
         need_adapter=need_up,
+        returned=keep,
     )

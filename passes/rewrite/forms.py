@@ -27,6 +27,7 @@ from sptc.ir.region import (
     UnitSettings,
 )
 from sptc.passes.find.counted import fits
+from sptc.passes.find.returned import large_results
 from sptc.passes.graph.effects import remove_dead_code
 from sptc.passes.graph.frame import Frame, drop_unused_operands, frames, hand_down
 from sptc.passes.graph.insert import forget_marks
@@ -34,7 +35,7 @@ from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
 from sptc.passes.rewrite.loss import drop_returned, rewrite_loss
-from sptc.passes.rewrite.returned import large_results, set_apart
+from sptc.passes.rewrite.returned import set_apart
 from sptc.passes.rewrite.token_lists import TokenLists, Tokens, insert_tokens
 from sptc.passes.rewrite.units import rewrite_units
 from sptc.passes.unit import Unit
@@ -48,14 +49,18 @@ def rewrite(unit: Unit) -> Unit:
     by_graph = {frame.gm.graph: frame for frame in every}
     tokens = insert_tokens(unit, [d.settings for d in chosen if not isinstance(d.settings, LossSettings)])
     dropped: list[int] = []
+    kept: dict[int, Node] = {}
     by_place = {node: place for frame in every for place, node in enumerate(frame.gm.graph.nodes)}
     # The last one first: what a region reads may be what another one computes, which is then replaced in the new form as well.
     for decision in sorted(chosen, key=lambda d: by_place[d.region.y], reverse=True):
         region, settings = decision.region, decision.settings
         if isinstance(region, LossRegion):
             assert isinstance(settings, LossSettings)
-            y = rewrite_loss(region, settings)
-            dropped += drop_returned(region.y.graph, region.returned)
+            y, handle = rewrite_loss(region, settings)
+            if settings.kept is None:
+                dropped += drop_returned(region.y.graph, region.returned)
+            else:
+                kept[settings.kept] = handle
         else:
             assert not isinstance(settings, LossSettings)
             y = sparse_form(region, settings, unit.states.get(region), by_graph, tokens)
@@ -65,7 +70,7 @@ def rewrite(unit: Unit) -> Unit:
     for frame in every:
         if frame.call is not None and any(node.target in _choosers() for node in frame.gm.graph.nodes):
             frame.gm.meta.setdefault("_checkpoint_context_fn", _keeping_choices)
-    handles = set_apart(unit.gm.graph, large)
+    handles = set_apart(unit.gm.graph, large, kept)
     forget_marks(unit.gm.graph)
     for frame in reversed(every):  # innermost first: what a body no longer uses need not be computed around it
         remove_dead_code(frame.gm.graph)

@@ -42,9 +42,10 @@ class Operands:
         return expression.evaluate(expression.parse(self.transform), part)
 
 
-def rewrite_loss(region: LossRegion, settings: LossSettings) -> Node:
-    """Insert the operator before `region.y`; returns the node that replaces it."""
-    result: Node = insert(region.y, partial(_loss, region, settings), {node: node for node in operands_of(region)})
+def rewrite_loss(region: LossRegion, settings: LossSettings) -> tuple[Node, Node]:
+    """Insert the operator before `region.y`; returns the node that replaces it, and the handle of logits that are returned besides."""
+    logits = region.projection.y if settings.kept is not None else None
+    result: tuple[Node, Node] = insert(region.y, partial(_loss, region, settings), {node: node for node in operands_of(region)}, logits)
     return result
 
 
@@ -55,14 +56,14 @@ def operands_of(region: LossRegion) -> list[Node]:
     return [node for node in (*named, *sized(region.undo)) if isinstance(node, Node)]
 
 
-def _loss(region: LossRegion, settings: LossSettings, t: Mapping[Node, Any]) -> Tensor:
-    """The loss, a number, from the values of the region's operands."""
+def _loss(region: LossRegion, settings: LossSettings, t: Mapping[Node, Any], logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss, a number, from the values of the region's operands, and the handle of its logits."""
     o = operands(region, t)
-    loss: Tensor = torch.ops.sptc.linear_cross_entropy(
-        *(o.x, o.weight, o.bias, o.low, o.up, o.labels),
+    loss, *_, handle = torch.ops.sptc.linear_cross_entropy(
+        *(o.x, o.weight, o.bias, o.low, o.up, o.labels, None if logits is None else as_rows(logits.detach())),
         *(region.ignored, region.mean, region.smoothing, region.transform, settings.rows, list(needed(region))),
-    )[0]
-    return cast(loss, dtype(region.y))
+    )
+    return cast(loss, dtype(region.y)), handle
 
 
 def operands(region: LossRegion, t: Mapping[Node, Any]) -> Operands:

@@ -264,7 +264,7 @@ class LossSettings:
     """How a loss is computed: for the rows that count, some at a time."""
 
     rows: int  # at a time, at most
-    drop: bool  # what the graph returns of the logits is nothing
+    kept: int | None = None  # the graph's result that are its logits, of which it takes those that count; None: it computes these itself
     density: float = 1.0  # exact whatever the settings
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import sptc.codegen.ops  # noqa: F401  registers the op
+from sptc.codegen.ops.returned import _handed, _Returned
 
 OP = torch.ops.sptc.linear_cross_entropy.default
 N, D, CLASSES, RANK = 37, 16, 53, 4
@@ -53,7 +54,7 @@ def by_op(
     need: tuple[bool, ...] = (True,) * 5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     leaves = {name: value.clone().requires_grad_(wanted) for (name, value), wanted in zip(given.items(), need, strict=True)}
-    outcome = OP(*leaves.values(), labels, ignore_index, reduction == "mean", label_smoothing, transform, rows, list(need))
+    outcome = OP(*leaves.values(), labels, None, ignore_index, reduction == "mean", label_smoothing, transform, rows, list(need))
     outcome[0].backward()
     return outcome[0].detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -87,6 +88,36 @@ def test_equals_cross_entropy(share, options):
     assert_close(by_op(given, labels, **options), want, 2e-6)
 
 
+@pytest.mark.parametrize("need", [(True,) * 5, (True, False, False, False, False), (False, True, False, True, False)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_given_logits(share, need):
+    """It takes them in place of those that it would compute, and gives their own gradient to what they are computed from."""
+    given, labels = operands(torch.float64), some_labels(share)
+    weights = torch.randn(N, CLASSES, dtype=torch.float64)
+
+    def leaves() -> list[Tensor]:
+        return [value.clone().requires_grad_(wanted) for value, wanted in zip(given.values(), need, strict=True)]
+
+    def logits(x: Tensor, weight: Tensor, bias: Tensor, low: Tensor, up: Tensor) -> Tensor:
+        return linear(x, weight, bias) + low @ up.t()
+
+    for outside in ("nothing", "logits", "logits alone"):
+        ours, theirs = leaves(), leaves()
+        scores = logits(*theirs)
+        want = cross_entropy(scores, labels, label_smoothing=0.1, reduction="sum")
+        loss, *_, handle = OP(*ours, labels, scores.detach(), -100, False, 0.1, "u0", 5, list(need))
+        returned = _Returned.apply(scores.detach(), handle)
+        torch.testing.assert_close(loss, want)
+        for total, value, of_logits in ((loss, ours, returned), (want, theirs, scores)):
+            what = (0 if outside == "logits alone" else total) + (0 if outside == "nothing" else (weights * of_logits).sum())
+            assert isinstance(what, Tensor)
+            what.backward()
+            assert [x.grad is not None for x in value] == list(need)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+    assert not _handed
+
+
 @pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_what_is_made_of_a_loss_without_labels_has_no_gradient(share, options):
@@ -102,7 +133,7 @@ def test_what_is_made_of_a_loss_without_labels_has_no_gradient(share, options):
 
     def op(leaves: dict[str, Tensor]) -> Tensor:
         mean, smoothing = options.get("reduction", "mean") == "mean", options.get("label_smoothing", 0.0)
-        loss: Tensor = OP(*leaves.values(), labels, -100, mean, smoothing, "u0", 5, [True] * 5)[0]
+        loss: Tensor = OP(*leaves.values(), labels, None, -100, mean, smoothing, "u0", 5, [True] * 5)[0]
         return loss
 
     labels = some_labels(share)
@@ -140,7 +171,7 @@ def test_one_operand_alone_may_need_its_gradient():
 def test_a_gradient_that_was_not_foreseen_is_an_error():
     given = {name: value.requires_grad_() for name, value in operands(torch.float32).items()}
     with pytest.raises(AssertionError, match=r"gradients of operands \[1\] are asked for and were not computed"):
-        OP(*given.values(), some_labels(1.0), -100, True, 0.0, "u0", 5, [True, False, True, True, True])
+        OP(*given.values(), some_labels(1.0), None, -100, True, 0.0, "u0", 5, [True, False, True, True, True])
 
 
 @pytest.mark.parametrize("label", [CLASSES, -1])
@@ -163,7 +194,7 @@ def test_opcheck(optional):
     given = {name: value.requires_grad_() for name, value in operands(torch.float32).items()}
     tensors = list(given.values()) if optional else [given["x"], given["weight"], None, None, None]
     need = [t is not None for t in tensors]
-    torch.library.opcheck(OP, (*tensors, some_labels(0.5), -100, True, 0.1, CAP, 5, need))
+    torch.library.opcheck(OP, (*tensors, some_labels(0.5), None, -100, True, 0.1, CAP, 5, need))
 
 
 def test_never_holds_more_than_a_few_rows(monkeypatch):
@@ -183,7 +214,9 @@ def test_never_holds_more_than_a_few_rows(monkeypatch):
 
     x, weight = torch.randn(256, D), torch.randn(1000, D)
     with Largest() as largest:
-        loss_and_gradients(x, weight, None, None, None, torch.zeros(256, dtype=torch.long), -100, 0.1, CAP, 16, [True, False] + [False] * 3)
+        loss_and_gradients(
+            x, weight, None, None, None, torch.zeros(256, dtype=torch.long), None, -100, 0.1, CAP, 16, [True, False] + [False] * 3
+        )
     assert 16 * 1000 * 4 <= largest.seen <= max(16 * 1000 * 4, weight.untyped_storage().nbytes())
 
 
@@ -205,7 +238,7 @@ def test_products_have_few_numbers_of_rows():
     for count in range(1, N + 1):
         labels = some_labels(1.0).masked_fill(torch.arange(N) >= count, -100)
         with Products() as products:
-            loss_and_gradients(*given.values(), labels, -100, 0.1, CAP, 32, [True] * 5)
+            loss_and_gradients(*given.values(), labels, None, -100, 0.1, CAP, 32, [True] * 5)
         got = by_op(given, labels, label_smoothing=0.1, transform=CAP, rows=32)
         assert_close(got, by_definition(given, labels, label_smoothing=0.1, transform=CAP), 1e-12)
     assert products.rows - {D, RANK, CLASSES} <= {4, 8, 12, 16, 20, 24, 28, 32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
+from sptc.passes.find import returned as find_returned
 from tests.models.compiled import gradients, without_inductor
 from tests.passes.find.losses import (
     ALONE,
@@ -166,7 +168,7 @@ def test_under_autocast():
         assert errors[0] <= 1.5 * errors[1] + 2**-8, (name, errors)
 
 
-def test_logits_that_the_graph_returns():
+def test_logits_that_the_graph_returns_in_part():
     def loss(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy(*shifted(y.float(), t)), y[:, :, :]
 
@@ -174,7 +176,56 @@ def test_logits_that_the_graph_returns():
     assert row.rule == "logits"
     assert row.reason.startswith("the graph returns its logits (")
     assert "options={'loss.logits': 'drop'} would not, with 0.00" in row.reason
-    assert assert_rewritten_and_equal(Model(loss), *batch(), **{"loss.logits": "drop"}).reason.endswith("the graph returns are dropped")
+    assert assert_rewritten_and_equal(Model(loss), *batch(), **{"loss.logits": "drop"}).reason.endswith(" are dropped")
+
+
+RETURNED: dict[str, tuple[Loss, bool]] = {
+    "logits": (lambda y, t: (cross_entropy(*flat(y, t)), y), True),
+    "logits, whose loss is of a part": (lambda y, t: (cross_entropy(*shifted(y.float(), t)), y), True),
+    "a cast that the loss reads": (lambda y, t: (cross_entropy(*shifted(z := y.double(), t)), z), True),
+    "a view": (lambda y, t: (cross_entropy(*flat(y, t)), y.flatten(0, 1)), True),
+    "logits, whose loss is of what is computed of them": (lambda y, t: (cross_entropy(*flat(torch.tanh(y), t)), y), True),
+    "what is computed of them": (lambda y, t: (cross_entropy(*flat(z := torch.tanh(y), t)), z), False),
+    "logits twice": (lambda y, t: (cross_entropy(*flat(y, t)), y, y), True),
+    "logits and a copy": (lambda y, t: (cross_entropy(*flat(y, t)), y, y.double()), False),
+    "a part of the classes": (lambda y, t: (cross_entropy(y[..., 5:30].reshape(-1, 25), t.clamp(-100, 24).reshape(-1)), y), False),
+}
+
+
+@pytest.mark.parametrize("head", ["linear", "adapter"])
+@pytest.mark.parametrize("name", RETURNED)
+def test_logits_that_are_returned(name, head, monkeypatch):
+    """The loss takes them as they are, for the rows that count; what they give outside reaches every gradient."""
+    monkeypatch.setattr(find_returned, "_LEAST", 0)
+    loss, taken = RETURNED[name]
+    torch.manual_seed(0)
+    model = Model(loss, Adapted() if head == "adapter" else None)
+    reference, (x, labels) = copy.deepcopy(model).double(), batch()
+
+    def both(outputs: Any) -> Tensor:
+        return outputs[0] + 3 * outputs[1].square().mean()
+
+    for used in (lambda outputs: outputs[0], both):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=without_inductor(**ALONE))
+        outputs, wanted = compiled(x, labels), reference(x.double(), labels)
+        (row,) = (r for r in sptc.report(compiled).regions if r.kind == "loss")
+        assert (row.status, row.rule) == (("rewritten", None) if taken else ("refused", "logits"))
+        assert not taken or row.reason.endswith(" are computed besides")
+        for got, want in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
+        assert_same(gradients(model, used(outputs)), gradients(reference, used(wanted)))
+
+
+class Adapted(nn.Module):
+    """A head with LoRA, by PEFT's formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(D, CLASSES), nn.Linear(D, 2, bias=False), nn.Linear(2, CLASSES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x)) * 0.5
 
 
 def test_dropped_logits_raise_when_used():

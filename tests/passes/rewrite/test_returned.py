@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from sptc.backend import compile_graph
 from sptc.codegen.ops import returned as ops
 from sptc.config import Config
-from sptc.passes.rewrite import returned
+from sptc.passes.find import returned
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 from tests.passes.ffns import CLASSES, D, Gated, batch
 
@@ -99,12 +99,12 @@ def test_labels_tell_which_tokens_count_for_a_loss_outside_too() -> None:
     assert not torch.allclose(others, train(reference, (x.double(), labels), labels < 0)["ffn.gate.weight"].float(), rtol=0.1)
 
 
-def backward_inputs(model: nn.Module, inputs: Outputs, used: Any, **options: Any) -> list[torch.Size]:
-    """Shapes of the gradients that a compiled backward graph is given."""
-    shapes: list[torch.Size] = []
+def backward_graph(model: nn.Module, inputs: Outputs, used: Any, **options: Any) -> fx.Graph:
+    """The compiled backward graph."""
+    graphs: list[fx.Graph] = []
 
     def backward(gm: fx.GraphModule, _: Any) -> Any:
-        shapes.extend(n.meta["val"].shape for n in gm.graph.find_nodes(op="placeholder") if "tangents" in n.name)
+        graphs.append(gm.graph)
         return make_boxed_func(gm.forward)
 
     aot = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward), bw_compiler=backward)
@@ -113,8 +113,10 @@ def backward_inputs(model: nn.Module, inputs: Outputs, used: Any, **options: Any
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         return compile_graph(gm, example_inputs, config, inner=lambda g, given, _: aot(g, given))
 
+    torch._dynamo.reset()
     used(*torch.compile(model, backend=backend)(*inputs)).backward()
-    return shapes
+    (graph,) = graphs
+    return graph
 
 
 def test_no_gradient_as_large_as_logits_comes_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,13 +124,22 @@ def test_no_gradient_as_large_as_logits_comes_from_outside(monkeypatch: pytest.M
     inputs = batch()
 
     def large(**options: Any) -> int:
-        torch._dynamo.reset()
-        return sum(len(shape) > 0 for shape in backward_inputs(model, inputs, USED["loss"], **options))
+        given = backward_graph(model, inputs, USED["loss"], **options).find_nodes(op="placeholder")
+        return sum(n.meta["val"].dim() > 0 for n in given if "tangents" in n.name)
 
     assert large() == 0
     assert large(inductor={"triton.cudagraphs": True}) == 2  # of which none may depend on numbers of the host
     monkeypatch.setattr(returned, "_LEAST", 1 << 20)
     assert large() == 2
+
+
+@pytest.mark.parametrize("loss", ["rewritten", "dense"])
+def test_no_product_of_logits_is_in_backward(loss: str) -> None:
+    """Where the loss takes them as they are: it took their gradients, of the rows that count, in forward."""
+    backward = backward_graph(Model(BESIDE["logits"]), batch(), USED["loss"], **{"loss.enabled": loss == "rewritten"})
+    products = backward.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    of_logits = [n for n in products if any(CLASSES in operand.meta["val"].shape for operand in n.all_input_nodes)]
+    assert len(of_logits) == (0 if loss == "rewritten" else 2)
 
 
 def test_backward_twice() -> None:

@@ -1,0 +1,108 @@
+"""What a graph returns beside its loss that is large, and of what it is another view."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sptc.ir.hint import optimization_hint
+from sptc.ir.region import LossRegion
+from sptc.passes.graph.effects import alias_sets, written_by
+from sptc.passes.graph.pattern import VIEWS, dtype, op, requires_grad, shape, transparent, value
+from sptc.passes.graph.row_axes import empty
+from sptc.passes.unit import Unit
+
+_LEAST = 1 << 20  # bytes: zeros of fewer cost nothing
+
+
+def large_results(unit: Unit) -> tuple[int, ...]:
+    """Which results of the captured graph are large and carry a gradient, beside a loss that it returns, too.
+
+    Those that share memory with an input or another result are left out: they are views of one tensor to autograd, which a write to one of
+    them, outside, has to reach.
+    """
+    (output,) = unit.gm.graph.find_nodes(op="output")
+    results = results_of(output)
+    cuda_graphs = (unit.config.inductor or {}).get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+    large = [i for i, r in enumerate(results) if shape(r) and _carries_gradient(r) and _bytes(r) >= _LEAST]
+    if not large or cuda_graphs or not any(_is_loss(r) for r in results):
+        return ()
+    nodes = unit.gm.graph.nodes
+    sets = alias_sets(unit.gm.graph)
+    outer = [node for node in nodes if node.op in ("placeholder", "get_attr")]
+    visible = Counter(sets[node] for node in (*outer, *{r for r in results if isinstance(r, Node)}))
+    written = {sets[target] for node in nodes for target in written_by(node)}
+
+    def free(result: Node) -> bool:
+        return visible[sets[result]] == 1 and written.isdisjoint((sets[result], sets[start_of(result, output)]))
+
+    return tuple(i for i in large if free(results[i]))
+
+
+def place_of_logits(unit: Unit, region: LossRegion) -> int | None:
+    """Which result of the captured graph are the logits of a loss, as their projection gives them, under any shape and dtype.
+
+    None: it returns more of them or less, or they can't leave it without gradient (`large_results`).
+    """
+    (output,) = unit.gm.graph.find_nodes(op="output")
+    places = [place for place in large_results(unit) if results_of(output)[place] in region.returned]
+    if len(places) != 1 or len(region.returned) != 1:
+        return None
+    same = _under_views(results_of(output)[places[0]]) is _under_views(region.projection.y)
+    return places[0] if same else None
+
+
+def _under_views(node: Node) -> Node:
+    """What a node is a view or a cast of."""
+    while op(node) in VIEWS or transparent(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def start_of(result: Node, output: Node) -> Node:
+    """What else the graph computes with, of which a result is a view, a cast, or what a cache before its first token makes."""
+    while len(result.users) == 1 and results_of(output).count(result) < 2:
+        if op(result) in VIEWS or transparent(result):
+            before: Node = result.args[0]  # type: ignore[assignment]
+        elif op(result) == "aten.cat.default":
+            filled = [part for part in result.args[0] if not empty(part)]  # type: ignore[union-attr, arg-type]
+            if len(filled) != 1:
+                break
+            before = filled[0]  # type: ignore[assignment]
+        else:
+            break
+        if value(before).device != value(result).device:
+            break
+        result = before
+    return result
+
+
+def results_of(output: Node) -> list[Any]:
+    return [*output.args[0]]  # type: ignore[misc]
+
+
+def _is_loss(result: Any) -> bool:
+    return isinstance(result, Node) and not shape(result) and _carries_gradient(result)
+
+
+def _carries_gradient(result: Any) -> bool:
+    known = value(result)
+    return (
+        isinstance(result, Node)
+        and isinstance(known, Tensor)
+        and known.is_floating_point()
+        and not is_traceable_wrapper_subclass(known)
+        and requires_grad(result)
+    )
+
+
+def _bytes(result: Node) -> int:
+    to = dtype(result)
+    assert to is not None
+    return to.itemsize * math.prod(optimization_hint(size) for size in shape(result))
