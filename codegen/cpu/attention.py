@@ -1,8 +1,7 @@
 """Sparse attention on a CPU: `sptc::sparse_attention` and its backward, computed by native/attention.cpp.
 
 Threads share the work by (batch row, key head) pairs, some in a call of the native code, which goes through a pair's block lists with all
-its buffers in the cache. All arithmetic is fp32, or fp64 for fp64 inputs: operands in 16 bits are copied, and results rounded, for the
-heads of one call at a time.
+its buffers in the cache. All arithmetic is fp32, or fp64 for fp64 inputs.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sptc.codegen.cpu.compiler import REAL, native
 from sptc.codegen.cpu.mask import CpuMask
 from sptc.codegen.cpu.parallel import share, worker_count
-from sptc.codegen.cpu.predicate_source import Fill, fill
+from sptc.codegen.cpu.predicate_source import fill
 from sptc.codegen.cpu.transform_source import transform
 from sptc.codegen.reference.layout import empty_rows
 
@@ -57,7 +55,7 @@ class Call:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
-_STRIDES = ctypes.c_int64 * 3  # of batch row, head and row, for what is not contiguous; within a row elements are adjacent
+_STRIDES = ctypes.c_int64 * 3  # of batch row, head and row; within a row elements are adjacent
 
 
 class _Operand(ctypes.Structure):
@@ -71,7 +69,8 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
         *((f"{name}_step", _STRIDES) for name in ("q", "k", "v")),
         *((name, ctypes.c_void_p) for name in ("ids", "counts")),
-        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "n", "m", "d", "d_v", "query_block", "key_block", "tiles", "width")),
+        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "n", "m", "size", "size_v", "d", "d_v")),
+        *((name, ctypes.c_int64) for name in ("query_block", "key_block", "tiles", "width")),
         ("scale", ctypes.c_double),
         ("transform", ctypes.c_void_p),
         ("key_bias", ctypes.c_void_p),
@@ -87,143 +86,88 @@ class _Call(ctypes.Structure):
         ("drops", ctypes.c_int64),
         ("lse", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("out", "grad_out", "grad_q", "grad_k", "grad_v")),
-        *((f"{name}_step", _STRIDES) for name in ("out", "grad_out", "grad_q")),
+        *((f"{name}_step", _STRIDES) for name in ("out", "grad_out", "grad_q", "grad_k", "grad_v")),
     ]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] in the dtype of q, heads of a position together, lse [b, h, n] in the dtype of arithmetic."""
+    if call.q.dtype == torch.float16:
+        out, lse = forward(_widened(call))
+        return out.half(), lse
     out = empty_rows(call.q, (*call.q.shape[:3], call.v.shape[-1]))
     lse = torch.empty(call.q.shape[:3], dtype=call.dtype)
-    _Prepared(call, lse, {"q": call.q, "k": call.k, "v": call.v}, {"out": out}).run()
+    _run(call, lse, {"out": out})
     return out, lse
 
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, heads of a position together, those without need of shape [0]. The scores are computed anew."""
-    sources = {"q": call.q, "k": call.k, "v": call.v}
-    grads = [empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip(sources.values(), need, strict=True)]
+    if call.q.dtype == torch.float16:
+        grad_q, grad_k, grad_v = (grad.half() for grad in backward(_widened(call), grad_out, out, lse, need))
+        return grad_q, grad_k, grad_v
+    grads = [empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)]
     results = {f"grad_{name}": g for name, g, wanted in zip("qkv", grads, need, strict=True) if wanted}
-    _Prepared(call, lse.contiguous(), {**sources, "out": out, "grad_out": grad_out}, results).run(backward=True)
+    _run(call, lse.contiguous(), {"out": _rows(out, call), "grad_out": _rows(grad_out, call), **results}, backward=True)
     grad_q, grad_k, grad_v = grads
     return grad_q, grad_k, grad_v
 
 
-_OF_KEYS = ("k", "v", "grad_k", "grad_v")  # a row for each key; all others for each query
-_SUMS = ("grad_k", "grad_v")  # contiguous: every tile adds to their rows, which lie in the cache so; all others are strided
+def _widened(call: Call) -> Call:
+    """The call in fp32: the native code knows no fp16."""
+    return replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
 
 
-class _Prepared:
-    """A call with every operand as the native code reads it. It keeps what it points to alive."""
-
-    def __init__(self, call: Call, lse: Tensor, operands: dict[str, Tensor], results: dict[str, Tensor]) -> None:
-        """Operands and results [b, h or h_kv, ...], both in any dtype, by their names in `Call` of attention.cpp."""
-        self.call, mask, self.lse = call, call.mask, lse
-        self.operands, self.results = operands, results
-        self.library = native("attention", **REAL[call.dtype])
-        self.lanes: int = self.library.lanes()
-        self.ids, self.counts = call.ids.contiguous(), call.counts.contiguous()
-        self.key_bias = mask.key_bias(call.dtype)
-        self.certain = mask.certain_pairs()
-        self.boolean, self.bias = mask.element_boolean, mask.element_bias(call.dtype)
-        predicate = mask.element_predicate
-        self.transform = None if call.transform == "u0" else transform(call.transform, call.dtype)
-        self.fill: Fill | None = None if predicate is None else fill(predicate, mask.tensors, mask.sizes)
-
-    def ready(self, x: Tensor) -> Tensor:
-        """`x` in the dtype of arithmetic, its rows adjacent numbers, as many as fill vectors."""
-        x = x.to(self.call.dtype)
-        if x.shape[-1] % self.lanes:
-            return pad(x, (0, -x.shape[-1] % self.lanes))
-        return x if x.stride(-1) == 1 else x.contiguous()
-
-    def run(self, backward: bool = False) -> None:
-        mask, whole = self.call.mask, self._whole()
-        step = max(1, mask.b * mask.h_kv // (4 * worker_count()))
-        spans = [(row, head, min(head + step, mask.h_kv)) for row in range(mask.b) for head in range(0, mask.h_kv, step)]
-        of_all = None if self._copies() else self._part(whole, slice(0, mask.b), slice(0, mask.h_kv))
-
-        def work(spans: Iterator[tuple[int, int, int]]) -> None:
-            for row, first, last in spans:
-                part = of_all or self._part(whole, slice(row, row + 1), slice(first, last))
-                pairs = (ctypes.c_int64(row * mask.h_kv + head) for head in (first, last))
-                self.library.attend(ctypes.byref(part.call), *pairs, ctypes.c_int64(backward))
-                part.round()
-                del part  # before the next one takes memory
-
-        share(spans, work)
-
-    def _copies(self) -> bool:
-        """Whether native code can't read all operands, and write all results, where they are."""
-        return not all(self._direct(name, x) for name, x in (*self.operands.items(), *self.results.items()))
-
-    def _whole(self) -> _Call:
-        """What all spans of heads have in common."""
-        call, mask = self.call, self.call.mask
-        whole = _Call(
-            ids=self.ids.data_ptr(), counts=self.counts.data_ptr(), lse=self.lse.data_ptr(),
-            heads=mask.h, key_heads=mask.h_kv, n=mask.n, m=mask.m, d=self._padded(call.q), d_v=self._padded(call.v),
-            query_block=mask.query_block, key_block=mask.key_block, tiles=self.ids.shape[2], width=self.ids.shape[3], scale=call.scale,
-            boolean=_operand(self.boolean), bias=_operand(self.bias), dropout_p=call.dropout_p,
-            drops=call.seed is not None and call.dropout_p > 0, seed=0 if call.seed is None else int(call.seed),
-        )  # fmt: skip
-        if self.key_bias is not None:
-            self.key_bias = self.key_bias.contiguous()
-            whole.key_bias, whole.key_bias_strides = self.key_bias.data_ptr(), _broadcast(self.key_bias, 2)
-        if self.certain is not None:
-            self.certain = self.certain.contiguous()
-            whole.certain, whole.certain_strides = self.certain.data_ptr(), _broadcast(self.certain, 2)
-        if self.transform is not None:
-            whole.transform = ctypes.cast(self.transform, ctypes.c_void_p).value
-        if self.fill is not None:
-            whole.fill = ctypes.cast(self.fill.function, ctypes.c_void_p).value
-            whole.fill_operands = ctypes.addressof(self.fill.operands)
-        return whole
-
-    def _padded(self, x: Tensor) -> int:
-        return -(-x.shape[-1] // self.lanes) * self.lanes
-
-    def _direct(self, name: str, x: Tensor) -> bool:
-        lies_well = x.is_contiguous() if name in _SUMS else x.stride(-1) == 1
-        return lies_well and x.dtype == self.call.dtype and x.shape[-1] == self._padded(x)
-
-    def _part(self, whole: _Call, rows: slice, heads: slice) -> _Part:
-        """The call for some batch rows and key heads, copies of theirs alone."""
-        here, mask = _Call.from_buffer_copy(whole), self.call.mask
-        of_queries = slice(heads.start * mask.h // mask.h_kv, heads.stop * mask.h // mask.h_kv)
-        parts, rounded = dict[str, Tensor](), list[tuple[Tensor, Tensor]]()
-        for name, x in (*self.operands.items(), *self.results.items()):
-            part = x[rows, heads if name in _OF_KEYS else of_queries]
-            if name not in self.results:
-                part = self.ready(part)
-            elif not self._direct(name, x):
-                result, part = part, part.new_empty((*part.shape[:3], self._padded(x)), dtype=self.call.dtype)
-                rounded.append((result, part))
-            parts[name] = part
-        for name, part in parts.items():
-            # Native code counts batch rows and heads from the first of all, and goes to none but those of the part.
-            start = heads.start if name in _OF_KEYS else of_queries.start
-            row_step, head_step = part.stride()[:2]
-            if name in _SUMS:
-                head_step, row_step = part.shape[2] * part.shape[3], mask.h_kv * part.shape[2] * part.shape[3]
-            else:
-                setattr(here, f"{name}_step", _STRIDES(*part.stride()[:3]))
-            before = rows.start * row_step + start * head_step
-            setattr(here, name, part.data_ptr() - before * part.element_size())
-        return _Part(here, parts, rounded)
+def _rows(x: Tensor, call: Call) -> Tensor:
+    """`x` in the dtype of q, the numbers of its rows adjacent."""
+    x = x.to(call.q.dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A call, what it points to, and results with what they are rounded from."""
+def _run(call: Call, lse: Tensor, more: dict[str, Tensor], backward: bool = False) -> None:
+    """Call the native code for all pairs; `more` are operands and results [b, h or h_kv, ...] by their names in its `Call`."""
+    mask, library = call.mask, native("attention", **REAL[call.q.dtype])
+    lanes: int = library.lanes()
+    # What the native code reads has a name here, which keeps it alive.
+    ids, counts = call.ids.contiguous(), call.counts.contiguous()
+    key_bias, certain = mask.key_bias(call.dtype), mask.certain_pairs()
+    boolean, bias = mask.element_boolean, mask.element_bias(call.dtype)
+    predicate = mask.element_predicate
+    changed = None if call.transform == "u0" else transform(call.transform, call.dtype)
+    filled = None if predicate is None else fill(predicate, mask.tensors, mask.sizes)
+    operands = {name: _rows(getattr(call, name), call) for name in ("q", "k", "v")} | more
+    native_call = _Call(
+        ids=ids.data_ptr(), counts=counts.data_ptr(), lse=lse.data_ptr(),
+        heads=mask.h, key_heads=mask.h_kv, n=mask.n, m=mask.m, size=call.q.shape[-1], size_v=call.v.shape[-1],
+        d=-(-call.q.shape[-1] // lanes) * lanes, d_v=-(-call.v.shape[-1] // lanes) * lanes,
+        query_block=mask.query_block, key_block=mask.key_block, tiles=ids.shape[2], width=ids.shape[3], scale=call.scale,
+        boolean=_operand(boolean), bias=_operand(bias), dropout_p=call.dropout_p,
+        drops=call.seed is not None and call.dropout_p > 0, seed=0 if call.seed is None else int(call.seed),
+    )  # fmt: skip
+    for name, x in operands.items():
+        setattr(native_call, name, x.data_ptr())
+        setattr(native_call, f"{name}_step", _STRIDES(*x.stride()[:3]))
+    if key_bias is not None:
+        key_bias = key_bias.contiguous()
+        native_call.key_bias, native_call.key_bias_strides = key_bias.data_ptr(), _broadcast(key_bias, 2)
+    if certain is not None:
+        certain = certain.contiguous()
+        native_call.certain, native_call.certain_strides = certain.data_ptr(), _broadcast(certain, 2)
+    if changed is not None:
+        native_call.transform = ctypes.cast(changed, ctypes.c_void_p).value
+    if filled is not None:
+        native_call.fill = ctypes.cast(filled.function, ctypes.c_void_p).value
+        native_call.fill_operands = ctypes.addressof(filled.operands)
+    pairs = mask.b * mask.h_kv
+    step = max(1, pairs // (4 * worker_count()))
 
-    call: _Call
-    parts: dict[str, Tensor]
-    rounded: list[tuple[Tensor, Tensor]]
+    def work(starts: Iterator[int]) -> None:
+        for start in starts:
+            stop = min(start + step, pairs)
+            library.attend(ctypes.byref(native_call), ctypes.c_int64(start), ctypes.c_int64(stop), ctypes.c_int64(backward))
+        library.release()
 
-    def round(self) -> None:
-        for result, wide in self.rounded:
-            result.copy_(wide[..., : result.shape[-1]])
+    share(range(0, pairs, step), work)
 
 
 def _broadcast(x: Tensor, axes: int) -> ctypes.Array[ctypes.c_int64]:

@@ -22,8 +22,12 @@ from sptc.device.cache import private_folder
 from sptc.device.costs import processor
 from sptc.ir.errors import SptcError
 
-REAL = {torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1"}, torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0"}}
-"""Macros of the sources for a dtype of arithmetic."""
+REAL = {
+    torch.float32: {"REAL": "float", "REAL_IS_FLOAT": "1", "STORED_IS_BF16": "0"},
+    torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0", "STORED_IS_BF16": "0"},
+    torch.bfloat16: {"REAL": "float", "REAL_IS_FLOAT": "1", "STORED_IS_BF16": "1"},
+}
+"""Macros of the sources for the dtype of what they read and write; in bf16 their arithmetic is fp32."""
 
 _FOLDER = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")

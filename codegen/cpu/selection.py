@@ -44,7 +44,8 @@ def select_blocks(
     (b, h_kv, m, d), n = k.shape, q.shape[2]
     tiles, blocks = int(block_count(n, mask.query_block)), int(block_count(m, mask.key_block))
     width = int(list_width(n, m, density, mask.query_block, mask.key_block, own))
-    q, k = _ready(q), _ready(k)
+    stored = torch.bfloat16 if q.dtype == k.dtype == torch.bfloat16 else torch.float32
+    q, k = _ready(q, stored), _ready(k, stored)
     visible, allowed = mask.visible_keys(), mask.allowed_pairs()
     visible = None if visible is None else visible.contiguous()
     allowed = allowed.expand(*allowed.shape[:2], tiles, blocks).contiguous()
@@ -68,7 +69,7 @@ def select_blocks(
         call.q_stride, call.k_stride = statistics_stride(b, n), statistics_stride(b, m)
     if code_sums.numel():
         call.sums, call.counts = code_sums.data_ptr(), code_counts.data_ptr()
-    library, pairs = native("selection", **REAL[torch.float32]), b * h_kv
+    library, pairs = native("selection", **REAL[q.dtype]), b * h_kv
     step = max(1, b) if statistics else max(1, pairs // (4 * worker_count()))  # statistics of a head add up in one order
 
     def work(starts: Iterator[int]) -> None:
@@ -79,8 +80,8 @@ def select_blocks(
     return ids, counts, code_sums, code_counts
 
 
-def _ready(x: Tensor) -> Tensor:
-    x = x.float()
+def _ready(x: Tensor, stored: torch.dtype) -> Tensor:
+    x = x.to(stored)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

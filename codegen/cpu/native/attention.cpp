@@ -1,11 +1,9 @@
 // Sparse attention over block lists, forward and backward: codegen/cpu/attention.py calls it, docs/design/operators.md defines it.
 //
 // Scores stand transposed, [keys, queries]: softmax then runs along the vectors of queries, without a sum across lanes, and every product
-// reads keys and values row by row, where they lie or gathered. One call computes some (batch row, key head) pairs in one thread.
+// reads keys and values row by row, where they lie or gathered. One call computes some (batch row, key head) pairs in one thread. Keys and
+// values in 16 bits are widened, and their gradients rounded, for one pair at a time, all else for a chunk of queries: in the cache.
 #include "heads.h"
-
-#include <algorithm>
-#include <vector>
 
 // Fills out[i] for queries q .. q + rows - 1 and one key.
 typedef void (*Fill)(const void* operands, i64 b, i64 h, i64 q, i64 rows, i64 k, uint8_t* out);
@@ -20,10 +18,12 @@ struct Operand {  // of a mask, broadcastable to [b, h, n, m]
 
 // Every field has 8 bytes, in the order of `_Call` in attention.py.
 struct Call {
-    const REAL *q, *k, *v;
+    const Stored *q, *k, *v;
     Strides q_step, k_step, v_step;
     const int32_t *ids, *counts;
-    i64 heads, key_heads, n, m, d, d_v, query_block, key_block, tiles, width;
+    i64 heads, key_heads, n, m, size, size_v;  // numbers of a row of q and k, and of v
+    i64 d, d_v;  // the same up to whole vectors
+    i64 query_block, key_block, tiles, width;
     double scale;
     Transform transform;  // or null
     const REAL* key_bias;  // [.., .., m], or null
@@ -35,10 +35,11 @@ struct Call {
     Operand boolean, bias;
     double dropout_p;
     i64 seed, drops;
-    REAL *lse, *out;  // lse is contiguous
-    const REAL* grad_out;
-    REAL *grad_q, *grad_k, *grad_v;  // null where not needed; those of keys and values are contiguous: they are summed where they lie
-    Strides out_step, grad_out_step, grad_q_step;
+    REAL* lse;  // contiguous
+    Stored* out;
+    const Stored* grad_out;
+    Stored *grad_q, *grad_k, *grad_v;  // null where not needed
+    Strides out_step, grad_out_step, grad_q_step, grad_k_step, grad_v_step;
 };
 
 // A run of adjacent keys of a list: one block.
@@ -48,18 +49,17 @@ struct Run {
 
 struct Scratch {
     std::vector<Run> runs;
-    std::vector<REAL> k, v, q, q_t, g, g_t, scores, slope, bend, out, row;
+    std::vector<REAL> k, v, q, q_t, g, g_t, scores, slope, bend, out, row, wide;
     std::vector<uint8_t> keep;
+    // Of one (batch row, key head) pair:
+    std::vector<REAL> all_k, all_v;
+    Rows keys, values;
+    std::vector<REAL> grad_k, grad_v;  // [m, d], [m, d_v]: sums, which every tile adds to
 };
 
-static REAL* take(std::vector<REAL>& x, i64 size) {
-    if ((i64)x.size() < size) x.resize(size);
-    return x.data();
-}
-
-static void gather(const REAL* x, const Strides& step, i64 b, i64 h, const std::vector<Run>& runs, i64 size, REAL* out) {
+static void gather(const Rows& x, const std::vector<Run>& runs, i64 size, REAL* out) {
     for (const Run& run : runs)
-        for (i64 i = 0; i < run.count; i++, out += size) memcpy(out, at(x, step, b, h, run.first + i), size * sizeof(REAL));
+        for (i64 i = 0; i < run.count; i++, out += size) memcpy(out, x.first + (run.first + i) * x.step, size * sizeof(REAL));
 }
 
 // Words of Philox4x32-10, as in codegen/reference/random.py.
@@ -134,22 +134,23 @@ static bool masked(const Call& c) { return c.key_bias || c.fill || c.boolean.dat
 static bool in_place(const Call& c) { return c.key_block >= 8; }
 
 // scores [keys, padded] = the list's rows of x [m, size] times columns [size, padded]. gathered: the same rows, where in_place says no.
-static void with_keys(const Call& c, const Scratch& s, const Chunk& chunk, const REAL* x, i64 step, const REAL* gathered, i64 size,
+static void with_keys(const Call& c, const Scratch& s, const Chunk& chunk, const Rows& x, const REAL* gathered, i64 size,
                       const REAL* columns, REAL* scores) {
     if (!in_place(c)) return product<false>(chunk.keys, chunk.padded, size, gathered, size, 1, columns, chunk.padded, scores, chunk.padded);
     for (const Run& run : s.runs) {
-        product<false>(run.count, chunk.padded, size, x + run.first * step, step, 1, columns, chunk.padded, scores, chunk.padded);
+        product<false>(run.count, chunk.padded, size, x.first + run.first * x.step, x.step, 1, columns, chunk.padded, scores, chunk.padded);
         scores += run.count * chunk.padded;
     }
 }
 
 static void score(const Call& c, Scratch& s, const Chunk& x, bool backward) {
     REAL *q_t = take(s.q_t, c.d * x.padded), *q = backward ? take(s.q, x.padded * c.d) : nullptr;
-    pack(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, x.padded, c.d, q, q_t);
+    const Rows queries = widened(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, c.size, s.wide);
+    pack(queries.first, queries.step, x.rows, x.padded, c.d, q, q_t);
     REAL* scores = take(s.scores, x.keys * x.padded);
     const Vector scale = spread((REAL)c.scale);
     for (i64 i = 0; i < c.d * x.padded; i += LANES) store(q_t + i, load(q_t + i) * scale);
-    with_keys(c, s, x, at(c.k, c.k_step, x.b, x.h / (c.heads / c.key_heads), 0), c.k_step.row, s.k.data(), c.d, q_t, scores);
+    with_keys(c, s, x, s.keys, s.k.data(), c.d, q_t, scores);
     if (c.transform) c.transform(x.keys * x.padded, scores, backward ? take(s.bend, x.keys * x.padded) : nullptr);
     if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
     if (c.drops) {
@@ -191,8 +192,9 @@ static void forward_chunk(const Call& c, Scratch& s, const Chunk& x) {
         const bool empty = total[i] == 0;
         lse[i] = empty ? -INF : greatest[i] + std::log(total[i]);
         const Vector share = spread(empty ? 0 : 1 / total[i]);
-        REAL* row = at(c.out, c.out_step, x.b, x.h, x.first + i);
-        for (i64 j = 0; j < c.d_v; j += LANES) store(row + j, empty ? Vector{} : load(out + i * c.d_v + j) * share);
+        REAL* row = out + i * c.d_v;
+        for (i64 j = 0; j < c.d_v; j += LANES) store(row + j, empty ? Vector{} : load(row + j) * share);
+        narrowed(row, c.size_v, at(c.out, c.out_step, x.b, x.h, x.first + i));
     }
 }
 
@@ -207,14 +209,16 @@ static void add_to_keys(const Scratch& s, const REAL* left, i64 padded, const RE
 
 static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     score(c, s, x, true);
-    const i64 row = (x.b * c.heads + x.h) * c.n + x.first, key_row = (x.b * c.key_heads + x.h / (c.heads / c.key_heads)) * c.m;
+    const i64 row = (x.b * c.heads + x.h) * c.n + x.first;
     REAL *scores = s.scores.data(), *slope = take(s.slope, x.keys * x.padded);
     REAL *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded), *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
-    pack(at(c.grad_out, c.grad_out_step, x.b, x.h, x.first), c.grad_out_step.row, x.rows, x.padded, c.d_v, g, g_t);
+    const Rows grads = widened(at(c.grad_out, c.grad_out_step, x.b, x.h, x.first), c.grad_out_step.row, x.rows, c.size_v, s.wide);
+    pack(grads.first, grads.step, x.rows, x.padded, c.d_v, g, g_t);
+    const Rows outs = widened(at<const Stored>(c.out, c.out_step, x.b, x.h, x.first), c.out_step.row, x.rows, c.size_v, s.wide);
     for (i64 i = 0; i < x.padded; i++) {
         Vector sum = {};
         if (i < x.rows) {
-            const REAL* out = at(c.out, c.out_step, x.b, x.h, x.first + i);
+            const REAL* out = outs.first + i * outs.step;
             for (i64 j = 0; j < c.d_v; j += LANES) sum += load(g + i * c.d_v + j) * load(out + j);
         }
         delta[i] = 0;
@@ -222,7 +226,7 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
         lse[i] = i < x.rows && c.lse[row + i] != -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
     }
     if (c.grad_q || c.grad_k)
-        with_keys(c, s, x, at(c.v, c.v_step, x.b, x.h / (c.heads / c.key_heads), 0), c.v_step.row, s.v.data(), c.d_v, g_t, slope);
+        with_keys(c, s, x, s.values, s.v.data(), c.d_v, g_t, slope);
     const REAL kept = c.drops ? keep_scale(c) : 1;
     for (i64 i = 0; i < x.keys; i++) {
         REAL *p = scores + i * x.padded, *t = slope + i * x.padded;
@@ -240,18 +244,25 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
             store(p + j, weight * passed);
         }
     }
-    if (c.grad_v) add_to_keys(s, scores, x.padded, g, c.d_v, c.grad_v + key_row * c.d_v);
+    if (c.grad_v) add_to_keys(s, scores, x.padded, g, c.d_v, s.grad_v.data());
     if (c.grad_q) {
-        REAL* grad_q = at(c.grad_q, c.grad_q_step, x.b, x.h, x.first);
-        product<false>(x.rows, c.d, x.keys, slope, 1, x.padded, s.k.data(), c.d, grad_q, c.grad_q_step.row);
+        REAL* grad_q = take(s.out, x.rows * c.d);
+        product<false>(x.rows, c.d, x.keys, slope, 1, x.padded, s.k.data(), c.d, grad_q, c.d);
+        for (i64 i = 0; i < x.rows; i++) narrowed(grad_q + i * c.d, c.size, at(c.grad_q, c.grad_q_step, x.b, x.h, x.first + i));
     }
-    if (c.grad_k) add_to_keys(s, slope, x.padded, s.q.data(), c.d, c.grad_k + key_row * c.d);
+    if (c.grad_k) add_to_keys(s, slope, x.padded, s.q.data(), c.d, s.grad_k.data());
+}
+
+static void round_sums(const Call& c, const std::vector<REAL>& sums, i64 padded, i64 size, Stored* to, const Strides& step, i64 b, i64 h) {
+    for (i64 i = 0; i < c.m; i++) narrowed(sums.data() + i * padded, size, at(to, step, b, h, i));
 }
 
 static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s) {
-    const i64 group = c.heads / c.key_heads, keys_before = (b * c.key_heads + key_head) * c.m;
-    if (backward && c.grad_k) memset(c.grad_k + keys_before * c.d, 0, c.m * c.d * sizeof(REAL));
-    if (backward && c.grad_v) memset(c.grad_v + keys_before * c.d_v, 0, c.m * c.d_v * sizeof(REAL));
+    const i64 group = c.heads / c.key_heads;
+    s.keys = widened(at(c.k, c.k_step, b, key_head, 0), c.k_step.row, c.m, c.size, s.all_k);
+    s.values = widened(at(c.v, c.v_step, b, key_head, 0), c.v_step.row, c.m, c.size_v, s.all_v);
+    if (backward && c.grad_k) s.grad_k.assign(c.m * c.d, 0);
+    if (backward && c.grad_v) s.grad_v.assign(c.m * c.d_v, 0);
     for (i64 tile = 0; tile < c.tiles; tile++) {
         const i64 list = (b * c.key_heads + key_head) * c.tiles + tile;
         i64 keys = 0;
@@ -261,8 +272,8 @@ static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s)
             s.runs.push_back({first, count, block});
             keys += count;
         }
-        if (backward || !in_place(c)) gather(c.k, c.k_step, b, key_head, s.runs, c.d, take(s.k, keys * c.d));
-        if (!backward || !in_place(c)) gather(c.v, c.v_step, b, key_head, s.runs, c.d_v, take(s.v, keys * c.d_v));
+        if (backward || !in_place(c)) gather(s.keys, s.runs, c.d, take(s.k, keys * c.d));
+        if (!backward || !in_place(c)) gather(s.values, s.runs, c.d_v, take(s.v, keys * c.d_v));
         const i64 stop = std::min(c.n, (tile + 1) * c.query_block);
         for (i64 h = key_head * group; h < (key_head + 1) * group; h++)
             for (i64 first = tile * c.query_block; first < stop; first += CHUNK) {
@@ -271,12 +282,17 @@ static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s)
                 backward ? backward_chunk(c, s, chunk) : forward_chunk(c, s, chunk);
             }
     }
+    if (backward && c.grad_k) round_sums(c, s.grad_k, c.d, c.size, c.grad_k, c.grad_k_step, b, key_head);
+    if (backward && c.grad_v) round_sums(c, s.grad_v, c.d_v, c.size_v, c.grad_v, c.grad_v_step, b, key_head);
 }
 
 extern "C" i64 lanes() { return LANES; }
 
+static thread_local Scratch scratch;  // of a thread's calls, until it releases it: memory that is new costs a page fault every 4 KiB
+
+extern "C" void release() { scratch = Scratch(); }
+
 // Computes pairs [start, stop) of batch row and key head, numbered b * key_heads + h.
 extern "C" void attend(const Call* call, i64 start, i64 stop, i64 backward) {
-    Scratch scratch;
     for (i64 pair = start; pair < stop; pair++) lists(*call, pair / call->key_heads, pair % call->key_heads, backward, scratch);
 }

@@ -1,12 +1,9 @@
 // Selection of key blocks: codeword histograms or pooled queries, then the best blocks of each tile. codegen/cpu/selection.py calls it.
 #include "heads.h"
 
-#include <algorithm>
-#include <vector>
-
 // Every field has 8 bytes, in the order of `_Call` in selection.py.
 struct Call {
-    const REAL *q, *k;
+    const Stored *q, *k;
     Strides q_step, k_step;
     i64 batch, heads, key_heads, n, m, d, query_block, key_block, run, tiles, blocks, width;
     double scale;
@@ -27,14 +24,15 @@ static const uint8_t* visible(const Call& c, i64 b, i64 head) {
 
 // Adds codes of x's rows to histograms: of subspace s, codeword e and run r at out[(s * codewords + e) * code_step + r * run_step]. A code is
 // the nearest codeword's number: that of the greatest x.c + offset, offset = -|c|^2 / 2, the lower of equals.
-static void encode(const Call& c, const REAL* x, i64 row_step, i64 rows, i64 head, const uint8_t* shown, i64 run, i64 stride,
+static void encode(const Call& c, const Stored* x, i64 row_step, i64 rows, i64 head, const uint8_t* shown, i64 run, i64 stride,
                    const std::vector<REAL>& offsets, REAL* out, i64 code_step, i64 run_step) {
     const i64 size = c.d / c.subspaces, books = head * c.subspaces * c.codewords;
-    std::vector<REAL> x_t(c.d * CHUNK), similarity(c.codewords * CHUNK);
+    std::vector<REAL> x_t(c.d * CHUNK), similarity(c.codewords * CHUNK), wide;
     REAL codes[CHUNK];
     for (i64 first = 0; first < rows; first += CHUNK) {
         const i64 count = std::min(CHUNK, rows - first), lanes = up_to(count, LANES);
-        pack(x + first * row_step, row_step, count, lanes, c.d, nullptr, x_t.data());
+        const Rows part = widened(x + first * row_step, row_step, count, c.d, wide);
+        pack(part.first, part.step, count, lanes, c.d, nullptr, x_t.data());
         for (i64 s = 0; s < c.subspaces; s++) {
             const REAL *words = c.words + (books + s * c.codewords) * size, *offset = offsets.data() + s * c.codewords;
             product<false>(c.codewords, lanes, size, words, size, 1, x_t.data() + s * size * lanes, lanes, similarity.data(), lanes);
@@ -54,7 +52,7 @@ static void encode(const Call& c, const REAL* x, i64 row_step, i64 rows, i64 hea
                 if (c.sums && row % stride == 0) {
                     c.counts[books + code] += 1;
                     REAL* sum = c.sums + (books + code) * size;
-                    for (i64 t = 0; t < size; t++) sum[t] += x[row * row_step + s * size + t];
+                    for (i64 t = 0; t < size; t++) sum[t] += part.first[i * part.step + s * size + t];
                 }
             }
         }
@@ -77,15 +75,14 @@ static void agreements(const Call& c, i64 b, i64 head, REAL* scores, i64 padded)
 }
 
 // to [size, lanes]: means of `count` runs from the first_run-th of head h, times the scale; zeros past them.
-static void run_means(const Call& c, i64 b, i64 h, i64 first_run, i64 count, i64 lanes, REAL* plain, REAL* to) {
+static void run_means(const Call& c, i64 b, i64 h, i64 first_run, i64 count, i64 lanes, std::vector<REAL>& wide, REAL* plain, REAL* to) {
     for (i64 i = 0; i < count; i++) {
         const i64 first = (first_run + i) * c.run, stop = std::min(c.n, first + c.run);
         REAL* mean = plain + i * c.d;
         std::fill(mean, mean + c.d, 0);
-        for (i64 row = first; row < stop; row++) {
-            const REAL* x = at(c.q, c.q_step, b, h, row);
-            for (i64 j = 0; j < c.d; j++) mean[j] += x[j];
-        }
+        const Rows queries = widened(at(c.q, c.q_step, b, h, first), c.q_step.row, stop - first, c.d, wide);
+        for (i64 row = 0; row < stop - first; row++)
+            for (i64 j = 0; j < c.d; j++) mean[j] += queries.first[row * queries.step + j];
         for (i64 j = 0; j < c.d; j++) mean[j] *= (REAL)c.scale / (stop - first);
     }
     transpose(plain, c.d, count, c.d, to, lanes);
@@ -95,13 +92,14 @@ static void run_means(const Call& c, i64 b, i64 h, i64 first_run, i64 count, i64
 static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL* scores, i64 padded) {
     const i64 group = c.heads / c.key_heads, runs = (c.n + c.run - 1) / c.run, runs_per_tile = c.query_block / c.run;
     const uint8_t* shown = visible(c, b, head);
-    std::vector<REAL> plain(CHUNK * c.d), means(c.d * CHUNK), logits(c.key_block * CHUNK), largest(c.blocks * CHUNK), sums(c.blocks * CHUNK);
+    std::vector<REAL> all_keys, wide, plain(CHUNK * c.d), means(c.d * CHUNK), logits(c.key_block * CHUNK), largest(c.blocks * CHUNK), sums(c.blocks * CHUNK);
+    const Rows known = widened(at(c.k, c.k_step, b, head, 0), c.k_step.row, c.m, c.d, all_keys);
     std::fill(scores, scores + c.tiles * padded, 0);
     for (i64 h = head * group; h < (head + 1) * group; h++)
         for (i64 first = 0; first < runs; first += CHUNK) {
             const i64 count = std::min(CHUNK, runs - first), lanes = up_to(count, LANES);
             const i64 first_tile = first / runs_per_tile, last_tile = (first + count - 1) / runs_per_tile;
-            run_means(c, b, h, first, count, lanes, plain.data(), means.data());
+            run_means(c, b, h, first, count, lanes, wide, plain.data(), means.data());
             for (i64 block = 0; block < c.blocks; block++) {
                 REAL *most = largest.data() + block * lanes, *sum = sums.data() + block * lanes;
                 std::fill(most, most + lanes, -INF);
@@ -110,7 +108,7 @@ static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL*
                 for (i64 tile = first_tile; tile <= last_tile; tile++) open |= allowed[tile * c.blocks + block];
                 if (!open) continue;
                 const i64 key = block * c.key_block, keys = std::min(c.key_block, c.m - key);
-                product<false>(keys, lanes, c.d, at(c.k, c.k_step, b, head, key), c.k_step.row, 1, means.data(), lanes, logits.data(), lanes);
+                product<false>(keys, lanes, c.d, known.first + key * known.step, known.step, 1, means.data(), lanes, logits.data(), lanes);
                 for (i64 j = 0; j < lanes; j += LANES) {
                     Vector high = spread(-INF), total = Vector{};
                     for (i64 i = 0; i < keys; i++)
