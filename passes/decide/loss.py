@@ -15,6 +15,7 @@ from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
 
 _BUFFER = {"cpu": 32 << 20, "cuda": 256 << 20}  # bytes of the logits that stand in memory at a time
+_MOST_ROWS = {"cpu": 256}  # at a time: enough for products at full speed, and with few classes logits that stay in the cache
 _LEAST_ROWS = 16
 _FEW = 2  # classes for each feature up to which the logits take no more than what replaces them
 
@@ -55,10 +56,9 @@ def keeps_logits(decision: Decision) -> bool:
 
 
 def _rows(region: LossRegion) -> int:
-    node = region.projection.y
-    wide = 8 if region.product.itemsize == 8 else 4
-    rows = _BUFFER.get(value(node).device.type, _BUFFER["cpu"]) // (region.classes * wide)
-    return max(_LEAST_ROWS, rows - rows % _LEAST_ROWS)
+    device, wide = value(region.projection.y).device.type, 8 if region.product.itemsize == 8 else 4
+    rows = _BUFFER.get(device, _BUFFER["cpu"]) // (region.classes * wide)
+    return max(_LEAST_ROWS, min(rows - rows % _LEAST_ROWS, _MOST_ROWS.get(device, rows)))
 
 
 def _shape(unit: Unit, region: LossRegion, keep: bool) -> LossShape:
