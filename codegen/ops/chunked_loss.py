@@ -63,21 +63,31 @@ def loss_and_gradients(
 
 
 def add_gradients(
-    grads: Sequence[Tensor | None], logits: Tensor, x: Tensor | None, weight: Tensor, low: Tensor | None, up: Tensor | None
-) -> None:
-    """Add to the gradients of x, weight, bias, low, up, where there are any, what a gradient `logits` [N, classes] gives."""
+    grads: Sequence[Tensor | None], gradient: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, low: Tensor | None,
+    up: Tensor | None, returned: str,
+) -> None:  # fmt: skip
+    """Add to the gradients of x, weight, bias, low, up, where there are any, what `gradient` [N, classes] gives, of a function of logits.
+
+    Operands that are not needed may be None; where it is a function, logits are computed again and all are needed.
+    """
     grad_x, grad_weight, grad_bias, grad_low, grad_up = grads
-    narrow = logits.to(weight.dtype)
+    if returned != "u0" and x is not None:
+        single = accumulation_dtype(x)
+        logits = torch.nn.functional.linear(x, weight, bias).to(single)
+        if low is not None and up is not None:
+            _add_product(logits, low, up.t())
+        gradient = gradient.to(single) * expression.evaluate(expression.derivative(expression.parse(returned)), logits)
+    narrow = gradient.to(weight.dtype)
     if grad_x is not None:
         grad_x += narrow @ weight
     if grad_weight is not None and x is not None:
         grad_weight += narrow.t() @ x
     if grad_bias is not None:
-        grad_bias += logits.sum(0)
+        grad_bias += gradient.sum(0)
     if grad_low is not None and up is not None:
-        grad_low += logits.to(up.dtype) @ up
+        grad_low += gradient.to(up.dtype) @ up
     if grad_up is not None and low is not None:
-        grad_up += logits.to(low.dtype).t() @ low
+        grad_up += gradient.to(low.dtype).t() @ low
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
 from sptc.passes.decide.cost import LossShape, dense_loss, kept_for_backward, loss_by_rows
 from sptc.passes.find.loss import needed
-from sptc.passes.find.returned import place_of_logits
+from sptc.passes.find.returned import logits_returned
 from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
 
@@ -27,7 +27,7 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
     `recorded`: gradients are recorded where it stands.
     """
     keep = bool(region.returned) and unit.config.loss_logits == "keep"
-    settings = LossSettings(_rows(region), place_of_logits(unit, region) if keep else None)
+    settings = LossSettings(_rows(region), *((logits_returned(unit, region) if keep else None) or ()))
     sizes = _shape(unit, region, keep)
     costs = dense_loss(sizes, unit.device).at({}), loss_by_rows(sizes, unit.device).at({})
     dense, by_rows = costs

@@ -66,7 +66,8 @@ class _Way:
 
     projection: Projection
     bias: Node | None
-    transform: sympy.Expr
+    logits: Node  # of both
+    mapped: tuple[Node, ...]  # computed of each logit alone, last first
     rows: Rows
     nodes: frozenset[Node]
 
@@ -92,7 +93,9 @@ def _region(loss: Node, returns: bool) -> LossRegion:
         y=loss,
         projection=way.projection,
         bias=way.bias,
-        transform=expression.canonical(way.transform),
+        transform=expression.canonical(_transform(way.mapped)),
+        logits=way.logits,
+        mapped=way.mapped,
         labels=labels,
         undo=tuple(way.rows.steps),
         ignored=ignored,
@@ -134,8 +137,8 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
     node: Node = loss.args[0]  # type: ignore[assignment]
     normalized = op(loss) == "aten.cross_entropy_loss.default"
     nodes: set[Node] = set()
-    mapped: list[Node] = []  # computed of each logit alone, last first
-    bias: Node | None = None
+    mapped: list[Node] = []
+    bias = biased = None
     while True:
         axis = rows.axis
         if axis == len(shape(node)) - 1 and (projection := match_projection(node)) is not None:
@@ -143,7 +146,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
                 raise Refused("between", loss, f"the loss reads logits of {called(node)} that no log_softmax normalized")
             if bias is not None and projection.bias is not None:
                 raise Refused("between", node, f"{called(node)} is a projection with a bias to which another one is added")
-            return _Way(projection, bias or projection.bias, _transform(mapped), rows, frozenset(nodes))
+            return _Way(projection, bias or projection.bias, biased or node, tuple(mapped), rows, frozenset(nodes))
         if (several := match_adapters(node)) is not None:
             raise Refused("adapters", node, f"{called(node)} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -155,6 +158,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
             normalized = True
         elif normalized and bias is None and (added := _class_bias(node, axis)) is not None:
             source, bias = added
+            biased = node
         elif expression.liftable(op(node)) and not transparent(node) and len(node.all_input_nodes) == 1:
             if bias is not None:
                 raise Refused("between", node, f"{called(node)} ({op(node)}) stands between the projection and its bias")
@@ -178,7 +182,7 @@ def _class_bias(node: Node, axis: int) -> tuple[Node, Node] | None:
     return None
 
 
-def _transform(mapped: list[Node]) -> sympy.Expr:
+def _transform(mapped: tuple[Node, ...]) -> sympy.Expr:
     """What nodes, the last one first, compute of a logit."""
     computed: sympy.Expr = _U0
     for node in reversed(mapped):

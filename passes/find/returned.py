@@ -45,8 +45,8 @@ def large_results(unit: Unit) -> tuple[int, ...]:
     return tuple(i for i in large if free(results[i]))
 
 
-def place_of_logits(unit: Unit, region: LossRegion) -> int | None:
-    """Which result of the captured graph are the logits of a loss, as their projection gives them, under any shape and dtype.
+def logits_returned(unit: Unit, region: LossRegion) -> tuple[int, str] | None:
+    """Which result of the captured graph are the logits of a loss, under any shape and dtype, and the function of them that it is.
 
     None: it returns more of them or less, or they can't leave it without gradient (`large_results`).
     """
@@ -54,8 +54,19 @@ def place_of_logits(unit: Unit, region: LossRegion) -> int | None:
     places = [place for place in large_results(unit) if results_of(output)[place] in region.returned]
     if len(places) != 1 or len(region.returned) != 1:
         return None
-    same = _under_views(results_of(output)[places[0]]) is _under_views(region.projection.y)
-    return places[0] if same else None
+    node, mapped = _under_views(results_of(output)[places[0]]), []
+    while node in region.mapped:
+        mapped.append(node)
+        node = _under_views(node.all_input_nodes[0])
+    if node is not _under_views(region.logits) or not _as_projected(region) or tuple(mapped) not in ((), region.mapped):
+        return None
+    return places[0], region.transform if mapped else "u0"
+
+
+def _as_projected(region: LossRegion) -> bool:
+    """Whether the rows of the logits are those of their projection: a bias may be added after some were cut off."""
+    node = _under_views(region.logits)
+    return _under_views(region.projection.y) in (node, *map(_under_views, node.all_input_nodes))
 
 
 def _under_views(node: Node) -> Node:

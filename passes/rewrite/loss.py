@@ -44,7 +44,7 @@ class Operands:
 
 def rewrite_loss(region: LossRegion, settings: LossSettings) -> tuple[Node, Node]:
     """Insert the operator before `region.y`; returns the node that replaces it, and the handle of logits that are returned besides."""
-    logits = region.projection.y if settings.kept is not None else None
+    logits = None if settings.kept is None else region.logits
     result: tuple[Node, Node] = insert(region.y, partial(_loss, region, settings), {node: node for node in operands_of(region)}, logits)
     return result
 
@@ -61,7 +61,7 @@ def _loss(region: LossRegion, settings: LossSettings, t: Mapping[Node, Any], log
     o = operands(region, t)
     loss, *_, handle = torch.ops.sptc.linear_cross_entropy(
         *(o.x, o.weight, o.bias, o.low, o.up, o.labels, None if logits is None else as_rows(logits.detach())),
-        *(region.ignored, region.mean, region.smoothing, region.transform, settings.rows, list(needed(region))),
+        *(region.ignored, region.mean, region.smoothing, region.transform, settings.returned, settings.rows, list(needed(region))),
     )
     return cast(loss, dtype(region.y)), handle
 

@@ -138,6 +138,8 @@ class LossRegion:
     projection: Projection  # of x [..., d] to the logits
     bias: Node | None  # [..., classes], of as many elements as classes
     transform: str  # f, canonical string over u0; "u0" for nothing
+    logits: Node  # x W^T + bias, maybe viewed
+    mapped: tuple[Node, ...]  # what computes f, the last node first
     labels: Node  # as the loss reads them
     undo: tuple[Step, ...]  # from the labels to those of the rows of x
     ignored: int
@@ -264,7 +266,8 @@ class LossSettings:
     """How a loss is computed: for the rows that count, some at a time."""
 
     rows: int  # at a time, at most
-    kept: int | None = None  # the graph's result that are its logits, of which it takes those that count; None: it computes these itself
+    kept: int | None = None  # the graph's result that are its logits; it takes those that count of them. None: it computes these itself
+    returned: str = "u0"  # what that result is, a function of the logits as the region's `transform`
     density: float = 1.0  # exact whatever the settings
 
 
