@@ -92,9 +92,9 @@ class _Call(ctypes.Structure):
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [b, h, n, d_v] in the dtype of q, heads of a position together, lse [b, h, n] in the dtype of arithmetic."""
-    if call.q.dtype == torch.float16:
+    if not _native(call):
         out, lse = forward(_widened(call))
-        return out.half(), lse
+        return out.to(call.q.dtype), lse
     out = empty_rows(call.q, (*call.q.shape[:3], call.v.shape[-1]))
     lse = torch.empty(call.q.shape[:3], dtype=call.dtype)
     _run(call, lse, {"out": out})
@@ -103,19 +103,26 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, heads of a position together, those without need of shape [0]. The scores are computed anew."""
-    if call.q.dtype == torch.float16:
-        grad_q, grad_k, grad_v = (grad.half() for grad in backward(_widened(call), grad_out, out, lse, need))
+    sources = (call.q, call.k, call.v)
+    if not _native(call):
+        wide = backward(_widened(call), grad_out, out, lse, need)
+        grad_q, grad_k, grad_v = (grad.to(x.dtype) for grad, x in zip(wide, sources, strict=True))
         return grad_q, grad_k, grad_v
-    grads = [empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip((call.q, call.k, call.v), need, strict=True)]
+    grads = [empty_rows(x, x.shape) if wanted else x.new_empty(0) for x, wanted in zip(sources, need, strict=True)]
     results = {f"grad_{name}": g for name, g, wanted in zip("qkv", grads, need, strict=True) if wanted}
     _run(call, lse.contiguous(), {"out": _rows(out, call), "grad_out": _rows(grad_out, call), **results}, backward=True)
     grad_q, grad_k, grad_v = grads
     return grad_q, grad_k, grad_v
 
 
+def _native(call: Call) -> bool:
+    """Whether the native code reads and writes these dtypes."""
+    return call.q.dtype in REAL and call.k.dtype == call.v.dtype == call.q.dtype
+
+
 def _widened(call: Call) -> Call:
-    """The call in fp32: the native code knows no fp16."""
-    return replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
+    """The call with operands in the dtype of arithmetic."""
+    return replace(call, q=call.q.to(call.dtype), k=call.k.to(call.dtype), v=call.v.to(call.dtype))
 
 
 def _rows(x: Tensor, call: Call) -> Tensor:

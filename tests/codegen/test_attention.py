@@ -230,6 +230,25 @@ def test_predicates_divide_as_python_does(text, dtype):
     assert_close(ops.sparse_attention(q, k, v, ids, counts, *spec, *rest)[0], want, 1e-12, "out")
 
 
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16", "float32", "float32"), ("float32", "bfloat16", "float16"), ("float64", "float32", "bfloat16")]
+)
+def test_operands_of_several_dtypes(dtypes):
+    """Each gradient has the dtype of its operand; arithmetic is fp32, or fp64 for queries in fp64."""
+    q, k, v = (heads(2, 2, 37, 24, getattr(torch, dtype), seed) for seed, dtype in enumerate(dtypes))
+    spec = "k <= q", [], [], None, None
+    ids, counts, *_ = select(q, k, None, spec, "pooled", 0.5, 8, 8, True)
+    rest = None, 0.0, 0.3, 8, 8, "u0", None
+    grad = heads(2, 2, 37, 24, q.dtype, 3)
+    out, _, got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)
+    wide = (x.double() for x in (q, k, v, grad))
+    want, _, gradient = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), *wide)
+    assert_close(out, want, 8 * torch.finfo(q.dtype).eps, "out")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        assert got[name].dtype == x.dtype
+        assert_close(got[name], gradient[name], 8 * max(torch.finfo(t.dtype).eps for t in (q, x)), name)
+
+
 @pytest.mark.parametrize("selector", ["pooled", "pq"])
 @pytest.mark.parametrize(("d", "d_v"), [(32, 32), (20, 6)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -198,11 +198,18 @@ RETURNED: dict[str, tuple[Loss, bool]] = {
 @pytest.mark.parametrize("head", ["linear", "adapter"])
 @pytest.mark.parametrize("name", RETURNED)
 def test_logits_that_are_returned(name, head, monkeypatch):
-    """The loss takes them as they are, for the rows that count; what they give outside reaches every gradient."""
-    monkeypatch.setattr(find_returned, "_LEAST", 0)
     loss, taken = RETURNED[name]
-    torch.manual_seed(0)
-    model = Model(loss, Adapted() if head == "adapter" else None)
+    assert_returned(Model(loss, Adapted() if head == "adapter" else None), taken, monkeypatch)
+
+
+@pytest.mark.parametrize("returned", ["with", "without"])
+def test_logits_that_are_returned_with_a_bias_that_is_added_and_without(returned, monkeypatch):
+    assert_returned(Prior(returned), returned == "with", monkeypatch)
+
+
+def assert_returned(model: nn.Module, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss takes logits as they are, for the rows that count; what they give outside reaches every gradient."""
+    monkeypatch.setattr(find_returned, "_LEAST", 0)
     reference, (x, labels) = copy.deepcopy(model).double(), batch()
 
     def both(outputs: Any) -> Tensor:
@@ -218,6 +225,21 @@ def test_logits_that_are_returned(name, head, monkeypatch):
         for got, want in zip(outputs, wanted, strict=True):
             torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
         assert_same(gradients(model, used(outputs)), gradients(reference, used(wanted)))
+
+
+class Prior(nn.Module):
+    """Logits to which a bias [1, 1, classes] is added, as in BART, which the loss reads; returned are they, or those without."""
+
+    def __init__(self, returned: str) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(D, D), nn.Linear(D, CLASSES, bias=False)
+        self.prior = nn.Parameter(torch.linspace(-3, 3, CLASSES)[None, None])
+        self.returned = returned
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.head(self.inner(x))
+        z = y + self.prior
+        return cross_entropy(*flat(z, labels)), z if self.returned == "with" else y
 
 
 class Adapted(nn.Module):
