@@ -31,6 +31,7 @@ from sptc.passes.graph.pattern import (
     same_size,
     shape,
     transparent,
+    under_views,
     value,
 )
 from sptc.passes.graph.rows import Rows, UnreadableRows
@@ -146,7 +147,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
                 raise Refused("between", loss, f"the loss reads logits of {called(node)} that no log_softmax normalized")
             if bias is not None and projection.bias is not None:
                 raise Refused("between", node, f"{called(node)} is a projection with a bias to which another one is added")
-            return _Way(projection, bias or projection.bias, biased or node, tuple(mapped), rows, frozenset(nodes))
+            return _Way(projection, bias or projection.bias, under_views(biased or node), tuple(mapped), rows, frozenset(nodes))
         if (several := match_adapters(node)) is not None:
             raise Refused("adapters", node, f"{called(node)} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None

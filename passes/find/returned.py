@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import LossRegion
 from sptc.passes.graph.effects import alias_sets, written_by
-from sptc.passes.graph.pattern import VIEWS, dtype, op, requires_grad, shape, transparent, value
+from sptc.passes.graph.pattern import VIEWS, dtype, op, requires_grad, shape, transparent, under_views, value
 from sptc.passes.graph.row_axes import empty
 from sptc.passes.unit import Unit
 
@@ -54,26 +54,18 @@ def logits_returned(unit: Unit, region: LossRegion) -> tuple[int, str] | None:
     places = [place for place in large_results(unit) if results_of(output)[place] in region.returned]
     if len(places) != 1 or len(region.returned) != 1:
         return None
-    node, mapped = _under_views(results_of(output)[places[0]]), []
+    node, mapped = under_views(results_of(output)[places[0]]), []
     while node in region.mapped:
         mapped.append(node)
-        node = _under_views(node.all_input_nodes[0])
-    if node is not _under_views(region.logits) or not _as_projected(region) or tuple(mapped) not in ((), region.mapped):
+        node = under_views(node.all_input_nodes[0])
+    if node is not region.logits or not _as_projected(region) or tuple(mapped) not in ((), region.mapped):
         return None
     return places[0], region.transform if mapped else "u0"
 
 
 def _as_projected(region: LossRegion) -> bool:
     """Whether the rows of the logits are those of their projection: a bias may be added after some were cut off."""
-    node = _under_views(region.logits)
-    return _under_views(region.projection.y) in (node, *map(_under_views, node.all_input_nodes))
-
-
-def _under_views(node: Node) -> Node:
-    """What a node is a view or a cast of."""
-    while op(node) in VIEWS or transparent(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    return under_views(region.projection.y) in (region.logits, *map(under_views, region.logits.all_input_nodes))
 
 
 def start_of(result: Node, output: Node) -> Node:

@@ -132,6 +132,13 @@ def transparent(node: Any) -> bool:
     return before == after or (before in _REALS and after in _REALS)
 
 
+def under_views(node: Node) -> Node:
+    """What a node is again, in another shape or floating dtype."""
+    while op(node) in VIEWS or transparent(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def is_mode_change(node: Node) -> bool:
     """Whether a node switches autocast, grad mode or the like: no region may span one."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_CHANGES

@@ -138,7 +138,7 @@ class LossRegion:
     projection: Projection  # of x [..., d] to the logits
     bias: Node | None  # [..., classes], of as many elements as classes
     transform: str  # f, canonical string over u0; "u0" for nothing
-    logits: Node  # x W^T + bias, maybe viewed
+    logits: Node  # x W^T + bias, as computed, before casts
     mapped: tuple[Node, ...]  # what computes f, the last node first
     labels: Node  # as the loss reads them
     undo: tuple[Step, ...]  # from the labels to those of the rows of x
