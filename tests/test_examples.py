@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"plain_loop": "5 of 5", "trainer": "5 of 5", "trl_sft": "5 of 5", "ddp": "4 of 5", "fsdp2": "4 of 4"}  # regions rewritten
+SCRIPTS = {"plain_loop": "5 of 5", "trainer": "5 of 5", "trl_sft": "5 of 5", "ddp": "5 of 5", "fsdp2": "4 of 4"}  # regions rewritten
 
 
 def test_every_example_is_tested_and_short() -> None:
