@@ -21,8 +21,8 @@ _FEW = 2  # classes for each feature up to which the logits take no more than wh
 
 
 def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Refusal:
-    """The decision on one loss; a refusal of rule "logits" where options keep what the graph returns of its logits and that is not all of
-    them, once and unchanged.
+    """The decision on one loss; a refusal of rule "logits" where options keep what the graph returns of its logits and the loss can't take
+    them from there (`logits_returned`).
 
     `recorded`: gradients are recorded where it stands.
     """
