@@ -1,7 +1,7 @@
 """Sparse attention on a CPU: `sptc::sparse_attention` and its backward, computed by native/attention.cpp.
 
 Threads share the work by (batch row, key head) pairs, some in a call of the native code, which goes through a pair's block lists with all
-its buffers in the cache. All arithmetic is fp32, or fp64 for fp64 inputs.
+its buffers in the cache. Arithmetic is fp32, or fp64 for fp64 inputs; operands in bf16 are multiplied as they are where the processor can.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ REAL = {
 """Macros of the sources for the dtype of what they read and write; in bf16 their arithmetic is fp32."""
 
 _FOLDER = Path(__file__).parent / "native"
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing")
 
 
 class CompilerError(SptcError, RuntimeError):

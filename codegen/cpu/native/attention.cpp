@@ -1,8 +1,11 @@
 // Sparse attention over block lists, forward and backward: codegen/cpu/attention.py calls it, docs/design/operators.md defines it.
 //
 // Scores stand transposed, [keys, queries]: softmax then runs along the vectors of queries, without a sum across lanes, and every product
-// reads keys and values row by row, where they lie or gathered. One call computes some (batch row, key head) pairs in one thread. Keys and
-// values in 16 bits are widened, and their gradients rounded, for one pair at a time, all else for a chunk of queries: in the cache.
+// reads keys and values row by row, where they lie or gathered. One call computes some (batch row, key head) pairs in one thread.
+//
+// bf16 is multiplied as it is where the processor can, with fp32 sums; weights and the slopes of scores are rounded for it, as flash
+// attention does. Elsewhere keys and values are widened for one pair at a time, all else for a chunk of queries: in the cache. Scores,
+// softmax and the sums of gradients are REAL.
 #include "heads.h"
 
 // Fills out[i] for queries q .. q + rows - 1 and one key.
@@ -42,6 +45,13 @@ struct Call {
     Strides out_step, grad_out_step, grad_q_step, grad_k_step, grad_v_step;
 };
 
+#if MULTIPLIES_BF16
+typedef Half Number;  // what products read
+#else
+typedef REAL Number;
+#endif
+constexpr i64 TOGETHER = GROUP<Number>;
+
 // A run of adjacent keys of a list: one block.
 struct Run {
     i64 first, count, block;
@@ -49,17 +59,82 @@ struct Run {
 
 struct Scratch {
     std::vector<Run> runs;
-    std::vector<REAL> k, v, q, q_t, g, g_t, scores, slope, bend, out, row, wide;
+    std::vector<Number> k_rows, v_rows;  // of the list, gathered
+    std::vector<Number> k, v, q, q_t, g, g_t, left, wide, wide_g;
+    std::vector<REAL> scores, slope, bend, out, row;
     std::vector<uint8_t> keep;
     // Of one (batch row, key head) pair:
-    std::vector<REAL> all_k, all_v;
-    Rows keys, values;
+    std::vector<Number> all_k, all_v;
+    Rows<Number> keys, values;
     std::vector<REAL> grad_k, grad_v;  // [m, d], [m, d_v]: sums, which every tile adds to
 };
 
-static void gather(const Rows& x, const std::vector<Run>& runs, i64 size, REAL* out) {
+// Products' left operands are rows as they are, [rows, depth], or columns, [depth / TOGETHER, rows, TOGETHER]; right ones are
+// [depth / TOGETHER, columns, TOGETHER]. With TOGETHER = 1 these are the matrix and its transpose.
+
+// Row `row` of a right operand with `size` columns. Rows come in ascending order; behind the last of an odd number stand zeros.
+static inline void lay(const Number* from, i64 size, i64 row, Number* to) {
+#if MULTIPLIES_BF16
+    Half* at = to + row / 2 * size * 2;
+    for (i64 j = 0; j < size; j += LANES, at += 2 * LANES) {
+        const Words x = words(from + j);
+        store((REAL*)at, (Vector)(row % 2 ? (Words)load((const REAL*)at) | x << 16 : x));
+    }
+#else
+    memcpy(to + row * size, from, size * sizeof(Number));
+#endif
+}
+
+// Rows [rows, size] as a right operand whose depth they are, zeros up to `padded`.
+static void lay(const Rows<Number>& x, i64 rows, i64 padded, i64 size, Number* to) {
+    for (i64 i = 0; i < rows; i++) lay(x.first + i * x.step, size, i, to);
+    const i64 written = up_to(rows, TOGETHER);
+    memset(to + written * size, 0, (padded - written) * size * sizeof(Number));
+}
+
+// Rows [rows, size] as a right operand whose columns they are, zeros up to `padded` columns.
+static void turn(const Rows<Number>& x, i64 rows, i64 padded, i64 size, Number* to) {
+    transpose((const REAL*)x.first, x.step / TOGETHER, rows, size / TOGETHER, (REAL*)to, padded);
+}
+
+// x [depth, padded] as a left operand: of rows, or of columns.
+static const Number* by_rows(const REAL* x, i64 depth, i64 padded, std::vector<Number>& to) {
+#if MULTIPLIES_BF16
+    Half* at = take(to, depth * padded);
+    for (i64 i = 0; i < depth * padded; i += LANES) narrow(at + i, load(x + i));
+    return at;
+#else
+    return x;
+#endif
+}
+
+static const Number* by_columns(const REAL* x, i64 depth, i64 padded, std::vector<Number>& to) {
+#if MULTIPLIES_BF16
+    Half* at = take(to, up_to(depth, 2) * padded);
+    uint16_t places[32];
+    for (int i = 0; i < 32; i++) places[i] = i / 2 + i % 2 * 16;
+    const __m512i alternate = _mm512_loadu_si512(places);
+    for (i64 i = 0; i < depth; i += 2)
+        for (i64 j = 0; j < padded; j += LANES) {
+            const Vector first = load(x + i * padded + j), second = i + 1 < depth ? load(x + (i + 1) * padded + j) : Vector{};
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+            _mm512_storeu_si512(at + i * padded + 2 * j, _mm512_permutexvar_epi16(alternate, both));
+        }
+    return at;
+#else
+    return x;
+#endif
+}
+
+static void gather(const Rows<Number>& x, const std::vector<Run>& runs, i64 size, Number* to) {
     for (const Run& run : runs)
-        for (i64 i = 0; i < run.count; i++, out += size) memcpy(out, x.first + (run.first + i) * x.step, size * sizeof(REAL));
+        for (i64 i = 0; i < run.count; i++, to += size) memcpy(to, x.first + (run.first + i) * x.step, size * sizeof(Number));
+}
+
+static void lay_list(const Rows<Number>& x, const std::vector<Run>& runs, i64 size, Number* to) {
+    i64 row = 0;
+    for (const Run& run : runs)
+        for (i64 i = 0; i < run.count; i++) lay(x.first + (run.first + i) * x.step, size, row++, to);
 }
 
 // Words of Philox4x32-10, as in codegen/reference/random.py.
@@ -133,24 +208,24 @@ static bool masked(const Call& c) { return c.key_bias || c.fill || c.boolean.dat
 // Products with the keys of a list read large blocks where they lie; the rows of small ones are gathered first.
 static bool in_place(const Call& c) { return c.key_block >= 8; }
 
-// scores [keys, padded] = the list's rows of x [m, size] times columns [size, padded]. gathered: the same rows, where in_place says no.
-static void with_keys(const Call& c, const Scratch& s, const Chunk& chunk, const Rows& x, const REAL* gathered, i64 size,
-                      const REAL* columns, REAL* scores) {
-    if (!in_place(c)) return product<false>(chunk.keys, chunk.padded, size, gathered, size, 1, columns, chunk.padded, scores, chunk.padded);
+// scores [keys, padded] = scale times the list's rows of x [m, size] times columns [size, padded]. gathered: they, if not in_place.
+static void with_keys(const Call& c, const Scratch& s, const Chunk& chunk, const Rows<Number>& x, const Number* gathered, i64 size,
+                      const Number* columns, REAL scale, REAL* scores) {
+    const i64 padded = chunk.padded, step = padded * TOGETHER;
+    if (!in_place(c)) return product<false>(chunk.keys, padded, size, gathered, size, TOGETHER, columns, step, scores, padded, scale);
     for (const Run& run : s.runs) {
-        product<false>(run.count, chunk.padded, size, x.first + run.first * x.step, x.step, 1, columns, chunk.padded, scores, chunk.padded);
-        scores += run.count * chunk.padded;
+        product<false>(run.count, padded, size, x.first + run.first * x.step, x.step, TOGETHER, columns, step, scores, padded, scale);
+        scores += run.count * padded;
     }
 }
 
 static void score(const Call& c, Scratch& s, const Chunk& x, bool backward) {
-    REAL *q_t = take(s.q_t, c.d * x.padded), *q = backward ? take(s.q, x.padded * c.d) : nullptr;
-    const Rows queries = widened(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, c.size, s.wide);
-    pack(queries.first, queries.step, x.rows, x.padded, c.d, q, q_t);
+    Number* q_t = take(s.q_t, c.d * x.padded);
+    const Rows<Number> queries = whole_rows(at(c.q, c.q_step, x.b, x.h, x.first), c.q_step.row, x.rows, c.size, s.wide);
+    turn(queries, x.rows, x.padded, c.d, q_t);
+    if (backward) lay(queries, x.rows, x.padded, c.d, take(s.q, x.padded * c.d));
     REAL* scores = take(s.scores, x.keys * x.padded);
-    const Vector scale = spread((REAL)c.scale);
-    for (i64 i = 0; i < c.d * x.padded; i += LANES) store(q_t + i, load(q_t + i) * scale);
-    with_keys(c, s, x, s.keys, s.k.data(), c.d, q_t, scores);
+    with_keys(c, s, x, s.keys, s.k_rows.data(), c.d, q_t, (REAL)c.scale, scores);
     if (c.transform) c.transform(x.keys * x.padded, scores, backward ? take(s.bend, x.keys * x.padded) : nullptr);
     if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
     if (c.drops) {
@@ -186,7 +261,8 @@ static void forward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     }
     if (c.drops) drop(c, s, x, scores);
     REAL* out = take(s.out, x.padded * c.d_v);
-    product<false>(x.rows, c.d_v, x.keys, scores, 1, x.padded, s.v.data(), c.d_v, out, c.d_v);
+    const Number* weights = by_columns(scores, x.keys, x.padded, s.left);
+    product<false>(x.rows, c.d_v, x.keys, weights, TOGETHER, x.padded * TOGETHER, s.v.data(), c.d_v * TOGETHER, out, c.d_v);
     REAL* lse = c.lse + (x.b * c.heads + x.h) * c.n + x.first;
     for (i64 i = 0; i < x.rows; i++) {
         const bool empty = total[i] == 0;
@@ -198,11 +274,12 @@ static void forward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     }
 }
 
-// Adds left^T right to the rows of `total` [m, size] that the list's keys are. left [keys, padded], right [padded, size].
-static void add_to_keys(const Scratch& s, const REAL* left, i64 padded, const REAL* right, i64 size, REAL* total) {
+// Adds left [keys, padded] times right [padded, size] to the rows of `total` [m, size] that the list's keys are.
+static void add_to_keys(const Scratch& s, const Number* left, i64 padded, const Number* right, i64 size, REAL* total) {
     i64 key = 0;
     for (const Run& run : s.runs) {
-        product<true>(run.count, size, padded, left + key * padded, padded, 1, right, size, total + run.first * size, size);
+        const Number* rows = left + key * padded;
+        product<true>(run.count, size, padded, rows, padded, TOGETHER, right, size * TOGETHER, total + run.first * size, size);
         key += run.count;
     }
 }
@@ -211,22 +288,23 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
     score(c, s, x, true);
     const i64 row = (x.b * c.heads + x.h) * c.n + x.first;
     REAL *scores = s.scores.data(), *slope = take(s.slope, x.keys * x.padded);
-    REAL *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded), *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
-    const Rows grads = widened(at(c.grad_out, c.grad_out_step, x.b, x.h, x.first), c.grad_out_step.row, x.rows, c.size_v, s.wide);
-    pack(grads.first, grads.step, x.rows, x.padded, c.d_v, g, g_t);
-    const Rows outs = widened(at<const Stored>(c.out, c.out_step, x.b, x.h, x.first), c.out_step.row, x.rows, c.size_v, s.wide);
+    Number *g = take(s.g, x.padded * c.d_v), *g_t = take(s.g_t, c.d_v * x.padded);
+    REAL *lse = take(s.row, 2 * CHUNK), *delta = lse + CHUNK;
+    const Stored *grad = at(c.grad_out, c.grad_out_step, x.b, x.h, x.first), *out = at<const Stored>(c.out, c.out_step, x.b, x.h, x.first);
+    const Rows<Number> grads = whole_rows(grad, c.grad_out_step.row, x.rows, c.size_v, s.wide_g);
+    const Rows<Number> outs = whole_rows(out, c.out_step.row, x.rows, c.size_v, s.wide);
+    turn(grads, x.rows, x.padded, c.d_v, g_t);
+    lay(grads, x.rows, x.padded, c.d_v, g);
     for (i64 i = 0; i < x.padded; i++) {
         Vector sum = {};
-        if (i < x.rows) {
-            const REAL* out = outs.first + i * outs.step;
-            for (i64 j = 0; j < c.d_v; j += LANES) sum += load(g + i * c.d_v + j) * load(out + j);
-        }
+        if (i < x.rows)
+            for (i64 j = 0; j < c.d_v; j += LANES) sum += wide(grads.first + i * grads.step + j) * wide(outs.first + i * outs.step + j);
         delta[i] = 0;
         for (i64 l = 0; l < LANES; l++) delta[i] += sum[l];
         lse[i] = i < x.rows && c.lse[row + i] != -INF ? c.lse[row + i] : INF;  // exp(-inf): no weight
     }
     if (c.grad_q || c.grad_k)
-        with_keys(c, s, x, s.values, s.v.data(), c.d_v, g_t, slope);
+        with_keys(c, s, x, s.values, s.v_rows.data(), c.d_v, g_t, 1, slope);
     const REAL kept = c.drops ? keep_scale(c) : 1;
     for (i64 i = 0; i < x.keys; i++) {
         REAL *p = scores + i * x.padded, *t = slope + i * x.padded;
@@ -244,13 +322,14 @@ static void backward_chunk(const Call& c, Scratch& s, const Chunk& x) {
             store(p + j, weight * passed);
         }
     }
-    if (c.grad_v) add_to_keys(s, scores, x.padded, g, c.d_v, s.grad_v.data());
+    if (c.grad_v) add_to_keys(s, by_rows(scores, x.keys, x.padded, s.left), x.padded, g, c.d_v, s.grad_v.data());
     if (c.grad_q) {
         REAL* grad_q = take(s.out, x.rows * c.d);
-        product<false>(x.rows, c.d, x.keys, slope, 1, x.padded, s.k.data(), c.d, grad_q, c.d);
+        const Number* slopes = by_columns(slope, x.keys, x.padded, s.left);
+        product<false>(x.rows, c.d, x.keys, slopes, TOGETHER, x.padded * TOGETHER, s.k.data(), c.d * TOGETHER, grad_q, c.d);
         for (i64 i = 0; i < x.rows; i++) narrowed(grad_q + i * c.d, c.size, at(c.grad_q, c.grad_q_step, x.b, x.h, x.first + i));
     }
-    if (c.grad_k) add_to_keys(s, slope, x.padded, s.q.data(), c.d, s.grad_k.data());
+    if (c.grad_k) add_to_keys(s, by_rows(slope, x.keys, x.padded, s.left), x.padded, s.q.data(), c.d, s.grad_k.data());
 }
 
 static void round_sums(const Call& c, const std::vector<REAL>& sums, i64 padded, i64 size, Stored* to, const Strides& step, i64 b, i64 h) {
@@ -259,8 +338,10 @@ static void round_sums(const Call& c, const std::vector<REAL>& sums, i64 padded,
 
 static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s) {
     const i64 group = c.heads / c.key_heads;
-    s.keys = widened(at(c.k, c.k_step, b, key_head, 0), c.k_step.row, c.m, c.size, s.all_k);
-    s.values = widened(at(c.v, c.v_step, b, key_head, 0), c.v_step.row, c.m, c.size_v, s.all_v);
+    // Copies of a head's rows in 16 bits lie side by side: up to a tenth faster. In 32 bits they were not.
+    const bool apart = TOGETHER == 1;
+    s.keys = whole_rows(at(c.k, c.k_step, b, key_head, 0), c.k_step.row, c.m, c.size, s.all_k, apart);
+    s.values = whole_rows(at(c.v, c.v_step, b, key_head, 0), c.v_step.row, c.m, c.size_v, s.all_v, apart);
     if (backward && c.grad_k) s.grad_k.assign(c.m * c.d, 0);
     if (backward && c.grad_v) s.grad_v.assign(c.m * c.d_v, 0);
     for (i64 tile = 0; tile < c.tiles; tile++) {
@@ -272,8 +353,13 @@ static void lists(const Call& c, i64 b, i64 key_head, bool backward, Scratch& s)
             s.runs.push_back({first, count, block});
             keys += count;
         }
-        if (backward || !in_place(c)) gather(s.keys, s.runs, c.d, take(s.k, keys * c.d));
-        if (!backward || !in_place(c)) gather(s.values, s.runs, c.d_v, take(s.v, keys * c.d_v));
+        const i64 laid = up_to(keys, TOGETHER);
+        if (!in_place(c)) gather(s.keys, s.runs, c.d, take(s.k_rows, keys * c.d));
+        if (!in_place(c) && backward) gather(s.values, s.runs, c.d_v, take(s.v_rows, keys * c.d_v));
+        if (backward)
+            lay_list(s.keys, s.runs, c.d, take(s.k, laid * c.d));
+        else
+            lay_list(s.values, s.runs, c.d_v, take(s.v, laid * c.d_v));
         const i64 stop = std::min(c.n, (tile + 1) * c.query_block);
         for (i64 h = key_head * group; h < (key_head + 1) * group; h++)
             for (i64 first = tile * c.query_block; first < stop; first += CHUNK) {

@@ -18,10 +18,13 @@ static T* at(T* x, const Strides& s, i64 b, i64 h, i64 row) {
     return x + b * s.b + h * s.h + row * s.row;
 }
 
-static REAL* take(std::vector<REAL>& x, i64 size) {
+template <typename T>
+static T* take(std::vector<T>& x, i64 size) {
     if ((i64)x.size() < size) x.resize(size);
     return x.data();
 }
+
+static inline Vector wide(const REAL* p) { return load(p); }
 
 #if STORED_IS_BF16
 typedef uint16_t Stored;  // the upper half of a float
@@ -29,42 +32,57 @@ typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t LooseHalves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 
-static inline Vector wide(const Stored* p) {
-    const Halves x = *(const LooseHalves*)p;
-    return (Vector)(__builtin_convertvector(x, Words) << 16);
+static inline Words words(const Stored* p) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));  // GCC makes two halves of a conversion
+#else
+    return __builtin_convertvector(*(const LooseHalves*)p, Words);
+#endif
 }
 
+static inline Vector wide(const Stored* p) { return (Vector)(words(p) << 16); }
+
 // To the nearest, of two equally near ones the even.
-static inline void narrow(Stored* p, Vector x) {
-    const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *(LooseHalves*)p = __builtin_convertvector((x == x) ? rounded : Words{} + 0x7fc0, Halves);
+static inline Halves rounded(Vector x) {
+#if MULTIPLIES_BF16
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const Words bits = (Words)x, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((x == x) ? nearest : Words{} + 0x7fc0, Halves);
+#endif
 }
+
+static inline void narrow(Stored* p, Vector x) { *(LooseHalves*)p = rounded(x); }
 #else
 typedef REAL Stored;
 
-static inline Vector wide(const Stored* p) { return load(p); }
 static inline void narrow(Stored* p, Vector x) { store(p, x); }
 #endif
 
-// Whether rows of so many numbers can be read and written where they lie.
-static inline bool direct(i64 size) { return std::is_same<Stored, REAL>::value && size % LANES == 0; }
-
+template <typename T>
 struct Rows {
-    const REAL* first;
+    const T* first;
     i64 step;
 };
 
-// Rows as REAL, zeros behind each up to whole vectors: where they lie, or copies in `to`.
-static Rows widened(const Stored* x, i64 step, i64 rows, i64 size, std::vector<REAL>& to) {
-    if (direct(size)) return {(const REAL*)x, step};
+static inline void copy_vector(const Stored* from, REAL* to) { store(to, wide(from)); }
+#if STORED_IS_BF16
+static inline void copy_vector(const Stored* from, Stored* to) { memcpy(to, from, LANES * sizeof(Stored)); }
+#endif
+
+// Rows as T, REAL or what is stored, zeros behind each up to whole vectors: where they lie, if they can and may, or copies in `to`.
+template <typename T>
+static Rows<T> whole_rows(const Stored* x, i64 step, i64 rows, i64 size, std::vector<T>& to, bool in_place = true) {
+    const bool grouped = step % GROUP<T> == 0 && (uintptr_t)x % (GROUP<T> * sizeof(T)) == 0;
+    if (std::is_same<T, Stored>::value && size % LANES == 0 && grouped && in_place) return {(const T*)x, step};
     const i64 padded = up_to(size, LANES), whole = size / LANES * LANES;
-    REAL* row = take(to, rows * padded);
+    T* row = take(to, rows * padded);
     for (i64 i = 0; i < rows; i++, x += step, row += padded) {
-        for (i64 j = 0; j < whole; j += LANES) store(row + j, wide(x + j));
+        for (i64 j = 0; j < whole; j += LANES) copy_vector(x + j, row + j);
         if (whole == padded) continue;
         Stored rest[LANES] = {};
         std::copy(x + whole, x + size, rest);
-        store(row + whole, wide(rest));
+        copy_vector(rest, row + whole);
     }
     return {to.data(), padded};
 }

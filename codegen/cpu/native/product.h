@@ -3,6 +3,13 @@
 // The products of one block list are too small for a BLAS call each: its dispatch would cost as much as its arithmetic.
 #pragma once
 
+#if STORED_IS_BF16 && defined(__AVX512BF16__)
+#define MULTIPLIES_BF16 1
+#endif
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -55,46 +62,72 @@ static inline Vector exponential(Vector x) {
 #endif
 }
 
-// c[i, j] (+)= sum over k of a[i * a_row + k * a_col] * b[k * b_row + j], for ROWS rows and WIDTH vectors of columns.
-template <int ROWS, int WIDTH, bool ADD>
-static inline void tile(i64 depth, const REAL* a, i64 a_row, i64 a_col, const REAL* b, i64 b_row, REAL* c, i64 c_row) {
+// Products read numbers of type T, and sum in REAL. GROUP<T> numbers that a sum meets one after the other lie side by side in both.
+template <typename T>
+constexpr i64 GROUP = 1;
+
+static inline Vector factors(const REAL* p) { return load(p); }
+static inline Vector plus_product(Vector sum, const REAL* a, Vector b) { return sum + *a * b; }
+
+#if MULTIPLIES_BF16
+typedef uint16_t Half;  // bf16: the upper half of a float
+
+template <>
+constexpr i64 GROUP<Half> = 2;
+
+static inline __m512bh factors(const Half* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+static inline Vector plus_product(Vector sum, const Half* a, __m512bh b) {
+    int32_t pair;
+    memcpy(&pair, a, sizeof pair);
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), b);
+}
+#endif
+
+// c[i, j] = scale * sum over k of a[i, k] * b[k, j], or c[i, j] += that sum, for ROWS rows and WIDTH vectors of columns. Group g of row i
+// of a is at a + i * a_row + g * a_col, that of column j of b at b + g * b_row + j * GROUP.
+template <int ROWS, int WIDTH, bool ADD, typename T>
+static inline void tile(i64 depth, const T* a, i64 a_row, i64 a_col, const T* b, i64 b_row, REAL* c, i64 c_row, REAL scale) {
     Vector sum[ROWS][WIDTH];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < WIDTH; j++) sum[i][j] = ADD ? load(c + i * c_row + j * LANES) : Vector{};
-    for (i64 k = 0; k < depth; k++, a += a_col, b += b_row) {
-        Vector row[WIDTH];
+    for (i64 k = 0; k < depth; k += GROUP<T>, a += a_col, b += b_row) {
+        decltype(factors(b)) row[WIDTH];
 #pragma GCC unroll 4
-        for (int j = 0; j < WIDTH; j++) row[j] = load(b + j * LANES);
+        for (int j = 0; j < WIDTH; j++) row[j] = factors(b + j * LANES * GROUP<T>);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < WIDTH; j++) sum[i][j] += a[i * a_row] * row[j];
+            for (int j = 0; j < WIDTH; j++) sum[i][j] = plus_product(sum[i][j], a + i * a_row, row[j]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < WIDTH; j++) store(c + i * c_row + j * LANES, sum[i][j]);
+        for (int j = 0; j < WIDTH; j++) store(c + i * c_row + j * LANES, ADD ? sum[i][j] : sum[i][j] * scale);
 }
 
-template <int ROWS, int WIDTH, bool ADD>
-static inline void rows_of_tiles(i64 m, i64 depth, const REAL* a, i64 a_row, i64 a_col, const REAL* b, i64 b_row, REAL* c, i64 c_row) {
+template <int ROWS, int WIDTH, bool ADD, typename T>
+static inline void rows_of_tiles(i64 m, i64 depth, const T* a, i64 a_row, i64 a_col, const T* b, i64 b_row, REAL* c, i64 c_row,
+                                 REAL scale) {
     i64 i = 0;
-    for (; i + ROWS <= m; i += ROWS) tile<ROWS, WIDTH, ADD>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row);
+    for (; i + ROWS <= m; i += ROWS) tile<ROWS, WIDTH, ADD>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, scale);
     if constexpr (ROWS > 1)
-        if (i < m) rows_of_tiles<ROWS - 1, WIDTH, ADD>(m - i, depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row);
+        if (i < m) rows_of_tiles<ROWS - 1, WIDTH, ADD>(m - i, depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, scale);
 }
 
-// c [m, n] (+)= a [m, depth] b [depth, n]; n is a multiple of LANES.
-template <bool ADD>
-static void product(i64 m, i64 n, i64 depth, const REAL* a, i64 a_row, i64 a_col, const REAL* b, i64 b_row, REAL* c, i64 c_row) {
+// c [m, n] = scale * a [m, depth] b [depth, n], or c += a b; n is a multiple of LANES. Of an incomplete group the rest is zero in a and b.
+template <bool ADD, typename T>
+static void product(i64 m, i64 n, i64 depth, const T* a, i64 a_row, i64 a_col, const T* b, i64 b_row, REAL* c, i64 c_row,
+                    REAL scale = 1) {
     i64 j = 0;
     if constexpr (WIDEST == 4)
-        for (; j + 4 * LANES <= n; j += 4 * LANES) rows_of_tiles<6, 4, ADD>(m, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
+        for (; j + 4 * LANES <= n; j += 4 * LANES)
+            rows_of_tiles<6, 4, ADD>(m, depth, a, a_row, a_col, b + j * GROUP<T>, b_row, c + j, c_row, scale);
     for (; j + 2 * LANES <= n; j += 2 * LANES)
-        rows_of_tiles<(WIDEST == 4 ? 8 : 6), 2, ADD>(m, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
-    for (; j < n; j += LANES) rows_of_tiles<8, 1, ADD>(m, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
+        rows_of_tiles<(WIDEST == 4 ? 8 : 6), 2, ADD>(m, depth, a, a_row, a_col, b + j * GROUP<T>, b_row, c + j, c_row, scale);
+    for (; j < n; j += LANES) rows_of_tiles<8, 1, ADD>(m, depth, a, a_row, a_col, b + j * GROUP<T>, b_row, c + j, c_row, scale);
 }
 
 #if defined(__clang__)
@@ -146,13 +179,4 @@ static void transpose(const REAL* from, i64 from_row, i64 rows, i64 columns, REA
     if (whole_rows == padded) return;
     for (i64 j = 0; j < columns; j++)
         for (i64 i = whole_rows; i < padded; i++) to[j * padded + i] = i < rows ? from[i * from_row + j] : 0;
-}
-
-// x [rows, size] with this row stride -> [padded, size] and, transposed, [size, padded]; zeros past the rows. Either may be null.
-static inline void pack(const REAL* x, i64 stride, i64 rows, i64 padded, i64 size, REAL* plain, REAL* transposed) {
-    if (plain) {
-        for (i64 i = 0; i < rows; i++) memcpy(plain + i * size, x + i * stride, size * sizeof(REAL));
-        memset(plain + rows * size, 0, (padded - rows) * size * sizeof(REAL));
-    }
-    if (transposed) transpose(x, stride, rows, size, transposed, padded);
 }

@@ -31,8 +31,8 @@ static void encode(const Call& c, const Stored* x, i64 row_step, i64 rows, i64 h
     REAL codes[CHUNK];
     for (i64 first = 0; first < rows; first += CHUNK) {
         const i64 count = std::min(CHUNK, rows - first), lanes = up_to(count, LANES);
-        const Rows part = widened(x + first * row_step, row_step, count, c.d, wide);
-        pack(part.first, part.step, count, lanes, c.d, nullptr, x_t.data());
+        const Rows<REAL> part = whole_rows(x + first * row_step, row_step, count, c.d, wide);
+        transpose(part.first, part.step, count, c.d, x_t.data(), lanes);
         for (i64 s = 0; s < c.subspaces; s++) {
             const REAL *words = c.words + (books + s * c.codewords) * size, *offset = offsets.data() + s * c.codewords;
             product<false>(c.codewords, lanes, size, words, size, 1, x_t.data() + s * size * lanes, lanes, similarity.data(), lanes);
@@ -80,7 +80,7 @@ static void run_means(const Call& c, i64 b, i64 h, i64 first_run, i64 count, i64
         const i64 first = (first_run + i) * c.run, stop = std::min(c.n, first + c.run);
         REAL* mean = plain + i * c.d;
         std::fill(mean, mean + c.d, 0);
-        const Rows queries = widened(at(c.q, c.q_step, b, h, first), c.q_step.row, stop - first, c.d, wide);
+        const Rows<REAL> queries = whole_rows(at(c.q, c.q_step, b, h, first), c.q_step.row, stop - first, c.d, wide);
         for (i64 row = 0; row < stop - first; row++)
             for (i64 j = 0; j < c.d; j++) mean[j] += queries.first[row * queries.step + j];
         for (i64 j = 0; j < c.d; j++) mean[j] *= (REAL)c.scale / (stop - first);
@@ -93,7 +93,7 @@ static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL*
     const i64 group = c.heads / c.key_heads, runs = (c.n + c.run - 1) / c.run, runs_per_tile = c.query_block / c.run;
     const uint8_t* shown = visible(c, b, head);
     std::vector<REAL> all_keys, wide, plain(CHUNK * c.d), means(c.d * CHUNK), logits(c.key_block * CHUNK), largest(c.blocks * CHUNK), sums(c.blocks * CHUNK);
-    const Rows known = widened(at(c.k, c.k_step, b, head, 0), c.k_step.row, c.m, c.d, all_keys);
+    const Rows<REAL> known = whole_rows(at(c.k, c.k_step, b, head, 0), c.k_step.row, c.m, c.d, all_keys);
     std::fill(scores, scores + c.tiles * padded, 0);
     for (i64 h = head * group; h < (head + 1) * group; h++)
         for (i64 first = 0; first < runs; first += CHUNK) {
