@@ -211,7 +211,7 @@ def _selection(s: AttentionShape, settings: AttentionSettings, device: DeviceCos
         products = vectors * codewords * s.d
         return 2 * products, 4 * vectors * (s.d + codewords), products / device.coded  # in fp32 whatever the dtype
     pairs = s.b * s.h * _ceil(s.n, sympy.Min(settings.query_block, POOLED_QUERIES)) * s.m
-    return 2 * pairs * s.d, 4 * (vectors * s.d + pairs), pairs * s.d * device.sparse_slowdown(s.dtype)[0] / device.pooled
+    return 2 * pairs * s.d, 4 * (vectors * s.d + pairs), pairs * s.d * device.sparse_slowdown(s.dtype)[2] / device.pooled
 
 
 def dense_ffn(s: FfnShape, device: DeviceCosts) -> Work:

@@ -42,7 +42,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class DeviceCosts:
-    """What the cost model knows of a device. Rates are per second, of all threads; of sparse ops in fp32 on a CPU, in bf16 on a GPU."""
+    """What the cost model knows of a device. Rates are per second, of all threads; attention's in fp32 on a CPU, in bf16 on a GPU."""
 
     single: Rates
     half: Rates
@@ -56,6 +56,8 @@ class DeviceCosts:
     attention_seconds: float  # sparse attention of next to nothing, selection, forward and backward; `calls` says how often
     default_blocks: Blocks  # (queries, keys, density, whether a tile owns blocks) -> (query_block, key_block)
     gpu: bool = False
+    bf16_gain: float = 1.0  # by what a CPU's sparse attention is faster in bf16, forward
+    bf16_gain_backward: float = 1.0
     dtypes: frozenset[torch.dtype] = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})  # that it computes in
 
     def rates(self, dtype: torch.dtype | None) -> Rates:
@@ -68,17 +70,20 @@ class DeviceCosts:
         """
         return 1 if self.gpu else pieces
 
-    def sparse_slowdown(self, dtype: torch.dtype | None) -> tuple[float, float]:
-        """By what sparse attention in `dtype` is slower than the measured rates, forward and backward.
+    def sparse_slowdown(self, dtype: torch.dtype | None) -> tuple[float, float, float]:
+        """By what sparse attention in `dtype` is slower than the measured rates, forward and backward, and choosing its keys.
 
-        A CPU computes all dtypes in fp32. A GPU's products in fp32 are taken to be slower than those in bf16 by as much as the dense ones.
+        A CPU may multiply bf16 faster, and chooses in fp32. A GPU's products in fp32 are taken to be slower than those in bf16 by as much
+        as the dense ones.
         """
         if not self.gpu:
-            return 1.0, 1.0
+            return (1 / self.bf16_gain, 1 / self.bf16_gain_backward, 1.0) if dtype == torch.bfloat16 else (1.0, 1.0, 1.0)
         rates = self.rates(dtype)
-        return self.half.attention / rates.attention, self.half.attention_backward / rates.attention_backward
+        forward = self.half.attention / rates.attention
+        return forward, self.half.attention_backward / rates.attention_backward, forward
 
 
+_RATIOS = {"bf16_gain", "bf16_gain_backward"}
 _NUMBERS = {f.name for f in fields(DeviceCosts)} - {"single", "half", "default_blocks", "gpu", "dtypes"}
 
 
@@ -105,7 +110,7 @@ def calibrate(device: torch.device, default_blocks: Blocks) -> DeviceCosts:
 
 def _costs(values: Mapping[str, Any], threads: int, default_blocks: Blocks, gpu: bool = False) -> DeviceCosts:
     """The constants of one thread, for `threads` of them."""
-    scaled = {name: values[name] * threads for name in _NUMBERS if not name.endswith("seconds")}
+    scaled = {name: values[name] * threads for name in _NUMBERS - _RATIOS if not name.endswith("seconds")}
     single, half = (
         Rates(**{key: value / threads if key.endswith("seconds") else value * threads for key, value in values[name].items()})
         for name in ("single", "half")

@@ -97,13 +97,17 @@ def measure(device: torch.device) -> dict[str, Any]:
         memory = torch.zeros(bench.memory, device=device)
         target = torch.empty_like(memory)
         values = torch.ones(bench.values, device=device)
+        sparse = _sparse_attention(bench)
+        half_sparse = sparse if bench.sparse_dtype == torch.bfloat16 else _sparse_attention(replace(bench, sparse_dtype=torch.bfloat16))
         return {
             "single": single,
             "half": half,
             "bandwidth": 2 * memory.nbytes / bench.seconds(lambda: target.copy_(memory)),
             "exponentials": values.numel() / bench.seconds(lambda: torch.exp(values)),
             "op_seconds": bench.seconds(lambda: torch.add(values[:64], values[:64])),
-            **_sparse_attention(bench),
+            **sparse,
+            "bf16_gain": half_sparse["sparse_attention"] / sparse["sparse_attention"],
+            "bf16_gain_backward": half_sparse["sparse_attention_backward"] / sparse["sparse_attention_backward"],
         }
 
 

@@ -54,6 +54,7 @@ def test_rates_grow_with_threads_and_overheads_do_not(cache):
     assert four.bandwidth == 4 * one.bandwidth and four.sparse_attention == 4 * one.sparse_attention
     assert (four.op_seconds, four.attention_seconds) == (one.op_seconds, one.attention_seconds)
     assert four.half.row_seconds == one.half.row_seconds / 4 > 0
+    assert four.bf16_gain == one.bf16_gain == values["bf16_gain"]
 
 
 def test_a_gpu_is_measured_anew_for_other_products_in_fp32(monkeypatch):

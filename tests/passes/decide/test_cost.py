@@ -119,6 +119,9 @@ def test_fp32_on_a_gpu_is_judged_at_its_own_speed():
     sparse_half, sparse_single = (attention_seconds(PLAUSIBLE_GPU, 1, 8192, t) for t in (torch.bfloat16, torch.float32))
     assert sparse_single / sparse_half > 0.5 * single / half
     assert attention_seconds(CPU, 1, 8192, torch.float32) == attention_seconds(CPU, 1, 8192), "a CPU computes both alike"
+    faster = replace(CPU, bf16_gain=2.0, bf16_gain_backward=2.0)
+    half, single, other = (attention_seconds(faster, 1, 8192, t) for t in (torch.bfloat16, torch.float32, torch.float16))
+    assert 0.5 * single < half < 0.9 * single and other == single, "unless it multiplies bf16; fp16 is widened"
 
 
 def kept(work) -> float:
