@@ -10,7 +10,7 @@ from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
 from sptc.passes.decide.cost import LossShape, dense_loss, kept_for_backward, loss_by_rows
 from sptc.passes.find.loss import needed
-from sptc.passes.find.returned import logits_returned
+from sptc.passes.find.returned import logits_given
 from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
 
@@ -21,14 +21,16 @@ _FEW = 2  # classes for each feature up to which the logits take no more than wh
 
 
 def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Refusal:
-    """The decision on one loss; a refusal of rule "logits" where options keep what the graph returns of its logits and the loss can't take
-    them from there (`logits_returned`).
+    """The decision on one loss; a refusal of rule "logits" where all logits are computed besides, since the graph returns them and options
+    keep that, or reads them, and the loss can't take them from there (`logits_given`).
 
     `recorded`: gradients are recorded where it stands.
     """
     keep = bool(region.returned) and unit.config.loss_logits == "keep"
-    settings = LossSettings(_rows(region), *((logits_returned(unit, region) if keep else None) or ()))
-    sizes = _shape(unit, region, keep)
+    besides = keep or bool(region.readers)
+    given = logits_given(unit, region, keep) if besides else None
+    settings = LossSettings(_rows(region)) if given is None else LossSettings(_rows(region), True, *given)
+    sizes = _shape(unit, region, besides)
     costs = dense_loss(sizes, unit.device).at({}), loss_by_rows(sizes, unit.device).at({})
     dense, by_rows = costs
     features = sizes.d
@@ -42,17 +44,20 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
             return Decision(region, False, f"would not pay: {kept}", settings, *costs)
     elif unit.config.decline == "auto" and region.classes <= _FEW * features:
         return Decision(region, False, f"would not pay: {region.classes} classes of {features} features", settings, *costs)
-    names = ", ".join(node.name for node in region.returned)
-    if keep and settings.kept is None:
-        reason = f"the graph returns its logits ({names}); options={{'loss.logits': 'drop'}} would not, with {kept}"
+    returned, reading = (", ".join(node.name for node in nodes) for nodes in (region.returned, region.readers))
+    if besides and given is None:
+        if reading:
+            return Refusal("loss", "logits", region.y, f"{reading} reads its logits, and the graph returns them ({returned})", region.site)
+        reason = f"the graph returns its logits ({returned}); options={{'loss.logits': 'drop'}} would not, with {kept}"
         return Refusal("loss", "logits", region.y, reason, region.site)
-    logits = f", and the logits that the graph returns ({names}) are {'computed besides' if keep else 'dropped'}" if region.returned else ""
+    logits = f", and the logits that the graph returns ({returned}) are {'computed besides' if keep else 'dropped'}" if returned else ""
+    logits += f", and those that {reading} reads are computed besides" if reading else ""
     return Decision(region, True, f"pays: {kept}{logits}", settings, *costs)
 
 
 def keeps_logits(decision: Decision) -> bool:
-    """Whether the graph goes on returning the logits of a loss that is rewritten."""
-    return isinstance(decision.settings, LossSettings) and decision.settings.kept is not None
+    """Whether the graph goes on computing all logits of a loss that is rewritten."""
+    return isinstance(decision.settings, LossSettings) and decision.settings.given
 
 
 def _rows(region: LossRegion) -> int:

@@ -203,6 +203,8 @@ class _Reader:
             lora = region.projection.lora
             if node is not region.projection.x and (lora is None or node is not lora.low):
                 return _Read.ALL
+            if region.readers:
+                return _Read.ALL
             return self._beside(node) if region.returned and region not in self._rewritten else _Read.COUNTED
         found = [self.needs.get(region.y, _Read.ALL)] if node is region.q else []
         if node in self._keys[region]:

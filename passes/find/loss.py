@@ -6,6 +6,7 @@ undone on the labels, and what is computed of each logit alone (casts, scales, a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from sptc.ir import expression
 from sptc.ir.region import LossRegion, Projection, Refusal
 from sptc.passes.find.counted import LOSSES
 from sptc.passes.graph.boundary import breach
+from sptc.passes.graph.effects import written_by
 from sptc.passes.graph.pattern import (
     VIEWS,
     argument,
@@ -71,6 +73,7 @@ class _Way:
     mapped: tuple[Node, ...]  # computed of each logit alone, last first
     rows: Rows
     nodes: frozenset[Node]
+    normalized: frozenset[Node]  # of these, a log_softmax and what stands behind it
 
 
 def _region(loss: Node, returns: bool) -> LossRegion:
@@ -81,8 +84,8 @@ def _region(loss: Node, returns: bool) -> LossRegion:
     except UnreadableRows as reason:
         raise Refused("rows", loss, str(reason)) from None
     nodes = way.nodes | way.projection.nodes | {loss}
-    leaving = _leaving(nodes, loss) if returns else frozenset()
-    if found := breach(nodes, loss, leaving, casts=True):
+    leaving, readers = _leaving(nodes, way.normalized, loss) if returns else (frozenset(), frozenset())
+    if found := breach(nodes, loss, leaving | readers, casts=True):
         raise Refused(found.rule, found.node, found.reason)
     (output,) = loss.graph.find_nodes(op="output")
     returned = [n for n in nodes | leaving if n is not loss and output in n.users]
@@ -103,6 +106,7 @@ def _region(loss: Node, returns: bool) -> LossRegion:
         mean=mean,
         smoothing=smoothing,
         returned=tuple(sorted(returned)),
+        readers=tuple(sorted(readers)),
         classes=classes,
         product=_product_dtype(way.projection),
         nodes=nodes | frozenset(leaving) - {output},
@@ -138,6 +142,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
     node: Node = loss.args[0]  # type: ignore[assignment]
     normalized = op(loss) == "aten.cross_entropy_loss.default"
     nodes: set[Node] = set()
+    normal: frozenset[Node] = frozenset()
     mapped: list[Node] = []
     bias = biased = None
     while True:
@@ -147,7 +152,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
                 raise Refused("between", loss, f"the loss reads logits of {called(node)} that no log_softmax normalized")
             if bias is not None and projection.bias is not None:
                 raise Refused("between", node, f"{called(node)} is a projection with a bias to which another one is added")
-            return _Way(projection, bias or projection.bias, under_views(biased or node), tuple(mapped), rows, frozenset(nodes))
+            return _Way(projection, bias or projection.bias, under_views(biased or node), tuple(mapped), rows, frozenset(nodes), normal)
         if (several := match_adapters(node)) is not None:
             raise Refused("adapters", node, f"{called(node)} is a projection with {len(several[1])} active adapters; a region has one")
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -156,7 +161,7 @@ def _way_back(loss: Node, rows: Rows) -> _Way:
         if not isinstance(source, Node) or not shape(source):
             raise Refused("projection", node, f"its logits come from {called(node)} ({op(node) or node.op}), which is no projection")
         if op(node) in _LOG_SOFTMAX and int(node.args[1]) % len(shape(node)) == axis and not mapped:  # type: ignore[call-overload]
-            normalized = True
+            normalized, normal = True, frozenset({*nodes, node})
         elif normalized and bias is None and (added := _class_bias(node, axis)) is not None:
             source, bias = added
             biased = node
@@ -218,22 +223,35 @@ def _turned(product: Node) -> Iterator[Node]:
         yield from operand.all_input_nodes
 
 
-def _leaving(nodes: frozenset[Node], loss: Node) -> frozenset[Node]:
-    """What the graph's output reads of a region, and views, casts and parts of it that nothing else reads; the output itself included."""
+def _leaving(nodes: frozenset[Node], normalized: frozenset[Node], loss: Node) -> tuple[frozenset[Node], frozenset[Node]]:
+    """What may use a region's nodes from outside: the graph's output, with views, casts and parts before it; and readers, as an accuracy
+    is: what reads logits that are not normalized, and gives them no gradient.
+    """
     (output,) = loss.graph.find_nodes(op="output")
     found: set[Node] = set()
-    pending = [user for node in nodes if node is not loss for user in node.users if user not in nodes and user is not output]
+    readers: set[Node] = set()
+    start = [(user, node not in normalized) for node in nodes if node is not loss for user in node.users]
+    pending = [(user, plain) for user, plain in start if user not in nodes and user is not output]
     order = {node: place for place, node in enumerate(loss.graph.nodes)}
     reached: set[Node] = set()
     while pending:
-        node = pending.pop()
-        if node not in reached and _shows(node):
+        node, plain = pending.pop()
+        if node in reached:
+            continue
+        if _shows(node):
             reached.add(node)
-            pending += [user for user in node.users if user is not output]
+            pending += [(user, plain) for user in node.users if user is not output]
+        elif plain and not written_by(node) and not any(requires_grad(n) for n in (node, *_parts(node))):
+            readers.add(node)
     for node in sorted(reached, key=order.__getitem__, reverse=True):
-        if all(user is output or user in found for user in node.users):
+        if all(user is output or user in found or user in readers for user in node.users):
             found.add(node)
-    return frozenset({*found, output})
+    return frozenset({*found, output}), frozenset(readers)
+
+
+def _parts(node: Node) -> list[Node]:
+    """What is used of several results."""
+    return [user for user in node.users if user.target is operator.getitem]
 
 
 def _shows(node: Node) -> bool:

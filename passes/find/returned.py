@@ -45,20 +45,28 @@ def large_results(unit: Unit) -> tuple[int, ...]:
     return tuple(i for i in large if free(results[i]))
 
 
-def logits_returned(unit: Unit, region: LossRegion) -> tuple[int, str] | None:
-    """Which result of the captured graph are the logits of a loss, under any shape and dtype, and the function of them that it is.
+def logits_given(unit: Unit, region: LossRegion, keep: bool) -> tuple[int | None, str] | None:
+    """How a loss can take the logits that are computed besides.
 
-    None: it returns more of them or less, or they can't leave it without gradient (`large_results`).
+    Which result of the captured graph they are, under any shape and dtype, and the function of them that it is; no result where no gradient
+    can come for one. None: the graph returns more of them or less, or they can't leave it without gradient (`large_results`).
+
+    `keep`: the graph goes on returning them.
     """
     (output,) = unit.gm.graph.find_nodes(op="output")
-    places = [place for place in large_results(unit) if results_of(output)[place] in region.returned]
-    if len(places) != 1 or len(region.returned) != 1:
+    returned = [node for node in region.returned if _carries_gradient(node)] if keep else []
+    if not _as_projected(region):
+        return None
+    if not returned:
+        return None, "u0"
+    places = [place for place in large_results(unit) if results_of(output)[place] in returned]
+    if len(places) != 1 or len(returned) != 1:
         return None
     node, mapped = under_views(results_of(output)[places[0]]), []
     while node in region.mapped:
         mapped.append(node)
         node = under_views(node.all_input_nodes[0])
-    if node is not region.logits or not _as_projected(region) or tuple(mapped) not in ((), region.mapped):
+    if node is not region.logits or tuple(mapped) not in ((), region.mapped):
         return None
     return places[0], region.transform if mapped else "u0"
 

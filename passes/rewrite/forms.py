@@ -57,9 +57,9 @@ def rewrite(unit: Unit) -> Unit:
         if isinstance(region, LossRegion):
             assert isinstance(settings, LossSettings)
             y, handle = rewrite_loss(region, settings)
-            if settings.kept is None:
+            if unit.config.loss_logits == "drop":
                 dropped += drop_returned(region.y.graph, region.returned)
-            else:
+            elif settings.kept is not None:
                 kept[settings.kept] = handle
         else:
             assert not isinstance(settings, LossSettings)

@@ -44,7 +44,7 @@ class Operands:
 
 def rewrite_loss(region: LossRegion, settings: LossSettings) -> tuple[Node, Node]:
     """Insert the operator before `region.y`; returns the node that replaces it, and the handle of logits that are returned besides."""
-    logits = None if settings.kept is None else region.logits
+    logits = region.logits if settings.given else None
     result: tuple[Node, Node] = insert(region.y, partial(_loss, region, settings), {node: node for node in operands_of(region)}, logits)
     return result
 

@@ -132,7 +132,7 @@ Step = Reshape | Pad | Permute
 
 @dataclass(frozen=True)
 class LossRegion:
-    """y = cross entropy of f(x W^T + bias), a number: closed but for logits that the graph returns."""
+    """y = cross entropy of f(x W^T + bias), a number: closed but for logits that the graph returns, or reads without gradient."""
 
     y: Node
     projection: Projection  # of x [..., d] to the logits
@@ -146,6 +146,7 @@ class LossRegion:
     mean: bool  # over labels that count; else their sum
     smoothing: float
     returned: tuple[Node, ...]  # logits, maybe cast, cut or viewed, that the graph returns
+    readers: tuple[Node, ...]  # what else reads them in the graph, without gradient
     classes: int
     product: torch.dtype  # of the logits as the projection gives them
     nodes: frozenset[Node]
@@ -266,7 +267,8 @@ class LossSettings:
     """How a loss is computed: for the rows that count, some at a time."""
 
     rows: int  # at a time, at most
-    kept: int | None = None  # the graph's result that are its logits; it takes those that count of them. None: it computes these itself
+    given: bool = False  # all logits are computed besides, and it takes those that count of them; else it computes these itself
+    kept: int | None = None  # the graph's result that are the given logits, if a gradient may come for it
     returned: str = "u0"  # what that result is, a function of the logits as the region's `transform`
     density: float = 1.0  # exact whatever the settings
 

@@ -155,9 +155,10 @@ def test_a_sink_alone_may_need_a_gradient():
 
 
 @pytest.mark.parametrize("name", ["padding", "boolean row", "bias row"])
-def test_what_a_hidden_key_holds_does_not_matter(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_hidden_key_holds_does_not_matter(name, dtype):
     b, h, n = 2, 2, 40
-    q, k, v = (heads(b, h, n, 8, torch.float32, seed) for seed in range(3))
+    q, k, v = (heads(b, h, n, 8, dtype, seed) for seed in range(3))
     spec = operands(name, b, h, n, n)
     hidden = ~as_mask(spec).allowed((b, h, n, n), q.device).any(2)  # [b, h, m]: from every query
     assert hidden.any()
@@ -171,9 +172,10 @@ def test_what_a_hidden_key_holds_does_not_matter(name):
 
 @pytest.mark.parametrize("name", ["none", "causal", "window", "per head", "boolean", "bias"])
 @pytest.mark.parametrize("place", ["q", "k", "v"])
-def test_nan_that_is_kept_never_becomes_a_number(place, name):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nan_that_is_kept_never_becomes_a_number(place, name, dtype):
     b, h, h_kv, n = 2, 4, 2, 61
-    tensors = {"q": heads(b, h, n, 8), "k": heads(b, h_kv, n, 8, seed=1), "v": heads(b, h_kv, n, 8, seed=2)}
+    tensors = {x: heads(b, h if x == "q" else h_kv, n, 8, dtype, seed) for seed, x in enumerate("qkv")}
     tensors[place][0, :, 33] = torch.nan
     spec = operands(name, b, h, n, n)
     ids, counts, *_ = select(tensors["q"], tensors["k"], None, spec, "pooled", 0.3, 8, 4, True)

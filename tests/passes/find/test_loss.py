@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
+from sptc.model.dropped import DroppedLogits
 from sptc.passes.find import returned as find_returned
 from tests.models.compiled import gradients, without_inductor
 from tests.passes.find.losses import (
@@ -227,6 +228,46 @@ def assert_returned(model: nn.Module, taken: bool, monkeypatch: pytest.MonkeyPat
         assert_same(gradients(model, used(outputs)), gradients(reference, used(wanted)))
 
 
+def hits(y: Tensor, t: Tensor) -> Tensor:
+    return (y.argmax(-1) == t).sum()
+
+
+READ: dict[str, tuple[Loss, str | None]] = {  # and the rule of the refusal
+    "an accuracy": (lambda y, t: (cross_entropy(*flat(y, t)), hits(y, t)), None),
+    "an accuracy of what the loss reads": (lambda y, t: (cross_entropy(*(read := shifted(y.float(), t))), hits(*read)), None),
+    "an accuracy of another part": (lambda y, t: (cross_entropy(*shifted(y, t)), hits(y[:, 2:], t[:, 2:])), None),
+    "an accuracy, and logits that are capped": (lambda y, t: (cross_entropy(*flat(z := torch.tanh(y), t)), hits(z, t)), None),
+    "the best classes": (lambda y, t: (cross_entropy(*flat(y, t)), y.topk(3).indices), None),
+    "probabilities without gradient": (lambda y, t: (cross_entropy(*flat(y, t)), y.detach().softmax(-1)), None),
+    "the logits without gradient": (lambda y, t: (cross_entropy(*flat(y, t)), y.detach()), None),
+    "the logits and an accuracy": (lambda y, t: (cross_entropy(*flat(y, t)), y, hits(y, t)), None),
+    "the greatest logits": (lambda y, t: (cross_entropy(*flat(y, t)), y.topk(3).values), "escapes"),
+    "their normalized logarithms": (
+        lambda y, t: (nll_loss((z := log_softmax(y, -1)).flatten(0, 1), t.flatten()), z.detach().exp()), "escapes"),
+    "a part of the classes": (lambda y, t: (cross_entropy(y[..., 5:30].flatten(0, 1), t.flatten().clamp(-100, 24)), hits(y, t)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("logits", ["keep", "drop"])
+@pytest.mark.parametrize("name", READ)
+def test_logits_that_something_reads_without_gradient(name, logits, monkeypatch):
+    monkeypatch.setattr(find_returned, "_LEAST", 0)
+    loss, rule = READ[name]
+    model, (x, labels) = Model(loss), batch()
+    reference = copy.deepcopy(model).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=without_inductor(**ALONE, **{"loss.logits": logits}))
+    outputs, wanted = compiled(x, labels), reference(x.double(), labels)
+    (row,) = (r for r in sptc.report(compiled).regions if r.kind == "loss")
+    assert (row.status, row.rule) == (("rewritten", None) if rule is None else ("refused", rule)), row.reason
+    for got, want in zip(outputs, wanted, strict=True):
+        if isinstance(got, DroppedLogits):
+            assert logits == "drop"
+        else:
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
+    assert_same(gradients(model, outputs[0]), gradients(reference, wanted[0]))
+
+
 class Prior(nn.Module):
     """Logits to which a bias [1, 1, classes] is added, as in BART, which the loss reads; returned are they, or those without."""
 
@@ -256,7 +297,7 @@ class Adapted(nn.Module):
 def test_dropped_logits_raise_when_used():
     model = Model(lambda y, t: (cross_entropy(*flat(y, t)), y, y.detach().float(), y.mean()))
     _, _, (row,) = compiled_gradients(model, *batch(), **{"loss.logits": "drop"})
-    assert row.rule == "escapes"  # a mean is none of the logits
+    assert row.rule == "escapes"  # a mean is none of the logits, and has a gradient
 
     model = Model(lambda y, t: (cross_entropy(*flat(y, t)), y, y.detach().float()))
     compiled = torch.compile(model, backend=without_inductor(**ALONE, **{"loss.logits": "drop"}))
