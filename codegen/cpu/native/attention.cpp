@@ -3,10 +3,10 @@
 // Scores stand transposed, [keys, queries]: softmax then runs along the vectors of queries, without a sum across lanes, and every product
 // reads keys and values row by row, where they lie or gathered. One call computes some (batch row, key head) pairs in one thread.
 //
-// bf16 is multiplied as it is where the processor can, with fp32 sums; weights and the slopes of scores are rounded for it, as flash
-// attention does. Elsewhere keys and values are widened for one pair at a time, all else for a chunk of queries: in the cache. Scores,
-// softmax and the sums of gradients are REAL.
-#include "heads.h"
+// bf16 is multiplied as it is where the processor can (operands.h), with fp32 sums; weights and the slopes of scores are rounded for it,
+// as flash attention does. Elsewhere keys and values are widened for one pair at a time, all else for a chunk of queries: in the cache.
+// Scores, softmax and the sums of gradients are REAL.
+#include "operands.h"
 
 // Fills out[i] for queries q .. q + rows - 1 and one key.
 typedef void (*Fill)(const void* operands, i64 b, i64 h, i64 q, i64 rows, i64 k, uint8_t* out);
@@ -45,13 +45,6 @@ struct Call {
     Strides out_step, grad_out_step, grad_q_step, grad_k_step, grad_v_step;
 };
 
-#if MULTIPLIES_BF16
-typedef Half Number;  // what products read
-#else
-typedef REAL Number;
-#endif
-constexpr i64 TOGETHER = GROUP<Number>;
-
 // A run of adjacent keys of a list: one block.
 struct Run {
     i64 first, count, block;
@@ -68,63 +61,6 @@ struct Scratch {
     Rows<Number> keys, values;
     std::vector<REAL> grad_k, grad_v;  // [m, d], [m, d_v]: sums, which every tile adds to
 };
-
-// Products' left operands are rows as they are, [rows, depth], or columns, [depth / TOGETHER, rows, TOGETHER]; right ones are
-// [depth / TOGETHER, columns, TOGETHER]. With TOGETHER = 1 these are the matrix and its transpose.
-
-// Row `row` of a right operand with `size` columns. Rows come in ascending order; behind the last of an odd number stand zeros.
-static inline void lay(const Number* from, i64 size, i64 row, Number* to) {
-#if MULTIPLIES_BF16
-    Half* at = to + row / 2 * size * 2;
-    for (i64 j = 0; j < size; j += LANES, at += 2 * LANES) {
-        const Words x = words(from + j);
-        store((REAL*)at, (Vector)(row % 2 ? (Words)load((const REAL*)at) | x << 16 : x));
-    }
-#else
-    memcpy(to + row * size, from, size * sizeof(Number));
-#endif
-}
-
-// Rows [rows, size] as a right operand whose depth they are, zeros up to `padded`.
-static void lay(const Rows<Number>& x, i64 rows, i64 padded, i64 size, Number* to) {
-    for (i64 i = 0; i < rows; i++) lay(x.first + i * x.step, size, i, to);
-    const i64 written = up_to(rows, TOGETHER);
-    memset(to + written * size, 0, (padded - written) * size * sizeof(Number));
-}
-
-// Rows [rows, size] as a right operand whose columns they are, zeros up to `padded` columns.
-static void turn(const Rows<Number>& x, i64 rows, i64 padded, i64 size, Number* to) {
-    transpose((const REAL*)x.first, x.step / TOGETHER, rows, size / TOGETHER, (REAL*)to, padded);
-}
-
-// x [depth, padded] as a left operand: of rows, or of columns.
-static const Number* by_rows(const REAL* x, i64 depth, i64 padded, std::vector<Number>& to) {
-#if MULTIPLIES_BF16
-    Half* at = take(to, depth * padded);
-    for (i64 i = 0; i < depth * padded; i += LANES) narrow(at + i, load(x + i));
-    return at;
-#else
-    return x;
-#endif
-}
-
-static const Number* by_columns(const REAL* x, i64 depth, i64 padded, std::vector<Number>& to) {
-#if MULTIPLIES_BF16
-    Half* at = take(to, up_to(depth, 2) * padded);
-    uint16_t places[32];
-    for (int i = 0; i < 32; i++) places[i] = i / 2 + i % 2 * 16;
-    const __m512i alternate = _mm512_loadu_si512(places);
-    for (i64 i = 0; i < depth; i += 2)
-        for (i64 j = 0; j < padded; j += LANES) {
-            const Vector first = load(x + i * padded + j), second = i + 1 < depth ? load(x + (i + 1) * padded + j) : Vector{};
-            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-            _mm512_storeu_si512(at + i * padded + 2 * j, _mm512_permutexvar_epi16(alternate, both));
-        }
-    return at;
-#else
-    return x;
-#endif
-}
 
 static void gather(const Rows<Number>& x, const std::vector<Run>& runs, i64 size, Number* to) {
     for (const Run& run : runs)
