@@ -46,9 +46,10 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
         return Decision(region, False, f"would not pay: {region.classes} classes of {features} features", settings, *costs)
     returned, reading = (", ".join(node.name for node in nodes) for nodes in (region.returned, region.readers))
     if besides and given is None:
-        if reading:
-            return Refusal("loss", "logits", region.y, f"{reading} reads its logits, and the graph returns them ({returned})", region.site)
         reason = f"the graph returns its logits ({returned}); options={{'loss.logits': 'drop'}} would not, with {kept}"
+        if reading:
+            results = f", the graph returns them ({returned})" if returned else ""
+            reason = f"{reading} reads its logits{results}, and the loss can't take them from there"
         return Refusal("loss", "logits", region.y, reason, region.site)
     logits = f", and the logits that the graph returns ({returned}) are {'computed besides' if keep else 'dropped'}" if returned else ""
     logits += f", and those that {reading} reads are computed besides" if reading else ""
