@@ -76,7 +76,17 @@ def test_the_table_says_what_is_bad():
     assert text.index("| A ") < text.index("| B ") < text.index("| C ")
 
 
+@pytest.fixture
+def one_thread():
+    """SwiftFormer, tiny and random, rounds otherwise with two: eager is 1e-4 off then, compiled 8e-4; with one 4e-4 and 6e-5."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS.read_text().split())
 def test_equals_eager(name, attention):

@@ -161,7 +161,13 @@ static void score(const Call& c, Scratch& s, const Chunk& x, bool backward) {
     turn(queries, x.rows, x.padded, c.d, q_t);
     if (backward) lay(queries, x.rows, x.padded, c.d, take(s.q, x.padded * c.d));
     REAL* scores = take(s.scores, x.keys * x.padded);
-    with_keys(c, s, x, s.keys, s.k_rows.data(), c.d, q_t, (REAL)c.scale, scores);
+#if MULTIPLIES_BF16
+    const REAL scale = (REAL)c.scale;  // of scores, which are not rounded to bf16
+#else
+    const REAL scale = 1;
+    for (i64 i = 0; i < c.d * x.padded; i += LANES) store(q_t + i, load(q_t + i) * (REAL)c.scale);
+#endif
+    with_keys(c, s, x, s.keys, s.k_rows.data(), c.d, q_t, scale, scores);
     if (c.transform) c.transform(x.keys * x.padded, scores, backward ? take(s.bend, x.keys * x.padded) : nullptr);
     if (masked(c)) hide(c, s.runs, x.b, x.h, x.tile, x.first, x.rows, x.padded, scores);
     if (c.drops) {
