@@ -27,9 +27,10 @@ REAL = {
     torch.float64: {"REAL": "double", "REAL_IS_FLOAT": "0", "STORED_IS_BF16": "0"},
     torch.bfloat16: {"REAL": "float", "REAL_IS_FLOAT": "1", "STORED_IS_BF16": "1"},
 }
-"""Macros of the sources for the dtype of what they read and write; in bf16 their arithmetic is fp32."""
+"""Macros of the sources for the dtype of what they read and write. bf16 is multiplied as it is where the processor can, else in fp32."""
 
 _FOLDER = Path(__file__).parent / "native"
+# Pairs of bf16 are moved as if each were one float.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing")
 
 

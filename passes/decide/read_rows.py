@@ -201,9 +201,7 @@ class _Reader:
             return self.needs.get(region.y, _Read.ALL) if node in entering and self._in_order(node) else _Read.ALL
         if isinstance(region, LossRegion):
             lora = region.projection.lora
-            if node is not region.projection.x and (lora is None or node is not lora.low):
-                return _Read.ALL
-            if region.readers:
+            if region.readers or (node is not region.projection.x and (lora is None or node is not lora.low)):
                 return _Read.ALL
             return self._beside(node) if region.returned and region not in self._rewritten else _Read.COUNTED
         found = [self.needs.get(region.y, _Read.ALL)] if node is region.q else []

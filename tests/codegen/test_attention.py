@@ -47,9 +47,10 @@ def gradients(function, q, k, v, grad):
     return out.detach(), lse.detach(), dict(zip("qkv", torch.autograd.grad(out, leaves, grad), strict=True))
 
 
-def assert_close(got, want, tolerance, name):
+def assert_close(got, want, tolerance, name, least=1.0):
+    """Within a share of the largest value, or of `least` where all are less."""
     error = (got.double() - want).abs().max().item() if got.numel() else 0.0
-    assert error <= tolerance * max(1.0, want.abs().max().item()), (name, error)
+    assert error <= tolerance * max(least, want.abs().max().item()), (name, error)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -104,9 +105,9 @@ def test_attention_in_the_dtypes_of_models(name, dtype, key_block, bound):
     exact = [x.double() for x in (q, k, v, grad)]
     want = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), *exact)
     got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)
-    assert_close(got[0].double(), want[0], bound / 2, "out")
+    assert_close(got[0].double(), want[0], bound / 2, "out", least=0.0)
     for x, gradient in got[2].items():
-        assert_close(gradient.double(), want[2][x], bound, x)
+        assert_close(gradient.double(), want[2][x], bound, x, least=0.0)
 
 
 def with_sink(attention, leaves, grad):
@@ -261,14 +262,15 @@ def test_operands_of_several_dtypes(dtypes):
 def test_in_16_bits_the_results_are_those_of_fp32_rounded(dtype, d, d_v, odd, selector):
     """The same keys are chosen. fp16 is copied and widened: the same bits. bf16 may be multiplied as it is, and is not copied whole."""
     start = int(odd)  # rows at odd addresses, an odd number of elements apart
-    q, k = (heads(4, 4, 61, d + start, dtype, seed)[..., start:] for seed in range(2))
-    v, grad = (heads(4, 4, 61, d_v + start, dtype, seed)[..., start:] for seed in (3, 4))
+    q, k = (heads(4, 3, 61, d + start, dtype, seed)[..., start:] for seed in range(2))
+    v, grad = (heads(4, 3, 61, d_v + start, dtype, seed)[..., start:] for seed in (3, 4))
     v[0, 1, 5, 3], grad[1, 2, 40, 1] = torch.nan, torch.inf
     spec = "k <= q", [], [], None, None
-    books = None if selector == "pooled" else codebooks(4, d)
+    books = None if selector == "pooled" else codebooks(3, d)
     chosen = select(q, k, books, spec, selector, 0.5, 16, 16, True, selector == "pq")
     for mine, other in zip(chosen, select(q.float(), k.float(), books, spec, selector, 0.5, 16, 16, True, selector == "pq"), strict=True):
         assert torch.equal(mine, other)
+    assert not odd or q.stride(2) % 2 == 1
     ids, counts, *_ = chosen
     rest = *spec, None, 0.0, 0.3, 16, 16, "u0"
 
@@ -313,16 +315,16 @@ def older_processor(request, monkeypatch):
 def test_an_older_processor_computes_the_same(older_processor):
     cap = "2 * tanh(u0 / 2)"
     spec = operands("causal padding", 2, 4, 37, 37)
-    for dtype, bound in ((torch.bfloat16, 4), (torch.float32, 40), (torch.float64, 40)):
+    for dtype, bound in ((torch.bfloat16, 2), (torch.float32, 40), (torch.float64, 40)):
         q, k, v, grad = (heads(2, 4 if seed in (0, 3) else 2, 37, 20, dtype, seed) for seed in range(4))
         ids, counts, *_ = select(q, k, None, spec, "pooled", 0.5, 16, 8, True)
         rest = None, 0.0, 0.3, 16, 8, cap, None
         got = gradients(lambda *x: ops.sparse_attention(*x, ids, counts, *spec, *rest), q, k, v, grad)  # noqa: B023
         wide = (x.double() for x in (q, k, v, grad))
         want = gradients(lambda *x: reference.sparse_attention(*x, ids, counts, as_mask(spec), *rest), *wide)  # noqa: B023
-        assert_close(got[0], want[0], bound * torch.finfo(dtype).eps, "out")
+        assert_close(got[0], want[0], bound * torch.finfo(dtype).eps, "out", least=0.0)
         for name, gradient in want[2].items():
-            assert_close(got[2][name], gradient, bound * torch.finfo(dtype).eps, name)
+            assert_close(got[2][name], gradient, bound * torch.finfo(dtype).eps, name, least=0.0)
 
 
 @pytest.mark.parametrize("name", ["none", "causal", "causal padding", "boolean"])
