@@ -57,6 +57,28 @@ def test_padding_and_the_last_layer(how: str, logits: str) -> None:
     assert_as_dense(model, padded(), ["visible", last], **{"loss.logits": logits})
 
 
+class Watched(nn.Module):
+    """A model that tells the probabilities of every token, padding included, without gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama(use_cache=False)
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        result = self.inner(**inputs)
+        return result.loss, result.logits.detach().softmax(-1)
+
+
+def test_what_reads_logits_beside_the_loss_reads_all_tokens() -> None:
+    torch.manual_seed(0)
+    model = Watched().train()
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    torch.testing.assert_close(compiled(**padded())[1], copy.deepcopy(model)(**padded())[1])
+    assert [r.status for r in sptc.report(compiled).regions if r.kind == "loss"] == ["rewritten"]
+    torch._dynamo.reset()
+    assert_as_dense(model, padded(), ["all", "all"])
+
+
 def test_other_spellings_and_lengths() -> None:
     torch.manual_seed(0)
     assert_as_dense(gpt2().train(), padded(), ["visible", "counted"], **{"loss.logits": "drop"})
