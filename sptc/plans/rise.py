@@ -2,7 +2,8 @@
 
 How much attention or an FFN may leave out differs from model to model and from layer to layer, so it is never assumed. The batch runs once
 dense, then once for each region and density with this one sparse, without gradients and without dropout, before the graph is compiled.
-What comes before the region is shared with the dense run, and of the logits only the rows that are compared are computed. Behind a density
+What comes before the region is shared with the dense run, and of the logits only the rows that are compared are computed. On a CPU
+attention that keeps all is computed by the sparse kernel at density 1, which is exact and several times faster. Behind a density
 that alone takes more than half of `max_rise` no sparser one is tried, whose rise is taken to be twice as much. In deep models neighbours
 are measured together: about a dozen groups of each kind bound the runs. A run's rise is the divergence of its predictions from the dense
 ones, KL(dense || sparse), at the tokens that count in the loss: what the loss of labels drawn from the dense model would rise by, without
@@ -30,11 +31,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sptc.device.heap import give_back
 from sptc.ir.plan import Choice, Plan, PlannedRegion
-from sptc.ir.region import Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
+from sptc.ir.region import AttentionRegion, Cost, Counted, Decision, FfnRegion, LossRegion, Region, Settings, UnitSettings
 from sptc.passes.decide.cost import kept_for_backward
 from sptc.passes.decide.decisions import at_density, figures, left_out, pays, through_units
 from sptc.passes.decide.planned import region_keys
-from sptc.passes.decide.settings import measured, splits, tried
+from sptc.passes.decide.settings import attention_settings, measured, splits, tried, unfit
 from sptc.passes.graph.effects import alias_sets, reads, written_by
 from sptc.passes.graph.frame import frames, input_index, outermost, parameter
 from sptc.passes.unit import Unit
@@ -178,8 +179,9 @@ def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
 def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None, str, Rises]:
     """Densities in the order of `regions`, and what was measured, for the report and for a plan; None and why the batch tells nothing."""
     keys = region_keys(unit.regions)
+    exact = [r for r in regions if isinstance(r, AttentionRegion) and _computes_faster(unit, r)]
     candidates: dict[Region, tuple[Settings, ...]] = {
-        r: tuple(at_density(unit, r, density)[0] for density in tried(unit, r)) for r in regions
+        r: tuple(at_density(unit, r, density)[0] for density in (*tried(unit, r), *([1.0] if r in exact else []))) for r in regions
     }
     groups = {keys[group[0]]: group for group in grouped(unit, regions)}
     settings = {
@@ -188,7 +190,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
     }
     beside = insert_beside(unit, candidates)
     try:
-        runs = Runs(unit, beside)
+        runs = Runs(unit, beside, {keys[r]: 1.0 for r in exact})
         if not math.isfinite(runs.dense.loss):
             return None, f"the dense loss of the batch is {runs.dense.loss:g}{_uncounted(runs)}; ", Rises(None, {}, {})
         told = runs.dense.told
@@ -219,6 +221,11 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
     # A group's rise is shared out among its regions.
     shares = {r: {c.density: c.error**2 / len(groups[p.key]) for c in p.choices} for p in planned for r in groups[p.key]}
     return [chosen[region] for region in regions], text, Rises(runs.dense.loss, shares, chosen)
+
+
+def _computes_faster(unit: Unit, region: AttentionRegion) -> bool:
+    """Whether the runs compute it by the sparse kernel where it keeps all: whatever times say, so that no choice depends on them."""
+    return not unit.device.gpu and not unfit(unit, region, attention_settings(unit, region, unit.states.get(region), 1.0))
 
 
 def _uncounted(runs: Runs) -> str:

@@ -33,23 +33,36 @@ class _Predictions:
     logs: Tensor
     loss: float
 
+    @functools.cached_property
+    def chances(self) -> Tensor:
+        """Probabilities, [rows, classes]."""
+        return self.logs.exp()
+
+    @functools.cached_property
+    def ruled_out(self) -> Tensor:
+        """Classes that have none, bool [rows, classes]."""
+        return self.chances == 0
+
     @property
     def told(self) -> float:
         """What predictions tell of the input, in nats: KL(prediction || their mean), the mean over rows.
 
         A new head predicts much the same whatever it reads: what is left out beneath it shows in no loss before it has learned.
         """
-        chances = self.logs.exp()
-        return float(_entropy(chances.mean(0)) - _entropy(chances).mean())
+        return float(_entropy(self.chances.mean(0)) - _entropy(self.chances).mean())
 
 
 class Runs:
     """Runs of the batch without gradients and dropout: a dense one, and others that share with it what comes before they differ."""
 
-    def __init__(self, unit: Unit, beside: Beside) -> None:
+    def __init__(self, unit: Unit, beside: Beside, exact: Mapping[str, float]) -> None:
+        """
+        Args:
+            exact: regions by their keys that have a form at density 1 which all runs take in the dense one's place, as it is faster.
+        """
         counted = unit.counted
         assert isinstance(counted, Counted)
-        self._unit, self._beside = unit, beside
+        self._unit, self._beside, self._exact = unit, beside, exact
         self._read = _Projected(unit.losses[0]) if unit.losses else _Logits(counted)  # of one cross entropy
         self._inputs = [optimization_hint(x) if isinstance(x, torch.SymInt) else x for x in unit.example_inputs]
         self._devices = sorted({x.device.index for x in self._inputs if isinstance(x, Tensor) and x.is_cuda})
@@ -99,7 +112,7 @@ class Runs:
         return starts
 
     def _mixed(self, densities: Mapping[str, float]) -> Mixed:
-        return Mixed(self._unit.gm, self._beside, densities, self._read.nodes, self._read.skipped)
+        return Mixed(self._unit.gm, self._beside, {**self._exact, **densities}, self._read.nodes, self._read.skipped)
 
     def _run(self, densities: Mapping[str, float]) -> Mixed:
         mixed = self._mixed(densities)
@@ -189,7 +202,6 @@ def _divergence(dense: _Predictions, sparse: _Predictions) -> float:
 
     A class that the dense model rules out (a logit of -inf) has no part in it.
     """
-    chances = dense.logs.exp()
-    terms = torch.where(chances == 0, 0.0, chances * (dense.logs - sparse.logs))
+    terms = (dense.logs - sparse.logs).mul_(dense.chances).masked_fill_(dense.ruled_out, 0.0)
     rise = float(terms.sum(-1).mean())
     return math.inf if math.isnan(rise) else max(0.0, rise)

@@ -59,7 +59,7 @@ def test_logits_of_rows_that_count_are_those_of_all(model: type[Model], toleranc
 
     def recorded(self: runs.Runs, settings: Any, allowed: float) -> Any:
         assert isinstance(self._read, runs._Projected)
-        whole = runs.Runs(replace(self._unit, losses=()), self._beside)
+        whole = runs.Runs(replace(self._unit, losses=()), self._beside, {})
         assert isinstance(whole._read, runs._Logits)
         found.append((whole.dense.loss, rises(whole, settings, allowed)))
         widest.clear()
