@@ -14,6 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from sptc.benchmark.bench import bench
+from sptc.benchmark.job import DTYPES
 from sptc.benchmark.outcome import Case, Outcome, ratio
 
 SHAPES: dict[str, tuple[str, int, int]] = {  # a factory, sequences, tokens of each
@@ -61,7 +62,7 @@ def _figures(base: Outcome, o: Outcome) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=SHAPES, help=f"may be repeated (default: {', '.join(SMALL)})")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="bf16: autocast, for all variants (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="as of sptc bench (default: %(default)s)")
     parser.add_argument("--counted", type=float, default=1.0, help="share of the tokens with a label (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help=f"compare {', '.join(VARIANTS)}, not only {BOTH}")
     parser.add_argument("--threads", type=int)
@@ -73,7 +74,7 @@ def main() -> None:
     measured: dict[str, Any] = {}
     for shape in arguments.shape or SMALL:
         factory, batch, length = SHAPES[shape]
-        dense = ["inductor-best"] if arguments.dtype == "fp32" else []
+        dense = [] if arguments.dtype == "bf16" else ["inductor-best"]
         done = bench(
             factory,
             variants=variants,

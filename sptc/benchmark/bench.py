@@ -65,7 +65,8 @@ def bench(
         plan: what `sptc.plan` gave, or a file that its `save` wrote.
         kinds: also "spt" with attention alone, FFNs alone and losses alone, each with its predicted and its measured gain.
         only: names of the variants to run.
-        dtype: "fp32", or "bf16" for autocast over fp32 weights; None: a module as it is, a named model in fp32.
+        dtype: "fp32"; "bf16" for autocast over fp32 weights; "bf16-weights" for weights in bf16, beside which PEFT's adapters are fp32;
+            None: a module as it is, a named model in fp32.
         device: where; None: where the module is, a named model on the CPU.
         sequences: of a named model's batch, 1 by default.
         lengths: tokens of each sequence of a named model, one benchmark each; 512 by default.

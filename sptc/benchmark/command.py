@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from sptc.benchmark.bench import bench
+from sptc.benchmark.job import DTYPES
 from sptc.benchmark.outcome import Bench
 from sptc.benchmark.show.page import page
 from sptc.benchmark.show.plot import check_plot, plot
@@ -22,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     """The arguments of `sptc bench`; `model` describes the first."""
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{model}; a factory with parameters batch and length is given them")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 weights, for all variants (default fp32)")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="fp32",
+        help="bf16: autocast over fp32 weights, for all variants; bf16-weights: weights in bf16, PEFT's adapters in fp32 (default fp32)",
+    )
     add(
         "--length",
         dest="lengths",

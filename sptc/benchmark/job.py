@@ -12,6 +12,9 @@ import torch
 from sptc.benchmark.variants import BenchError, Variant
 from sptc.model.load import load_trained
 
+# What a benchmark may compute in, and the weights for it. "bf16" is autocast; beside "bf16-weights" PEFT's adapters are fp32.
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-weights": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -54,7 +57,7 @@ class Job:
     variant: Variant
     batch: int
     length: int
-    dtype: str | None  # "fp32", "bf16" (autocast), or None: as the model is
+    dtype: str | None  # one of DTYPES, or None: as the model is
     device: str
     lora: int  # rank of new adapters on every linear layer, 0 for none
     counted: float  # share of the tokens whose label counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sptc.benchmark.job import Job
+from sptc.benchmark.job import DTYPES, Job
 from sptc.benchmark.variants import BenchError
 from sptc.model.capture import call_arguments
 
@@ -21,7 +23,7 @@ _SCALE = 0.01  # of the new adapters' second factor: as if a little trained, so 
 def make(job: Job, reference: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[str]]:
     """(model, positional arguments, keyword arguments, notes) in train mode and on the job's device.
 
-    Its dtype is the job's, or a wider one for a reference: fp64, and fp32 for bf16.
+    Its dtype is the job's, or a wider one for a reference: fp64, and fp32 for those in bf16.
 
     Raises:
         BenchError: the model can't be given what the job asks for.
@@ -39,10 +41,12 @@ def make(job: Job, reference: bool = False) -> tuple[nn.Module, tuple[Any, ...],
         raise BenchError("nothing in the model requires a gradient; give --lora a rank")
     if job.checkpointing:
         _checkpoint(model)
-    if job.dtype is not None or reference:
-        wide = torch.float64 if reference and job.dtype != "bf16" else torch.float32
-        model = model.to(wide)
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to(wide) if t.is_floating_point() else t, (args, kwargs))
+    kinds = [DTYPES[job.dtype]] if job.dtype is not None else []
+    if reference:  # of the weights that the variants have
+        kinds.append(torch.float64 if job.dtype in (None, "fp32") else torch.float32)
+    for kind in kinds:
+        model = _cast_adapters(model.to(kind))
+        args, kwargs = tree_map_only(Tensor, functools.partial(_cast, kind), (args, kwargs))
     model = model.to(job.device)
     args, kwargs = tree_map_only(Tensor, lambda t: t.to(job.device), (args, kwargs))
     return model, args, kwargs, notes
@@ -114,6 +118,22 @@ def _add_adapters(model: nn.Module, rank: int) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(_SCALE * torch.randn(parameter.shape, generator=numbers))
+
+
+def _cast(kind: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(kind) if tensor.is_floating_point() else tensor
+
+
+def _cast_adapters(model: nn.Module) -> nn.Module:
+    """Adapters in 16 bits to fp32, as PEFT keeps them beside weights in 16 bits."""
+    if importlib.util.find_spec("peft") is None:
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+
+    names = {name for module in model.modules() if isinstance(module, BaseTunerLayer) for name in module.active_adapters}
+    for name in sorted(names):
+        cast_adapter_dtype(model, name, autocast_adapter_dtype=True)
+    return model
 
 
 def _checkpoint(model: nn.Module) -> None:

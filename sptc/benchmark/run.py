@@ -16,7 +16,7 @@ import torch
 
 from sptc.benchmark.child.process import Worker, WorkerFailed
 from sptc.benchmark.child.worker import Runner
-from sptc.benchmark.job import Job, Source
+from sptc.benchmark.job import DTYPES, Job, Source
 from sptc.benchmark.machine import facts
 from sptc.benchmark.outcome import Bench, Case, Outcome
 from sptc.benchmark.show.progress import Progress
@@ -45,8 +45,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises BenchError for what can't be run."""
-        if self.dtype not in ("fp32", "bf16", None):
-            raise BenchError(f"dtype must be fp32 or bf16, got {self.dtype!r}")
+        if self.dtype not in (*DTYPES, None):
+            raise BenchError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 < self.counted <= 1:
             raise BenchError(f"counted must be a share in (0, 1], got {self.counted}")
         sizes = {"steps": self.steps, "sequences": self.batch, "threads": self.threads, "lengths": min(self.lengths, key=lambda n: n or 1)}

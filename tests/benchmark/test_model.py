@@ -129,6 +129,18 @@ def test_the_reference_is_the_same_model_in_fp64(folders):
     assert float(loss_of(wide(**inputs))) == pytest.approx(float(loss_of(model(**kwargs))), rel=1e-5)
 
 
+def test_weights_in_16_bits_have_adapters_in_fp32_and_their_reference_is_of_the_same_numbers(folders):
+    model, _, kwargs, _ = make(job(folders["llama"], lora=4, dtype="bf16-weights"))
+    kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}, "as PEFT has them"
+    wide, _, inputs, _ = make(job(folders["llama"], lora=4, dtype="bf16-weights"), reference=True)
+    for (name, p), (_, q) in zip(model.named_parameters(), wide.named_parameters(), strict=True):
+        assert q.dtype == torch.float32 and torch.equal(p.float(), q), name
+    assert float(loss_of(wide(**inputs))) == pytest.approx(float(loss_of(model(**kwargs))), rel=1e-2)
+    whole, *_ = make(job(folders["llama"], dtype="bf16-weights"))
+    assert all(p.dtype == torch.bfloat16 for p in whole.parameters())
+
+
 def test_a_plan_of_the_bare_model_holds_with_adapters(folders, tmp_path):
     bare, inputs = load_model(folders["llama"], 2, 24)
     path = str(tmp_path / "plan.json")
@@ -179,7 +191,7 @@ def test_the_loss_is_found_or_made():
         ("{llama}", {"device": "cuda"}, BenchError, "sees no GPU"),
         ("{llama}", {"device": "meta"}, ConfigError, "no kernels for device 'meta'"),
         ("{llama}", {"device": "gpu"}, BenchError, "there is no device 'gpu'"),
-        ("{llama}", {"dtype": "fp16"}, BenchError, "must be fp32 or bf16"),
+        ("{llama}", {"dtype": "fp16"}, BenchError, "must be one of fp32, bf16, bf16-weights"),
         ("{llama}", {"counted": 0.0}, BenchError, "must be a share"),
         ("{llama}", {"steps": 0}, BenchError, "steps must be at least 1"),
         ("{llama}", {"sequences": 0}, BenchError, "sequences must be at least 1"),
