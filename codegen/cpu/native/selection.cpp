@@ -88,7 +88,16 @@ static void run_means(const Call& c, i64 b, i64 h, i64 first_run, i64 count, i64
     transpose(plain, c.d, count, c.d, to, lanes);
 }
 
-// scores [tiles, padded]: softmax of run means over the visible keys of allowed blocks, summed over each block and tile.
+// Whether one of the tiles may not keep all of its allowed blocks. Others need no scores: at density 1 none, of causal ones the first.
+static bool chooses(const Call& c, const uint8_t* allowed, i64 first_tile, i64 last_tile) {
+    for (i64 tile = first_tile; tile <= last_tile; tile++) {
+        const uint8_t* blocks = allowed + tile * c.blocks;
+        if (std::count_if(blocks, blocks + c.blocks, [](uint8_t open) { return open; }) > c.width) return true;
+    }
+    return false;
+}
+
+// scores [tiles, padded]: softmax of run means over the visible keys of allowed blocks, summed over each block and tile, where one chooses.
 static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL* scores, i64 padded) {
     const i64 group = c.heads / c.key_heads, runs = (c.n + c.run - 1) / c.run, runs_per_tile = c.query_block / c.run;
     const uint8_t* shown = visible(c, b, head);
@@ -99,6 +108,7 @@ static void pooled(const Call& c, i64 b, i64 head, const uint8_t* allowed, REAL*
         for (i64 first = 0; first < runs; first += CHUNK) {
             const i64 count = std::min(CHUNK, runs - first), lanes = up_to(count, LANES);
             const i64 first_tile = first / runs_per_tile, last_tile = (first + count - 1) / runs_per_tile;
+            if (!chooses(c, allowed, first_tile, last_tile)) continue;
             run_means(c, b, h, first, count, lanes, wide, plain.data(), means.data());
             for (i64 block = 0; block < c.blocks; block++) {
                 REAL *most = largest.data() + block * lanes, *sum = sums.data() + block * lanes;
