@@ -46,7 +46,10 @@ class Config:
         "ffn.density", "auto", "share of hidden units kept, in (0, 1]; 'auto': measured on the first batch (selector 'router': 1/2)"
     )
     ffn_context_density: float | Literal["auto"] | None = _option(
-        "ffn.context_density", "auto", "selector 'energy': the share for tokens whose label does not count; None: as for all"
+        "ffn.context_density",
+        "auto",
+        "selector 'energy': the share for tokens whose label does not count; None: as for all. A number for ffn.density is for all, too, "
+        "unless this is given",
     )
     ffn_gradient_density: float = _option(
         "ffn.gradient_density",
@@ -140,6 +143,13 @@ class Config:
         """The inverse of from_options: the options that were given or differ from their defaults, dotted keys to values."""
         values = {f.metadata["key"]: (getattr(self, f.name), getattr(_DEFAULT, f.name)) for f in _options()}
         return {key: value for key, (value, default) in values.items() if key in self.given or value != default}
+
+    @property
+    def context_density(self) -> float | Literal["auto"] | None:
+        """`ffn_context_density` as it holds: who gives a number for `ffn.density` and nothing for the context means all tokens."""
+        if self.ffn_context_density == "auto" and self.ffn_density != "auto" and "ffn.context_density" not in self.given:
+            return None
+        return self.ffn_context_density
 
     @property
     def recomputes(self) -> bool:

@@ -31,6 +31,22 @@ def test_given_is_no_option(options):
         Config.from_options(options)
 
 
+@pytest.mark.parametrize(
+    "options, context",
+    [
+        ({}, "auto"),
+        ({"ffn.density": "auto"}, "auto"),
+        ({"ffn.density": 1.0}, None),
+        ({"ffn.density": 0.5, "ffn.context_density": "auto"}, "auto"),
+        ({"ffn.density": 0.5, "ffn.context_density": 0.25}, 0.25),
+        ({"ffn.context_density": None}, None),
+    ],
+)
+def test_a_number_for_all_units_is_for_the_context_too(options, context):
+    config = Config.from_options(options)
+    assert config.context_density == context and Config.from_options(config.to_options()).context_density == context
+
+
 def test_keep_can_be_turned_off():
     assert Config().ffn_keep == "loss"
     off = Config.from_options({"ffn.keep": None})

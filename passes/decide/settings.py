@@ -61,7 +61,7 @@ def uniform_density(unit: Unit, region: Region) -> float:
         return given
     if routes(unit, region):
         return _ROUTED_DENSITY if unit.config.ffn_density == "auto" else unit.config.ffn_density
-    of_units = unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density
+    of_units = unit.config.context_density if splits(unit, region) else unit.config.ffn_density
     assert of_units is not None
     return min(tried(unit, region)) if of_units == "auto" else of_units
 
@@ -90,12 +90,12 @@ def measured(unit: Unit, region: Region) -> bool:
         return False
     if splits(unit, region) and unit.read.get(region) == "counted":
         return False  # there is no context
-    return (unit.config.ffn_context_density if splits(unit, region) else unit.config.ffn_density) == "auto"
+    return (unit.config.context_density if splits(unit, region) else unit.config.ffn_density) == "auto"
 
 
 def splits(unit: Unit, region: Region) -> bool:
     """Whether tokens that count in the loss keep other units than those that do not: not where next to all of them count."""
-    return isinstance(region, FfnRegion) and unit.config.ffn_context_density is not None and told_apart(unit, region)
+    return isinstance(region, FfnRegion) and unit.config.context_density is not None and told_apart(unit, region)
 
 
 def told_apart(unit: Unit, region: FfnRegion) -> bool:

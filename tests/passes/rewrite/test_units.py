@@ -110,14 +110,17 @@ def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pyt
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
 @pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
-def test_at_density_one_it_is_dense(ffn: Callable[[], nn.Module], adapted: bool) -> None:
+@pytest.mark.parametrize("context", [{"ffn.context_density": 1.0}, {}], ids=["apart", "all"])
+def test_at_density_one_it_is_dense(context: dict[str, float], ffn: Callable[[], nn.Module], adapted: bool) -> None:
     model = model_of(ffn, adapted)
     reference = copy.deepcopy(model).double()
     x, labels = batch()
-    options = {"ffn.density": 1.0, "ffn.context_density": 1.0, **ALL}
+    options = {"ffn.density": 1.0, **context, **ALL}
     compiled = torch.compile(model, backend=without_inductor(**options))
     got = gradients(model, compiled(x, labels))
     assert {r.kind: r.status for r in sptc.report(compiled).regions} == {"ffn": "rewritten", "loss": "rewritten"}
+    (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
+    assert region.density == 1.0 and region.settings["context"] == (HIDDEN if context else None)
     assert_gradients_close(got, gradients(reference, reference(x.double(), labels)))
 
 
