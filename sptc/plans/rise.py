@@ -179,7 +179,7 @@ def _obstacle(unit: Unit, weights: Sequence[Tensor | None]) -> str | None:
 def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None, str, Rises]:
     """Densities in the order of `regions`, and what was measured, for the report and for a plan; None and why the batch tells nothing."""
     keys = region_keys(unit.regions)
-    exact = [r for r in regions if isinstance(r, AttentionRegion) and _computes_faster(unit, r)]
+    exact = [r for r in regions if isinstance(r, AttentionRegion) and _by_sparse_kernel(unit, r)]
     candidates: dict[Region, tuple[Settings, ...]] = {
         r: tuple(at_density(unit, r, density)[0] for density in (*tried(unit, r), *([1.0] if r in exact else []))) for r in regions
     }
@@ -223,7 +223,7 @@ def _measure(unit: Unit, regions: Sequence[Region]) -> tuple[list[float] | None,
     return [chosen[region] for region in regions], text, Rises(runs.dense.loss, shares, chosen)
 
 
-def _computes_faster(unit: Unit, region: AttentionRegion) -> bool:
+def _by_sparse_kernel(unit: Unit, region: AttentionRegion) -> bool:
     """Whether the runs compute it by the sparse kernel where it keeps all: whatever times say, so that no choice depends on them."""
     return not unit.device.gpu and not unfit(unit, region, attention_settings(unit, region, unit.states.get(region), 1.0))
 

@@ -254,40 +254,6 @@ def test_a_matrix_of_two_regions_is_remembered_by_what_needs_most(model: type[Mo
     assert all(density == 1.0 for density, kind in both[2:] if kind == needs), both
 
 
-class Masked(Unprojected):
-    """The same attention, whose mask is a number that may hide every key of a query."""
-
-    def logits(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        x = self.ffns[1](x) + x
-        heads, hidden = x[:, None], torch.where(ids == 0, torch.finfo(x.dtype).min, 0.0)[:, None, None]
-        return self.head(x + 10 * F.scaled_dot_product_attention(heads, heads, heads, hidden)[:, 0])
-
-
-@pytest.mark.parametrize("model, gpu, kernel", [(Unprojected, False, True), (Unprojected, True, False), (Masked, False, False)])
-def test_attention_that_keeps_all_is_computed_by_the_kernel_that_a_cpu_has_for_it(
-    model: type[Model], gpu: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran: list[Any] = []
-    rises, call = runs.Runs.rises, beside.Mixed.call_function
-    monkeypatch.setattr(runs.Runs, "rises", lambda *args: (ran.append("rises"), rises(*args))[1])
-    monkeypatch.setattr(beside.Mixed, "call_function", lambda self, target, *args: (ran.append(target), call(self, target, *args))[1])
-    config = Config.from_options({"attention.query_block": 4, "attention.key_block": 4, "max_rise": 1e-5})
-    told: list[rise.Rises] = []
-
-    def on_graph(gm: Any, inputs: Any) -> Any:
-        unit = run(Unit(gm, tuple(inputs), config, replace(DEVICE, gpu=gpu)), ANALYSIS)
-        told.append(rise.weigh_and_tell(unit)[1])
-        return gm
-
-    capture(model(), batch(64), on_graph)
-    dense = ran[: ran.index("rises")]
-    assert (torch.ops.sptc.sparse_attention.default in dense) == kernel
-    assert (torch.ops.aten.scaled_dot_product_attention.default in dense) != kernel
-    with torch.no_grad():
-        assert told[0].loss == pytest.approx(model()(*batch(64)).item(), rel=1e-5)
-
-
 class Noisy(Model):
     """Random numbers, layers that are recomputed, the most of it under autocast, and where asked a write to what others read."""
 

@@ -11,6 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sptc
+from sptc.config import Config
+from sptc.model.capture import capture
+from sptc.passes import ANALYSIS
+from sptc.passes.runner import run
+from sptc.passes.unit import Unit
+from sptc.plans import beside, rise, runs
 from tests.models.compiled import without_inductor
 from tests.planning_device import DEVICE
 from tests.plans.measured import CLASSES, D, batch
@@ -115,3 +121,39 @@ def test_queries_that_see_nothing_average_when_nothing_is_left_out(
     torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), want)
     (region,) = sptc.report(compiled).regions
     assert region.status == "declined" and ("averages over all keys" in region.reason or "kept whole" in region.reason)
+
+
+class Masked(Attending):
+    """The same, under a mask whose number may hide every key of a query."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        hidden = torch.where(ids == 0, torch.finfo(x.dtype).min, 0.0)[:, None, None]
+        for q, v in zip(self.q, self.v, strict=True):
+            queries, values = q(x)[:, None], v(x)[:, None]
+            x = x + F.scaled_dot_product_attention(queries, queries, values, hidden)[:, 0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("model, gpu, kernel", [(Attending, False, True), (Attending, True, False), (Masked, False, False)])
+def test_attention_that_keeps_all_is_computed_by_the_kernel_that_a_cpu_has_for_it(
+    model: type[Attending], gpu: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+    rises, call = runs.Runs.rises, beside.Mixed.call_function
+    monkeypatch.setattr(runs.Runs, "rises", lambda *args: (ran.append("rises"), rises(*args))[1])
+    monkeypatch.setattr(beside.Mixed, "call_function", lambda self, target, *args: (ran.append(target), call(self, target, *args))[1])
+    config = Config.from_options({"attention.query_block": 4, "attention.key_block": 4, "max_rise": 1e-5})
+    told: list[rise.Rises] = []
+
+    def on_graph(gm: Any, inputs: Any) -> Any:
+        unit = run(Unit(gm, tuple(inputs), config, replace(DEVICE, gpu=gpu)), ANALYSIS)
+        told.append(rise.weigh_and_tell(unit)[1])
+        return gm
+
+    capture(model(), batch(64), on_graph)
+    dense = ran[: ran.index("rises")]
+    assert (torch.ops.sptc.sparse_attention.default in dense) == kernel
+    assert (torch.ops.aten.scaled_dot_product_attention.default in dense) != kernel
+    with torch.no_grad():
+        assert told[0].loss == pytest.approx(model()(*batch(64)).item(), rel=1e-5)
