@@ -80,7 +80,7 @@ class Config:
     ffn_keep: Literal["loss"] | None = _option(
         "ffn.keep", "loss", "selector 'router': with 'loss', tokens whose label counts get more blocks, of the same total"
     )
-    max_rise: float = _option("max_rise", 0.01, "of densities 'auto': how much the loss may rise before training, relative, at least 0")
+    max_rise: float = _option("max_rise", 0.005, "of densities 'auto': how much the loss may rise before training, relative, at least 0")
     loss_enabled: bool = _option("loss.enabled", True, "rewrite losses: only labels that count cost anything, and no logits are kept")
     loss_logits: Literal["keep", "drop"] = _option(
         "loss.logits",
