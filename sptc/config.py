@@ -51,6 +51,12 @@ class Config:
         "selector 'energy': the share for tokens whose label does not count; None: as for all. A number for ffn.density is for all, too, "
         "unless this is given",
     )
+    ffn_left_out: Literal["nothing", "linear"] = _option(
+        "ffn.left_out",
+        "nothing",
+        "selector 'energy': what hidden units that are left out contribute: 'nothing', or 'linear', what is linear in the FFN's input, "
+        "fitted to a sample of the tokens each time",
+    )
     ffn_gradient_density: float = _option(
         "ffn.gradient_density",
         1.0,

@@ -93,6 +93,8 @@ def _fine_tune(task: Task, record: Record, objective: nn.Module, options: Option
     optimizer.register_step_post_hook(lambda *_: sptc.step(objective))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, budget))
     compiled = compile_objective(objective, options, record.compile)
+    if options is not None:
+        compiled(**task.train.take(order[0]))  # the first batch, by which densities are measured, is one that is trained on
     with tqdm(total=budget.steps, desc=f"{task.name} {record.variant} seed {record.seed}", unit="step") as bar:
         for step in range(budget.steps + 1):
             if step % budget.every == 0 or step == budget.steps:

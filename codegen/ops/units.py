@@ -18,6 +18,7 @@ _lib.define("rows_where(Tensor mask) -> Tensor")
 _lib.define("in_steps(Tensor mask, Tensor spare) -> Tensor")
 _lib.define("sample_tokens(Tensor x, Tensor? mask) -> Tensor")
 _lib.define("choose_units(Tensor energy, int units) -> Tensor")
+_lib.define("fit_linear(Tensor x, Tensor y, int rank) -> (Tensor, Tensor)")
 
 
 def split_tokens(counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,12 +123,45 @@ def _choose_fake(energy: Tensor, units: int) -> Tensor:
     return energy.new_empty(units, dtype=torch.int64)
 
 
+_RIDGE = 0.3  # of the mean squared length of a row of x, added to the diagonal: from 0.1 to 1 it makes little difference
+
+
+def fit_linear(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The linear map of `rank` that gives about y [n, d_out] of x [n, d]: a [rank, d] and b [d_out, rank], so that y is about x a^T b^T.
+
+    Ridge regression, as the n rows are a sample, fewer than d as a rule: y_i ~ x_i X^T (X X^T + l)^-1 Y; of that, what lies in the span of
+    `rank` of the fitted rows. Computed in fp32 at least; rows that are not finite are left out. Both are of x's dtype.
+    """
+    if not x.shape[0]:
+        return x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        finite = (x.sum(1, dtype=dtype) + y.sum(1, dtype=dtype)).isfinite()[:, None]
+        given, wanted = (torch.where(finite, t, 0).to(dtype) for t in (x, y))
+        gram = given @ given.t()
+        ridge = _RIDGE * gram.diagonal().mean()
+        gram.diagonal().add_(torch.where(ridge > 0, ridge, 1.0))
+        lower = torch.linalg.cholesky_ex(gram).L
+        some = torch.arange(rank, device=x.device) * x.shape[0] // rank
+        picked = torch.zeros_like(gram[:, :1]).repeat(1, rank).scatter_(0, some[None], 1.0)
+        # The matrix solves for a few columns alone, of which the rows that are fitted are made.
+        fitted = wanted[some] - ridge * (torch.cholesky_solve(picked, lower).t() @ wanted)
+        span = torch.linalg.qr(fitted.t()).Q
+        a = torch.mm(torch.cholesky_solve(wanted @ span, lower).t(), given)
+        return a.to(x.dtype), span.contiguous().to(x.dtype)
+
+
+def _fit_fake(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(rank, x.shape[1]), x.new_empty(y.shape[1], rank)
+
+
 for _name, _function, _fake in (
     ("split_tokens", split_tokens, _split_fake),
     ("rows_where", rows_where, _where_fake),
     ("in_steps", in_steps, _in_steps_fake),
     ("sample_tokens", sample_tokens, _sample_fake),
     ("choose_units", choose_units, _choose_fake),
+    ("fit_linear", fit_linear, _fit_fake),
 ):
     for _key in ("CPU", "CUDA"):
         _lib.impl(_name, _function, _key)

@@ -248,7 +248,10 @@ def ffn_over_units(s: FfnShape, settings: UnitSettings, device: DeviceCosts) -> 
     parts = [sympy.Rational(kept, s.hidden) for kept in (settings.units, context)]
     part = _part(s, settings)
     chosen = [kept for kept in parts if kept < 1]
-    sample = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(SHARE) + LEAST) * s.d * s.hidden * s.ups
+    sampled = len(set(chosen)) * 2 * sympy.Min(s.tokens, s.tokens / sympy.Integer(SHARE) + LEAST)
+    sample = sampled * s.hidden * (s.d * s.ups + (s.d_out if settings.rank else 0))
+    thinned = s.counted * int(settings.units < s.hidden) + (1 - s.counted) * int(context < s.hidden)
+    sample += thinned * 2 * s.tokens * settings.rank * (s.d + s.d_out) * (2 if s.need_x else 1)
     weights = el * s.hidden * (s.ups * s.d + s.d_out)
     gathered = 2 * weights * (2 if s.trains else 1) * sum(set(chosen)) + 4 * s.hidden * s.d_out * int(bool(chosen))
     rows = el * 2 * s.tokens * (s.d + s.d_out) * (2 if s.trains else 1) * int(settings.context is not None)

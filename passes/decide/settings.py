@@ -17,6 +17,7 @@ from sptc.ir.region import (
     State,
     UnitSettings,
 )
+from sptc.ir.sample import RANK
 from sptc.passes.decide.chunk import chunk_of
 from sptc.passes.decide.constraints import guardable, lower_bound
 from sptc.passes.decide.cost import share
@@ -107,12 +108,19 @@ def told_apart(unit: Unit, region: FfnRegion) -> bool:
 def unit_settings(unit: Unit, region: FfnRegion, density: float) -> UnitSettings:
     rows, again = unit.read.get(region, "all"), computed_again(unit, region)
     chunk = chunk_of(unit, region) if again else None
-    if not splits(unit, region):
-        return UnitSettings(region.hidden, units_of(region, density), rows=rows, recompute=again, chunk=chunk)
-    counted = unit.config.ffn_density
-    context = None if rows == "counted" else units_of(region, density)
-    units = units_of(region, 1.0 if counted == "auto" else counted)
-    return UnitSettings(region.hidden, units, context, rows=rows, recompute=again, chunk=chunk)
+    units, context = units_of(region, density), None
+    if splits(unit, region):
+        counted = unit.config.ffn_density
+        context = None if rows == "counted" else units
+        units = units_of(region, 1.0 if counted == "auto" else counted)
+    left_out = min(units, region.hidden if context is None else context) < region.hidden
+    rank = rank_of(region) if left_out and unit.config.ffn_left_out == "linear" else 0
+    return UnitSettings(region.hidden, units, context, rows=rows, recompute=again, chunk=chunk, rank=rank)
+
+
+def rank_of(region: FfnRegion) -> int:
+    """The rank of the linear map that stands in for hidden units that are left out."""
+    return min(RANK, *(-(-int(shape(node)[-1]) // 4) for node in (region.x, region.y)))
 
 
 def computed_again(unit: Unit, region: FfnRegion) -> bool:

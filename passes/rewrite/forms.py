@@ -80,7 +80,7 @@ def rewrite(unit: Unit) -> Unit:
 
 def _choosers() -> list[Any]:
     ops = torch.ops.sptc
-    return [ops.choose_units.default, ops.select_blocks.default, ops.route.default, ops.keep.default]
+    return [ops.choose_units.default, ops.fit_linear.default, ops.select_blocks.default, ops.route.default, ops.keep.default]
 
 
 def _keeping_choices() -> tuple[Any, Any]:

@@ -10,9 +10,10 @@ from sptc.ir.region import FfnRegion, Projection, UnitSettings
 from sptc.passes.graph.insert import as_rows, cast, recomputed
 from sptc.passes.rewrite.chunks import Chunked, in_chunks
 from sptc.passes.rewrite.token_lists import Tokens
-from sptc.passes.rewrite.write_ffn import Ffn, Part, Tensors, insert_ffn
+from sptc.passes.rewrite.write_ffn import Ffn, Part, Tensors, insert_ffn, product
 
 ops = torch.ops.sptc
+LeftOut = tuple[Tensor, Tensor]  # a [rank, d], b [d_out, rank]: what left-out units give is taken to be x a^T b^T
 
 
 def rewrite_units(region: FfnRegion, settings: UnitSettings, tokens: Tokens) -> Node:
@@ -32,12 +33,14 @@ def _over_units(region: FfnRegion, settings: UnitSettings, chunked: tuple[Chunke
     """Outputs [N, d_out]; rows that nothing reads are zeros. `chunked`: in chunks of tokens, by the number of units; none: all at once."""
 
     def of(rows: Tensor | None, sample: Tensor | None, units: int) -> Tensor:
-        chosen = _chosen(region, t, sample, units)
+        chosen, left_out = (None, None) if units == region.hidden else _chosen(region, t, sample, units, settings.rank)
         part = Units(rows, chosen, settings.recompute)
-        for form in chunked:
-            if form.units == units:
-                return form(t, part, chosen)
-        return Ffn(region, t, part).output()
+        form = next((form for form in chunked if form.units == units), None)
+        y = form(t, part, chosen) if form is not None else Ffn(region, t, part).output()
+        if left_out is None:
+            return y
+        a, b = left_out
+        return y + cast(product(product(part.tokens(t[region.x]), a), b), y.dtype)
 
     if settings.context is None or settings.all_units:
         return placed(t[region.x], tokens.order, of(tokens.order, tokens.sample, settings.units))
@@ -93,18 +96,21 @@ class Units(Part):
         return recomputed(u) if self._again else u
 
 
-def _chosen(region: FfnRegion, t: Tensors, sample: Tensor | None, units: int) -> Tensor | None:
-    """The `units` hidden units of the largest energy, int64 in ascending order; None for all of them.
+def _chosen(region: FfnRegion, t: Tensors, sample: Tensor | None, units: int, rank: int) -> tuple[Tensor, LeftOut | None]:
+    """The `units` hidden units of the largest energy, int64 in ascending order, and a linear map of x for what the others give.
 
     A unit's energy is the sum over sampled tokens of h_j^2, times the squared norm of column j of the down projection: what leaving it out
-    changes in the output, if columns are taken for orthogonal.
+    changes in the output, if columns are taken for orthogonal. The map is fitted to what is left out at these tokens.
     """
-    if units == region.hidden:
-        return None
+    x = as_rows(t[region.x]).detach()
     if sample is None:
-        sample = ops.sample_tokens(as_rows(t[region.x]).detach(), None)
-    chosen: Tensor = ops.choose_units(energy_of(region, t, Ffn(region, t, Units(sample, None), dropout=False).hidden()), units)
-    return chosen
+        sample = ops.sample_tokens(x, None)
+    sampled = Ffn(region, t, Units(sample, None), dropout=False)
+    hidden = sampled.hidden().detach()
+    chosen = ops.choose_units(energy_of(region, t, hidden), units)
+    if not rank:
+        return chosen, None
+    return chosen, ops.fit_linear(x.index_select(0, sample), sampled.down(hidden.index_fill(1, chosen, 0)).detach(), rank)
 
 
 def energy_of(region: FfnRegion, t: Tensors, hidden: Tensor) -> Tensor:

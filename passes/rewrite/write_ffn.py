@@ -125,13 +125,16 @@ class Ffn:
 
     def output(self) -> Tensor:
         """The output of the part's tokens, [tokens, d_out]."""
+        return self.down(self.hidden(), self._tensors[self._region.down.bias])
+
+    def down(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Outputs [tokens, d_out] of hidden values [rows, width], by the down projection and its adapter."""
         down, part, t = self._region.down, self._part, self._tensors
-        hidden = self.hidden()
-        y = part.leave(hidden, self._weight(down, 1), t[down.bias])
+        y = part.leave(hidden, self._weight(down, 1), bias)
         if down.lora is None:
             return y
         a = part.units(t[down.lora.a], 1, None)
-        low = part.dropout(hidden, down.lora.dropout_p, "adapter") if down.lora.dropout_p else hidden
+        low = part.dropout(hidden, down.lora.dropout_p, "adapter") if down.lora.dropout_p and self._dropout else hidden
         low = part.whole(part.leave(cast(low, a.dtype), a))
         return y + product(self._scaled(low, down.lora), t[down.lora.b])
 

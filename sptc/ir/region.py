@@ -240,6 +240,7 @@ class UnitSettings:
     rows: Rows = "all"  # the tokens that it is computed for: nothing reads the output of others
     recompute: bool = False  # backward computes hidden values again from the input, and none is kept
     chunk: int | None = None  # with `recompute`: so many tokens at a time, forward and backward; None: all at once
+    rank: int = 0  # of the linear map of x that stands in for units that are left out; 0: nothing does
 
     @property
     def density(self) -> float:

@@ -90,10 +90,8 @@ def test_data_is_plain_and_adds_up():
     assert data["graphs"] == 2 and [r["graph"] for r in data["regions"]] == [0, 1]
     assert data["totals"]["flops_before"] == sum(r["flops_before"] for r in data["regions"]) > 0
     assert data["totals"]["flops_after"] == sum(r["flops_after"] for r in data["regions"])
-    assert [r["settings"] for r in data["regions"]] == [
-        {"hidden": 64, "units": 32, "context": None, "gradients_only": False, "rows": "all", "recompute": False, "chunk": None},
-        {"hidden": 32, "units": 16, "context": None, "gradients_only": False, "rows": "all", "recompute": False, "chunk": None},
-    ]
+    common = {"context": None, "gradients_only": False, "rows": "all", "recompute": False, "chunk": None, "rank": 0}
+    assert [r["settings"] for r in data["regions"]] == [{"hidden": 64, "units": 32, **common}, {"hidden": 32, "units": 16, **common}]
     assert [p["name"] for p in data["passes"]] == ["lower", "find", "bind", "decide", "weigh_alone"]
 
 

@@ -164,7 +164,7 @@ def kinds_of_operators(training: Training) -> dict[str, float]:
     return {**shares, "rest": max(0.0, 1.0 - sum(shares.values()))}
 
 
-_CHOOSING = ("select_blocks", "choose_units", "sample_tokens", "split_tokens", "rows_where", "in_steps", "sptc::route")
+_CHOOSING = ("select_blocks", "choose_units", "fit_linear", "sample_tokens", "split_tokens", "rows_where", "in_steps", "sptc::route")
 _PRODUCTS = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "onednn::"),
     *("sptc::gather_product", "sptc::scatter_product", "sptc::outer_product", "gemm", "cutlass", "nvjet"),

@@ -58,12 +58,41 @@ def test_units_of_the_largest_energy_in_order() -> None:
     assert 2 in ops.choose_units(energy.index_fill(0, torch.tensor(2), torch.nan), 1)
 
 
+def test_a_linear_map_is_the_ridge_regression_of_its_rank() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 16, dtype=torch.float64)
+    y = x @ torch.randn(16, 3, dtype=torch.float64) @ torch.randn(3, 10, dtype=torch.float64)
+    gram = x @ x.t()
+    expected = gram @ torch.linalg.solve(gram + 0.3 * gram.diagonal().mean() * torch.eye(12, dtype=x.dtype), y)
+    a, b = ops.fit_linear(x, y, 3)
+    torch.testing.assert_close(x @ a.t() @ b.t(), expected)
+    few = ops.fit_linear(x, y, 2)
+    assert 0 < (x @ few[0].t() @ few[1].t() - expected).norm() < expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_linear_map_of_rows_that_tell_nothing(dtype: torch.dtype) -> None:
+    """Rows that are not finite have no say; of none, and of zeros, the map gives zeros."""
+    x, y = torch.randn(6, 8, dtype=dtype), torch.randn(6, 5, dtype=dtype)
+    expected = ops.fit_linear(torch.cat([x, torch.zeros(1, 8, dtype=dtype)]), torch.cat([y, torch.zeros(1, 5, dtype=dtype)]), 2)
+    for row, other in ((torch.nan, 1.0), (1.0, torch.inf)):
+        got = ops.fit_linear(
+            torch.cat([x, torch.full((1, 8), row, dtype=dtype)]), torch.cat([y, torch.full((1, 5), other, dtype=dtype)]), 2
+        )
+        torch.testing.assert_close(got, expected)
+    for rows in (x[:0], torch.zeros_like(x)):
+        a, b = ops.fit_linear(rows, y[: len(rows)], 2)
+        assert a.dtype == b.dtype == dtype and not (x @ a.t() @ b.t()).any()
+
+
 @pytest.mark.parametrize(
     "op, arguments",
     [
         (ops.sample_tokens, (torch.randn(40, 3), mask_of(2, 5))),
         (ops.sample_tokens, (torch.randn(40, 3), None)),
         (ops.choose_units, (torch.randn(9), 4)),
+        (ops.fit_linear, (torch.randn(5, 8), torch.randn(5, 6), 3)),
+        (ops.fit_linear, (torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64), 3)),
         (ops.in_steps, (mask_of(2, 5), mask_of(1))),
         (ops.in_steps, (mask_of(2, 5, size=300), mask_of(1, size=300))),
     ],

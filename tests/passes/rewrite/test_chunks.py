@@ -26,6 +26,7 @@ CHUNKS: dict[str, Any] = {**WHOLE, "ffn.chunk": 13}
 FORMS: dict[str, dict[str, Any]] = {
     "whole": {},
     "units": {"ffn.density": 0.75, "ffn.context_density": None},
+    "linear": {"ffn.density": 0.75, "ffn.context_density": None, "ffn.left_out": "linear"},
     "apart": {"ffn.density": 1.0, "ffn.context_density": 0.25},
 }
 

@@ -80,6 +80,7 @@ def test_gradients_and_loss(ffn: Callable[[], nn.Module], apart: bool, adapted: 
         "recompute": False,
         "chunk": None,
         "rows": "all",
+        "rank": 0,
     }
 
     torch.testing.assert_close(loss.double(), reference(x.double(), labels), rtol=1e-5, atol=0)

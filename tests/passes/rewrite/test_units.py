@@ -20,17 +20,19 @@ from transformers.pytorch_utils import Conv1D
 
 import sptc
 from sptc.backend import compile_graph
-from sptc.codegen.ops.units import sample_tokens
+from sptc.codegen.ops.units import fit_linear, sample_tokens
 from sptc.config import Config
 from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.ffns import CLASSES, HIDDEN, D, Fused, Gated, Model, Plain, batch, hidden_and_output, model_of
 
 ALL = {"decline": "never", "ffn.padding": "compute"}  # of the tokens, whatever reads them
 FORWARD_TOO = {"gradients_only": False, "rows": "all", "recompute": False, "chunk": None}
+RANK = {"linear": -(-D // 4), "nothing": 0}  # of what stands in for units that are left out
 
 
-def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor) -> Tensor:
-    """`ffn(of)`, the hidden units that are not among the `units` of the greatest energy over x[mask] set to 0."""
+def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: Tensor, left_out: str = "nothing") -> Tensor:
+    """`ffn(of)`, the hidden units that are not among the `units` of the greatest energy over x[mask] set to 0, or what they give to a
+    linear map of `of`."""
     sample = sample_tokens(x, mask)
     with torch.no_grad():
         hidden, down = hidden_and_output(ffn, x[sample])
@@ -38,44 +40,62 @@ def over_units(ffn: nn.Module, x: Tensor, mask: Tensor | None, units: int, of: T
         columns = base.weight.square().sum(1 if isinstance(base, Conv1D) else 0)
         energy = hidden.square().sum(0) * columns
         kept = torch.zeros(HIDDEN, dtype=of.dtype).index_fill(0, energy.topk(units).indices, 1.0)
+        a, b = fit_linear(x[sample], down(hidden * (1 - kept)) - down(torch.zeros_like(hidden)), -(-D // 4))
     hidden, down = hidden_and_output(ffn, of)
-    return down(hidden * kept)
+    return down(hidden * kept) + (of @ a.t() @ b.t() if left_out == "linear" else 0.0)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["trained", "lora"])
 @pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
-def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool) -> None:
+@pytest.mark.parametrize("left_out", ["linear", "nothing"])
+def test_all_tokens_alike(ffn: Callable[[], nn.Module], adapted: bool, left_out: str) -> None:
     model = model_of(ffn, adapted)
     reference = copy.deepcopy(model).double()
     x, labels = batch()
-    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.context_density": None, **ALL}))
+    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.3, "ffn.left_out": left_out, **ALL}))
     got = gradients(model, loss := compiled(x, labels))
     (region,) = [r for r in sptc.report(compiled).regions if r.kind == "ffn"]
-    assert region.status == "rewritten" and region.settings == {"hidden": HIDDEN, "units": 10, "context": None, **FORWARD_TOO}
+    assert region.status == "rewritten" and region.settings == {
+        "hidden": HIDDEN,
+        "units": 10,
+        "context": None,
+        **FORWARD_TOO,
+        "rank": RANK[left_out],
+    }
 
     h = reference.first(x.double()).flatten(0, 1)
-    expected = F.cross_entropy(reference.head(h + over_units(reference.ffn, h, None, 10, h)), labels.flatten())
+    expected = F.cross_entropy(reference.head(h + over_units(reference.ffn, h, None, 10, h, left_out)), labels.flatten())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_gradients_close(got, gradients(reference, expected))
 
 
 @pytest.mark.parametrize("counted", ["some", "none", "all"])
 @pytest.mark.parametrize("ffn", [Gated, Fused, Plain])
-def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted: str) -> None:
+@pytest.mark.parametrize("left_out", ["linear", "nothing"])
+def test_tokens_that_count_keep_more_units(ffn: Callable[[], nn.Module], counted: str, left_out: str) -> None:
     model = model_of(ffn, True)
     reference = copy.deepcopy(model).double()
     x, labels = batch()
     if counted != "some":
         labels = torch.full_like(labels, -100) if counted == "none" else labels.clamp(min=0)
-    compiled = torch.compile(model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, **ALL}))
+    compiled = torch.compile(
+        model, backend=without_inductor(**{"ffn.density": 0.75, "ffn.context_density": 0.25, "ffn.left_out": left_out, **ALL})
+    )
     loss = compiled(x, labels)
     # Where next to all tokens of the first batch count, they are all alike.
     context = None if counted == "all" else 8
-    assert sptc.report(compiled).regions[0].settings == {"hidden": HIDDEN, "units": 24, "context": context, **FORWARD_TOO}
+    assert sptc.report(compiled).regions[0].settings == {
+        "hidden": HIDDEN,
+        "units": 24,
+        "context": context,
+        **FORWARD_TOO,
+        "rank": RANK[left_out],
+    }
 
     h = reference.first(x.double()).flatten(0, 1)
     mask = (labels != -100).flatten()
-    y = torch.where(mask[:, None], over_units(reference.ffn, h, mask, 24, h), over_units(reference.ffn, h, ~mask, 8, h))
+    of = ((mask, 24), (~mask, 8)) if counted != "all" else ((None, 24),) * 2
+    y = torch.where(mask[:, None], *(over_units(reference.ffn, h, rows, units, h, left_out) for rows, units in of))
     expected = F.cross_entropy(reference.head(h + y), labels.flatten())
     if counted == "none":
         assert loss.isnan() and expected.isnan()
@@ -99,11 +119,11 @@ def test_a_checkpoint_computes_no_choice_twice(reentrant: bool, monkeypatch: pyt
 
     backend = aot_autograd(fw_compiler=counting, partition_fn=min_cut_rematerialization_partition)
     x, labels = batch()
-    given = {**ALL, "ffn.density": 0.75, "ffn.context_density": 0.25}
+    given = {**ALL, "ffn.density": 0.75, "ffn.context_density": 0.25, "ffn.left_out": "linear"}
     options = Config.from_options(given)
     compiled = torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, options, inner=lambda g, i, _: backend(g, i)))
     got = gradients(model, compiled(x, labels))
-    assert ran.count("sptc.choose_units.default") == 2
+    assert ran.count("sptc.choose_units.default") == ran.count("sptc.fit_linear.default") == 2
     plain = torch.compile(reference, backend=without_inductor(**given))
     assert_gradients_close(got, gradients(reference, plain(x, labels)))
 
@@ -200,8 +220,9 @@ class Padded(nn.Module):
         return F.cross_entropy(self.head(y + self.ffn(y)).flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.parametrize("left_out", ["linear", "nothing"])
 @pytest.mark.parametrize("context", [None, 0.25])
-def test_padding_has_no_say(context: float | None) -> None:
+def test_padding_has_no_say(context: float | None, left_out: str) -> None:
     torch.manual_seed(0)
     model = Padded()
     reference = copy.deepcopy(model).double()
@@ -210,7 +231,7 @@ def test_padding_has_no_say(context: float | None) -> None:
     padding[0, 4:] = 0
     x = torch.where(padding[..., None] == 1, x, 100 * x)
     labels = labels.masked_fill(padding == 0, -100)
-    options = {"ffn.density": 0.5, "ffn.context_density": context, **ALL, "attention.enabled": False}
+    options = {"ffn.density": 0.5, "ffn.context_density": context, "ffn.left_out": left_out, **ALL, "attention.enabled": False}
     compiled = torch.compile(model, backend=without_inductor(**options))
     got = gradients(model, loss := compiled(x, labels, padding))
 
@@ -218,9 +239,9 @@ def test_padding_has_no_say(context: float | None) -> None:
     y = F.scaled_dot_product_attention(q, q, q, attn_mask=padding[:, None, None, :].bool())[:, 0].flatten(0, 1)
     counted, real = (labels != -100).flatten(), padding.flatten() == 1
     if context is None:
-        out = over_units(reference.ffn, y, real, 16, y)
+        out = over_units(reference.ffn, y, real, 16, y, left_out)
     else:
-        parts = over_units(reference.ffn, y, counted, 16, y), over_units(reference.ffn, y, ~counted & real, 8, y)
+        parts = (over_units(reference.ffn, y, rows, units, y, left_out) for rows, units in ((counted, 16), (~counted & real, 8)))
         out = torch.where(counted[:, None], *parts)
     expected = F.cross_entropy(reference.head(y + out), labels.flatten())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
