@@ -27,5 +27,7 @@ def rises(task: Task, variants: Mapping[str, Options], budget: Budget, how: Comp
             if options is not None:
                 options, _ = prepare(objective, batch, options, Path(folder))
             compiled = compile_objective(objective, options, how)
+            if options is not None:
+                compiled(**batch)  # by which densities are measured
             loss = evaluate(compiled, task.held_out, budget.batch, step=0, as_trained=True).loss
         yield name, loss, loss - plain
