@@ -19,6 +19,7 @@ import torch
 from torch import SymInt, Tensor
 
 from sptc.codegen.ops import autocast, units
+from sptc.device.products import by_onednn, fast, linear
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("gather_product(Tensor x, Tensor weight, Tensor tokens, Tensor offsets) -> Tensor")
@@ -32,7 +33,7 @@ def gather_product(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -
     _check(x, weight)
     u = x.new_empty((tokens.shape[0], weight.shape[1]))
     for block, pieces in _used_blocks(offsets, x.shape[0]):
-        b = _fast(weight[block].t())
+        b = fast(weight[block].t())
         for entries in pieces:
             some = _stepped(tokens[entries], x.shape[0])
             u[entries] = _multiply(x.index_select(0, some), b)[: entries.stop - entries.start]
@@ -44,7 +45,7 @@ def scatter_product(h: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, 
     _check(h, weight)
     y = _sums(h, rows, weight.shape[2])
     for block, pieces in _used_blocks(offsets, rows):
-        b = _fast(weight[block])
+        b = fast(weight[block])
         for entries in pieces:
             products = _multiply(_stepped(h[entries], rows), b)[: entries.stop - entries.start]
             y.index_add_(0, tokens[entries], products.to(y.dtype))
@@ -118,23 +119,8 @@ def _stepped(entries: Tensor, tokens: int) -> Tensor:
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] times b [k, n], which is `_fast`."""
-    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.t(), None, "none", [], "") if _by_onednn(b) else a @ b
-
-
-def _fast(b: Tensor) -> Tensor:
-    """The same matrix, copied if oneDNN is to multiply by it and knows no fast way for its strides."""
-    if not _by_onednn(b) or b.is_contiguous() or b.t().is_contiguous():
-        return b
-    return b.contiguous() if b.stride(1) == 1 else b.t().contiguous().t()
-
-
-def _by_onednn(b: Tensor) -> bool:
-    """Whether products by b are oneDNN's and not torch's own: in fp32 it was twice as fast on a processor of AMD as the MKL behind these.
-
-    By a thin matrix, as an adapter has, both are as fast, and MKL makes no kernel for each.
-    """
-    return b.device.type == "cpu" and b.dtype == torch.float32 and min(b.shape) > 64 and torch.backends.mkldnn.is_available()
+    """a [m, k] times b [k, n], which is `fast`."""
+    return linear(a, b.t()) if by_onednn(b) else a @ b
 
 
 def _grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import fx
 from torch.amp.autocast_mode import _exit_autocast
 from torch.fx import Node
 
+from sptc.device.products import linear
 from sptc.ir.region import AttentionRegion, Region, Settings
 from sptc.passes.decide.planned import region_keys
 from sptc.passes.graph.effects import written_by
@@ -22,6 +23,7 @@ from sptc.passes.rewrite.token_lists import insert_tokens
 from sptc.passes.unit import Unit
 
 _DROPOUT = frozenset({torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default})
+_LINEAR = torch.ops.aten.linear.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _ATTENTION_DROPOUT = 4  # position of dropout_p
 
@@ -188,6 +190,8 @@ class Mixed(fx.Interpreter):
                 args = (*args[:_ATTENTION_DROPOUT], 0.0, *args[_ATTENTION_DROPOUT + 1 :])
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
+        if target is _LINEAR and not torch.is_grad_enabled() and not torch.is_autocast_enabled(args[0].device.type):
+            target = linear
         return super().call_function(target, args, kwargs)
 
 
