@@ -19,6 +19,7 @@ from torch.fx import Node
 from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Region, Rows
 from sptc.passes.find.counted import fits
 from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_mask
+from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, frames, operands
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
 from sptc.passes.graph.poles import pole_at_zero
@@ -71,9 +72,10 @@ class _Reader:
         self.axes: dict[Node, Axes | None] = {}
         self.needs: dict[Node, _Read] = {}
         self._padding = padding
+        self._written = {node for frame in self.frames for node in written_values(frame.gm.graph)}
         self._lead = shape(padding) if counted is None or padding is not None else counted.lead
         same = counted is not None and same_size(math.prod(counted.lead), math.prod(self._lead))
-        self._labelled = counted.rows_of if counted is not None and same else None  # what labels are of, if they are of these tokens
+        self._counted = counted if same else None  # if labels are of these tokens
         self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
         self._by_graph = {frame.gm.graph: frame for frame in self.frames}
         self._inside: dict[Node, Region | LossRegion] = {}
@@ -112,7 +114,7 @@ class _Reader:
             return
         known = {n: rows for n in node.all_input_nodes if (rows := self.axes.get(n)) is not None}
         # Rows that are left out are zeros: what would make NaN of them reads all, since a product with 0 leaves NaN as it is.
-        self.axes[node] = axes_after(node, known) if known and not pole_at_zero(node, known) else None
+        self.axes[node] = axes_after(node, known) if known and not pole_at_zero(node, known, self._written) else None
 
     def _follow_region(self, region: Region) -> None:
         if isinstance(region, FfnRegion):
@@ -129,10 +131,14 @@ class _Reader:
         sizes = shape(operand)
         return len(sizes) == 4 and self.axes.get(operand, rows_of(sizes, (0, 2))) == rows_of(sizes, (0, 2))
 
-    def _in_order(self, node: Node) -> bool:
-        """Whether a value's tokens lie in the order of its dimensions: lists of tokens are of those."""
-        rows = self.axes.get(node)
-        return rows is not None and rows == tuple(sorted(rows))
+    def _in_order(self, node: Node, axis: int = -1) -> bool:
+        """Whether a value's tokens are all of its dimensions but `axis`, in their order: lists of tokens, and labels, are of those."""
+        sizes = shape(node)
+        return self.axes.get(node) == rows_of(sizes, [dim for dim in range(len(sizes)) if dim != axis % len(sizes)])
+
+    def _labels_lie(self) -> bool:
+        """Whether labels are of the tokens that lists are of, in their order."""
+        return self._counted is not None and self._in_order(self._counted.rows_of, self._counted.axis)
 
     def read(self, frame: Frame) -> None:
         """Find what is read of every value that follows from an FFN, last first."""
@@ -179,6 +185,8 @@ class _Reader:
 
     def _rows_of_mask(self, node: Node) -> Axes | None:
         """The rows of what is the padding mask in another shape or dtype; None for anything else."""
+        if node in self._written:
+            return None
         if node is self._padding:
             return rows_of(shape(node), range(len(shape(node))))
         if not (op(node) in TRANSPARENT or op(node) in VIEWS or op(node) == "aten.expand.default"):
@@ -194,7 +202,7 @@ class _Reader:
         return max((self.needs.get(user, _Read.ALL) for user in outside), default=_Read.NONE)
 
     def _by_region(self, region: Region | LossRegion, node: Node) -> _Read:
-        if self.axes[node] is None or (isinstance(region, LossRegion) and not (self._labelled and self._in_order(self._labelled))):
+        if self.axes[node] is None or (isinstance(region, LossRegion) and not self._labels_lie()):
             return _Read.ALL
         if isinstance(region, FfnRegion):
             entering = {region.x, *(up.lora.low for up in region.ups if up.lora is not None)}

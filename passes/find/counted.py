@@ -96,8 +96,8 @@ def _counted(gm: fx.GraphModule, losses: Sequence[Node]) -> Counted:
         raise _NotCounted("the loss is of a single label")
     chain = _from_inputs(gm, target)
     known = [*gm.graph.find_nodes(op="placeholder"), *chain]
-    undo, lead, rows_of = _undo(logits, known)
-    return Counted(logits, target, ignored, chain, undo, lead, rows_of)
+    undo, lead, rows_of, axis = _undo(logits, known)
+    return Counted(logits, target, ignored, chain, undo, lead, rows_of, axis)
 
 
 def _from_inputs(gm: fx.GraphModule, target: Node) -> tuple[Node, ...]:
@@ -130,8 +130,9 @@ def _random(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[Any, ...], Node]:
-    """The steps from the rows of the loss's input back to those of what it was before views and slices, their sizes then, and that node."""
+def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[Any, ...], Node, int]:
+    """The steps from the rows of the loss's input back to those of what it was before views and slices, their sizes then, that node, and
+    which of its dimensions is none of rows."""
     node, rows, projected = logits, Rows(known), False
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         name, source = op(node), node.args[0]
@@ -142,4 +143,4 @@ def _undo(logits: Node, known: Sequence[Node]) -> tuple[tuple[Step, ...], tuple[
         elif not rows.back(node):
             break
         node = source
-    return tuple(rows.steps), rows.lead(node), node
+    return tuple(rows.steps), rows.lead(node), node, rows.axis

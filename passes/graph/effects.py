@@ -101,6 +101,16 @@ def alias_sets(graph: Graph) -> UnionFind:
     return sets
 
 
+def written_values(graph: Graph, behind: Node | None = None) -> set[Node]:
+    """The values whose memory the graph writes to, or does behind a node: they may be other than they were computed."""
+    written = [target for node in graph.nodes if behind is None or node > behind for target in written_by(node)]
+    if not written:
+        return set()
+    sets = alias_sets(graph)
+    changed = {sets[target] for target in written}
+    return {node for node in graph.nodes if sets[node] in changed}
+
+
 def reads(node: Node) -> set[Node]:
     """The nodes of its graph that a value may depend on, itself included: also by way of memory, whenever it is written."""
     written = [(writer, target) for writer in node.graph.nodes for target in written_by(writer)]

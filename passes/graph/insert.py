@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sptc.passes.graph.effects import after_writes
+from sptc.passes.graph.effects import after_writes, written_values
 from sptc.passes.graph.modes import autocast_dtype, autocast_like
 from sptc.passes.graph.pattern import value
 
@@ -66,6 +66,15 @@ def insert(before: Node, function: Callable[..., Any], *operands: Any, like: Nod
         meta = {key: original.meta[key] for key in _TRACED if key in original.meta}
         copies[original].meta = meta | {key: like.meta[key] for key in _PLACE if key in like.meta}
     return pytree.tree_unflatten(list(results), returned)
+
+
+def kept(before: Node, nodes: Iterable[Node]) -> dict[Node, Node]:
+    """What an operator before a node is to read in the place of each of `nodes`: a copy of what is written to behind it.
+
+    It keeps what it reads for backward, where the operators that it replaces may not have, so that the user's program could write to it.
+    """
+    written = written_values(before.graph, behind=before)
+    return {node: insert(before, torch.clone, node) if node in written else node for node in nodes}
 
 
 def _kind(node: Node) -> Hashable:

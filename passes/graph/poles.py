@@ -2,62 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
+import torch
 from torch.fx import Node
 
+from sptc.passes.graph.elementwise import elementwise
 from sptc.passes.graph.pattern import COPIES, VIEWS, argument, base_name, plain_number
 
-_POLES = frozenset(
-    f"aten.{name}.default"
-    for name in ("sqrt", "rsqrt", "reciprocal", "log", "log2", "log10", "logit", "acosh", "digamma", "lgamma", "special_entr")
-)
-_QUOTIENTS = frozenset(
+_FINITE = frozenset(
     {
-        f"aten.{name}.{overload}"
-        for name in ("div", "true_divide", "floor_divide", "fmod", "remainder")
-        for overload in ("Tensor", "Tensor_mode")
+        *(
+            "abs",
+            "add",
+            "addcmul",
+            "asin",
+            "asinh",
+            "atan",
+            "atanh",
+            "ceil",
+            "celu",
+            "clamp",
+            "clamp_max",
+            "clamp_min",
+            "clip",
+            "cos",
+            "cosh",
+        ),
+        *(
+            "elu",
+            "erf",
+            "erfc",
+            "exp",
+            "exp2",
+            "expm1",
+            "floor",
+            "fmax",
+            "fmin",
+            "gelu",
+            "hardshrink",
+            "hardsigmoid",
+            "hardswish",
+            "hardtanh",
+        ),
+        *(
+            "leaky_relu",
+            "lerp",
+            "log1p",
+            "logaddexp",
+            "masked_fill",
+            "maximum",
+            "minimum",
+            "mish",
+            "mul",
+            "multiply",
+            "neg",
+            "relu",
+            "relu6",
+        ),
+        *("round", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink", "square", "sub", "tan", "tanh"),
+        *("threshold", "trunc", "where", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not", "logical_or", "logical_xor"),
     }
-    | {"aten.floor_divide.default", "aten.atan2.default", "aten.xlogy.Tensor"}
 )
-_EPSILONS = {"aten.layer_norm.default": 4, "aten.rms_norm.default": 3}
-_SAME_ZEROS = COPIES | VIEWS | {"aten.sqrt.default", "aten.expand.default"}
+"""Operators with a value and a slope at zero, in every operand. Of an operator that is not here, zeros are taken to make NaN."""
+_ROOTS = frozenset({"sqrt", "rsqrt", "reciprocal", "log", "log2", "log10"})  # finite above zero
+_QUOTIENTS = frozenset({"div", "true_divide", "floor_divide", "fmod", "remainder"})
+_POWERS = frozenset({"pow", "float_power"})
+_EPSILONS = {"layer_norm": 4, "rms_norm": 3}
+_SAME_SIGNS = COPIES | VIEWS | {f"aten.{name}" for name in ("sqrt.default", "expand.default", "mean.dim", "sum.dim_IntList")}
+_NOT_NEGATIVE = frozenset({"abs", "square", "exp", "exp2", "sigmoid", "relu", "softplus", "var", "softmax", "cosh"})
 
 
-def pole_at_zero(node: Node, tokens: Container[Node]) -> bool:
+def pole_at_zero(node: Node, tokens: Container[Node], written: Container[Node]) -> bool:
     """Whether rows of zeros in what an operator computes from `tokens` may make it infinite, or its gradient.
 
-    A sum with a positive number, and what is not less than one, is taken to be none: the epsilon of a norm.
+    What is at least a positive number is none: a sum of it and what is not negative, as the variance and epsilon of a norm.
+
+    `written`: values whose memory is written to, which may be other than they were computed.
     """
-    name = base_name(node)
+    name = _function(node)
     if name in _EPSILONS:
         return argument(node, _EPSILONS[name], "eps", 1e-5) == 0
-    if name in _POLES:
-        risky = node.args[0]
-    elif name in _QUOTIENTS:
-        risky = node.args[1]
-    elif name.startswith("aten.pow."):
-        exponent = plain_number(node.args[1])
-        if exponent is not None and exponent >= 1:
-            return False
-        risky = node.args[0]
-    else:
+    if name in _FINITE or not (elementwise(node) or _pointwise(node)):
         return False
-    return isinstance(risky, Node) and risky in tokens and not _positive(risky)
+    exponent = plain_number(node.args[1]) if name in _POWERS else None
+    if (exponent is not None and exponent >= 1) or (name in _POWERS and _is_positive(node.args[0])):
+        return False
+    risky = {1} if name in _QUOTIENTS else {0} if name in _ROOTS or exponent is not None else range(len(node.args))
+    operands = [node.args[i] for i in risky]
+    return any(isinstance(n, Node) and n in tokens and not _at_least(n, _positive, written) for n in operands)
 
 
-def _positive(node: Node) -> bool:
-    while base_name(node) in _SAME_ZEROS:
+def _at_least(node: Node, bound: Callable[[Node, Container[Node]], bool], written: Container[Node]) -> bool:
+    """Whether what a node is, but for its shape, dtype and scale, has a property; not of what is written to."""
+    while base_name(node) in _SAME_SIGNS and node not in written:
         node = node.args[0]  # type: ignore[assignment]
-    name = base_name(node)
-    if name in ("aten.add.Tensor", "aten.add.Scalar"):
-        return any(_is_positive(term) for term in node.args)
-    if name.startswith(("aten.clamp.", "aten.clamp_min.")):
-        return _is_positive(argument(node, 1, "min"))
+    return node not in written and bound(node, written)
+
+
+def _positive(node: Node, written: Container[Node]) -> bool:
+    """Whether a value is at least some positive number."""
+    name = _function(node)
+    if name == "add" and not node.kwargs:
+        return any(_is_positive(a) and _term(b, written) for a, b in (node.args[:2], node.args[1::-1]))  # type: ignore[misc]
+    return name in ("clamp", "clamp_min") and _is_positive(argument(node, 1, "min"))
+
+
+def _not_negative(node: Node, written: Container[Node]) -> bool:
+    name = _function(node)
+    if name in _NOT_NEGATIVE or _positive(node, written):
+        return True
+    if name == "pow":
+        exponent = plain_number(node.args[1])
+        return exponent is not None and exponent % 2 == 0
+    if name in ("mul", "add", "div") and not node.kwargs:
+        a, b = node.args[:2]
+        return (name == "mul" and a is b) or (_term(a, written) and _term(b, written))
     return False
+
+
+def _term(given: Any, written: Container[Node]) -> bool:
+    """Whether an operand, a number or a node, is not negative."""
+    number = plain_number(given)
+    if number is not None:
+        return number >= 0
+    return isinstance(given, Node) and _at_least(given, _not_negative, written)
 
 
 def _is_positive(given: Any) -> bool:
     number = plain_number(given)
     return number is not None and number > 0
+
+
+def _function(node: Node) -> str:
+    """The name of an operator of ATen's without its overload, "" for anything else."""
+    namespace, _, rest = base_name(node).partition(".")
+    return rest.partition(".")[0] if namespace == "aten" else ""
+
+
+def _pointwise(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from sptc.ir.region import AttentionRegion, AttentionSettings, CodebookState, Site
 from sptc.passes.graph.boundary import alias_sets, written_by
-from sptc.passes.graph.insert import cast, insert
+from sptc.passes.graph.insert import cast, insert, kept
 from sptc.passes.graph.pattern import dtype, exchanged, same_size, shape, value
 
 aten = torch.ops.aten
@@ -23,8 +23,8 @@ def rewrite_attention(region: AttentionRegion, settings: AttentionSettings, stat
     """Insert the sparse attention before `region.y`; returns the node that replaces it."""
     mask, y = region.mask, region.y
     trained = () if state is None else (state.codebooks, state.code_sums, state.code_counts)
-    named = (region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink, *trained)
-    nodes = {node: node for node in named if isinstance(node, Node)}
+    read = (region.q, region.k, region.v, *mask.tensors, *mask.sizes, mask.boolean, mask.bias, region.sink)
+    nodes = {**kept(y, [n for n in read if isinstance(n, Node)]), **{n: n for n in trained}}
     form = replace(region, nodes=frozenset(), site=Site("", "")), settings, state  # equal in all layers, but for nodes
     to, own, together, free = dtype(y), _is_told(y), _heads_together(y), _is_free(y)
 

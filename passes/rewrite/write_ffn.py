@@ -20,7 +20,7 @@ from torch.nn.functional import dropout, linear, pad
 
 from sptc.ir.region import FfnRegion, Lora, Projection
 from sptc.passes.graph.elementwise import functional
-from sptc.passes.graph.insert import as_rows, cast, insert, recomputed
+from sptc.passes.graph.insert import as_rows, cast, insert, kept, recomputed
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, dtype, exchanged, op, same_size, shape, value
 
 Tensors = Mapping[Node | None, Any]
@@ -39,8 +39,11 @@ def insert_ffn(region: FfnRegion, form: Callable[..., Tensor], *settings: Any, o
     adapters = [p.lora for p in projections if p.lora is not None]
     numbers = {n for node in region.nodes for n in node.all_input_nodes if isinstance(value(n), torch.SymInt | torch.SymFloat)}
     named = [region.x, *(n for p in projections for n in (p.weight, p.bias)), *(n for a in adapters for n in (a.low, a.a, a.b, a.scaling))]
-    named += [*sorted(numbers), *(n for held in settings if is_dataclass(held) for n in vars(held).values())]
-    nodes = {n: n for n in named if isinstance(n, Node)}
+    trained = [n for held in settings if is_dataclass(held) for n in vars(held).values()]
+    nodes = {
+        **kept(region.y, [n for n in (*named, *sorted(numbers)) if isinstance(n, Node)]),
+        **{n: n for n in trained if isinstance(n, Node)},
+    }
     inside = sorted(region.nodes)
     number: Mapping[Node, Any] = {n: i for i, n in enumerate((*nodes, *inside))}
     spelled = tuple(repr((n.target, map_arg((n.args, n.kwargs), number.get), dtype(n), shape(n))) for n in inside)

@@ -284,7 +284,8 @@ class Counted:
     chain: tuple[Node, ...]  # what computes the target from inputs, in order
     undo: tuple[Step, ...]  # from the rows of the loss to those of the tokens
     lead: tuple[Any, ...]  # sizes of the mask then
-    rows_of: Node  # what has these rows, in this order
+    rows_of: Node  # what has these rows, in this order, and
+    axis: int  # one dimension more: that of the classes, or of what they are computed from
 
 
 @dataclass(frozen=True)

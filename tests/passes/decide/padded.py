@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sptc
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 
 LAYERS = 2  # of the models
 
@@ -25,3 +27,13 @@ def padded() -> dict[str, Tensor]:
 
 def rows(compiled: Any) -> list[str]:
     return [r.settings["rows"] for r in sptc.report(compiled).regions if r.kind == "ffn" and r.settings is not None]
+
+
+def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], **options: Any) -> None:
+    reference = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend=without_inductor(**{**FULL, **options}))
+    loss, expected = compiled(**inputs)[0], reference(**{**inputs, "x": inputs["x"].double()})[0]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
+    assert rows(compiled) == want
+    torch._dynamo.reset()

@@ -20,7 +20,7 @@ from transformers import (
 
 import sptc
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
-from tests.passes.decide.padded import LAYERS, padded, rows
+from tests.passes.decide.padded import LAYERS, assert_small_as_dense, padded, rows
 from tests.passes.ffns import CLASSES, D, Gated
 
 
@@ -344,13 +344,3 @@ def test_keys_may_be_read_behind_a_graph_break() -> None:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(3, 13, D), "labels": torch.tensor([0, 2, 1]), "attention_mask": padded()["attention_mask"]}
     assert_small_as_dense(Broken(), inputs, ["all"])
-
-
-def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: list[str], **options: Any) -> None:
-    reference = copy.deepcopy(model).double()
-    compiled = torch.compile(model, backend=without_inductor(**{**FULL, **options}))
-    loss, expected = compiled(**inputs)[0], reference(**{**inputs, "x": inputs["x"].double()})[0]
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
-    assert rows(compiled) == want
-    torch._dynamo.reset()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from tests.models.compiled import FULL, without_inductor
-from tests.passes.decide.padded import LAYERS, padded, rows
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
+from tests.passes.decide.padded import LAYERS, assert_small_as_dense, padded, rows
 from tests.passes.ffns import CLASSES, D, Gated
 
 
@@ -73,3 +73,69 @@ def test_padding_is_not_that_of_as_many_other_tokens(decoder: bool) -> None:
     compiled = torch.compile(copy.deepcopy(model), backend=without_inductor(**FULL))
     torch.testing.assert_close(compiled(**inputs)[1], model(**inputs)[1])
     assert rows(compiled) == ["visible", "all"]
+
+
+class Pooled(nn.Module):
+    """The mean of rows by a copy of the mask that was written to, or by the mask itself."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.ffn, self.head = how, Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        q = x.view(*x.shape[:2], 2, D // 2).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, q, q, attn_mask=attention_mask[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+        x = x + self.ffn(x)
+        weights = attention_mask if self.how == "the mask itself" else attention_mask.clone()
+        if self.how == "a row":
+            weights[0] = 1
+        elif self.how == "a view":
+            weights[:, 9:].fill_(1)
+        elif self.how != "no write":
+            weights[:, -1] = 1
+        if self.how == "cast later":
+            weights = weights.unsqueeze(-1).to(x.dtype).squeeze(-1)
+        return (F.cross_entropy(self.head((x * weights[..., None]).sum(1)), labels),)
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        ("no write", "visible"),
+        ("the last token", "all"),
+        ("a row", "all"),
+        ("a view", "all"),
+        ("cast later", "all"),
+        ("the mask itself", "all"),
+    ],
+)
+def test_mask_that_was_written_to_is_no_mask_of_padding(how: str, want: str) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 13, D), "labels": torch.tensor([0, 2, 1])}
+    model, mask = Pooled(how), padded()["attention_mask"]
+    reference = copy.deepcopy(model).double()
+    expected = reference(**{**inputs, "x": inputs["x"].double()}, attention_mask=mask.clone())[0]
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    loss = compiled(**inputs, attention_mask=mask.clone())[0]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_gradients_close(gradients(model, loss), gradients(reference, expected))
+    assert rows(compiled) == ["visible" if how == "no write" else "all"]
+    torch._dynamo.reset()
+
+
+class Mixer(nn.Module):
+    """An FFN of features, not of tokens, where there are as many of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.head = Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor]:
+        y = self.ffn(x.transpose(1, 2)).transpose(1, 2)
+        return (F.cross_entropy(self.head(y).view(-1, CLASSES), labels.view(-1)),)
+
+
+def test_features_are_no_tokens_that_count() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(CLASSES, (3, D)).masked_fill(torch.rand(3, D) > 0.4, -100)
+    assert_small_as_dense(Mixer(), {"x": torch.randn(3, D, D), "labels": labels}, ["all"])

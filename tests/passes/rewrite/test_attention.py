@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sptc
-from tests.models.compiled import FULL, without_inductor
+from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 
 N, ODD = 37, 25
 
@@ -94,3 +94,35 @@ def test_what_is_added_to_scores_may_be_whole_numbers(truths, dtype):
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
     assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+
+
+class Widened(nn.Module):
+    """Two layers of attention; a mask that the second one sees more by is written to in place, behind the first."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.spelling, self.qkv = spelling, nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.clone() if self.spelling == "fused" else torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -1e30)
+        for _ in range(2):
+            q, k, v = (t[:, None] for t in self.qkv(x).chunk(3, -1))
+            if self.spelling == "fused":
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                mask[:, 1:] = True
+            else:
+                y = (q @ k.mT / 4 + mask).softmax(-1) @ v
+                mask[:, 1:] = 0.0
+            x = x + y[:, 0]
+        return x
+
+
+@pytest.mark.parametrize("spelling", ["fused", "spelled"])
+def test_mask_may_be_written_to_behind_its_attention(spelling):
+    model, x = Widened(spelling).double(), torch.randn(2, N, 16, dtype=torch.double)
+    compiled = torch.compile(model, backend=without_inductor(**FULL))
+    want, got = model(x, CAUSAL), compiled(x, CAUSAL)
+    torch.testing.assert_close(got, want)
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"] * 2
+    assert_gradients_close(gradients(model, got.square().sum()), gradients(model, want.square().sum()))

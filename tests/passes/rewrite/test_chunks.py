@@ -214,3 +214,27 @@ def test_inductor_takes_the_programs(dtype: torch.dtype) -> None:
         got = gradients(model, compiled(x, labels))
     assert chunk_of(compiled) == 13
     assert_gradients_close(got, gradients(reference, reference(x.double(), labels)), 1e-5 if dtype == torch.float32 else 5e-2)
+
+
+class Added(nn.Module):
+    """A frozen FFN whose output is added to its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.ffn = nn.Linear(D, D), Gated().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x += self.ffn(x)
+        return x.square().sum()
+
+
+@pytest.mark.parametrize("options", [CHUNKS, {"ffn.selector": "router", "ffn.density": 1.0, "decline": "never"}], ids=["chunks", "router"])
+def test_input_may_be_written_to_behind_it(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Added(), torch.randn(41, D)
+    reference = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend=without_inductor(**options))
+    got = gradients(model, compiled(x))
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
+    assert_gradients_close(got, gradients(reference, reference(x.double())))
