@@ -27,9 +27,11 @@ _CONVOLUTIONS = frozenset({"aten.conv1d.default", "aten.conv2d.default", "aten.c
 _SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 _TURNS = frozenset({"aten.transpose.int", "aten.permute.default", "aten.mT.default", "aten.t.default", "aten.numpy_T.default"})
 _CHOICES = frozenset({"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"})
-_BENDS = re.compile(  # functions that are no line
+_BENDS = re.compile(  # functions that are no line, and no arithmetic, which norms are made of
     r"aten\.(relu|relu6|hardtanh|leaky_relu|elu|selu|celu|softplus|gelu|silu|mish|hardswish|hardsigmoid|sigmoid|tanh|exp|expm1|erf|glu|"
-    r"prelu|_prelu_kernel|rrelu|log_sigmoid|threshold|hardshrink|softshrink|softsign|clamp|clamp_min|clamp_max|maximum|minimum)\.default"
+    r"prelu|_prelu_kernel|rrelu|log_sigmoid|threshold|hardshrink|softshrink|softsign|clamp|clamp_min|clamp_max|maximum|minimum|fmax|fmin|"
+    r"sin|cos|tan|asin|acos|atan|atan2|arctan2|sinh|cosh|asinh|acosh|atanh|erfc|erfinv|sinc|exp2|log|log2|log10|log1p|logaddexp|xlogy|"
+    r"round|floor|ceil|trunc|fix|frac|sign|sgn|copysign|heaviside|remainder|fmod|hypot|logit|lgamma|digamma)\.(default|Tensor|Scalar)"
 )
 _MANY = 8  # sources of a value; from there on it is the residual stream
 

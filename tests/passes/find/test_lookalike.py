@@ -194,6 +194,9 @@ FFN_LIKE = {
     "convolution": (Convolution, "operator"),
     "by-cases": (lambda: Between(lambda h: torch.where(h > 0, h, torch.expm1(h))), "between"),
     "own-condition": (lambda: Bent(lambda h: torch.where(h > 0, h, 0.1 * h)), "between"),
+    "sine": (lambda: Bent(torch.sin), "between"),
+    "rounded": (lambda: Bent(lambda h: h + (h.round() - h).detach()), "between"),
+    "by-angle": (lambda: Bent(lambda h: torch.atan2(h, h * h + 1)), "between"),
     "clamped-halves": (lambda: Bent(halves), "between"),
     "sorted": (lambda: Between(lambda h: h.sort(-1).values), "between"),
 }
