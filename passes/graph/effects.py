@@ -7,6 +7,7 @@ other than checkpoints are Python as Dynamo wrote it, where `h.add_(a)` has no u
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from typing import Any
@@ -65,13 +66,15 @@ def written_by(node: Node) -> list[Node]:
         return _written_by_body(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    arguments = node.target._schema.arguments
-    return [
-        tensor
-        for i, spec in enumerate(arguments)
-        if (spec.alias_info is not None and spec.alias_info.is_write) or spec.name in _STATISTICS
-        for tensor in _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(spec.name))
-    ]
+    args = node.args
+    return [tensor for i, name in _changed(node.target) for tensor in _nodes(args[i] if i < len(args) else node.kwargs.get(name))]
+
+
+@functools.cache
+def _changed(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes to."""
+    arguments = enumerate(target._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if (a.alias_info is not None and a.alias_info.is_write) or a.name in _STATISTICS)
 
 
 def alias_sets(graph: Graph) -> UnionFind:
