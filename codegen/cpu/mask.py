@@ -147,8 +147,14 @@ class CpuMask:
         return Ranges(b, h, torch.arange(tiles).unsqueeze(1), torch.arange(blocks), self.query_block, self.key_block, self.n, self.m)
 
     def _pair_bounds(self) -> list[tuple[Tensor, Tensor, bool]]:
-        """(possible, certain, tight) of every operand."""
-        found = [(*c.bounds(self._ranges(c), self.tensors, self.sizes), c.tight) for c in self.predicate.conjuncts]
+        """(possible, certain, tight) of every operand; possible for each batch row and head that the operand looks at."""
+        found = []
+        for conjunct in self.predicate.conjuncts:
+            ranges = self._ranges(conjunct)
+            some, every = conjunct.bounds(ranges, self.tensors, self.sizes)
+            # A bound may be the same for all rows where the elements, which are looked at next, are not.
+            some = some.expand(torch.broadcast_shapes(some.shape, ranges.b.shape, ranges.h.shape))
+            found.append((some, every, conjunct.tight))
         for operand in self._tensor_operands():
             some = _by_blocks(operand, self.query_block, self.key_block, False, Tensor.any)
             found.append((some, _by_blocks(operand, self.query_block, self.key_block, True, Tensor.all), True))

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Region, Rows
 from sptc.passes.find.counted import fits
@@ -84,8 +84,9 @@ class _Reader:
         self._rewritten = rewritten
         attentions = [r for r in unit.regions if isinstance(r, AttentionRegion)]
         self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
-        # A graph without labels may end at a graph break, behind which keys are read by anything.
-        self._cached = set() if counted is None else set().union(*self._keys.values())
+        # Behind a graph break anything reads what the graph returns; a graph without labels may end at one.
+        self._broken = counted is None or _breaks(unit.gm)
+        self._cached = set() if self._broken else set().union(*self._keys.values())
         hides = [r for r in attentions if padding is not None and hiding(r, self._by_graph) is padding]
         self._padded = {n for r in hides for n in self._stream(r.k)}  # what keys are computed from, token by token
 
@@ -221,7 +222,7 @@ class _Reader:
 
     def _beside(self, node: Node) -> _Read:
         """What is read of what the graph returns beside its loss: all of a decoder as long as its encoder, whose padding it is."""
-        return _Read.ALL if self._padded.isdisjoint(self._stream(node)) else _Read.VISIBLE
+        return _Read.ALL if self._broken or self._padded.isdisjoint(self._stream(node)) else _Read.VISIBLE
 
     def _stream(self, node: Node) -> Iterator[Node]:
         """The values with as many tokens that a value is computed from, itself included; of attention, what its queries are."""
@@ -259,6 +260,12 @@ def _with_cache(operand: Node) -> Iterator[Node]:
     for user in operand.users:
         if op(user) == "aten.cat.default" and all(part is operand or empty(part) for part in user.args[0]):  # type: ignore[union-attr]
             yield user
+
+
+def _breaks(gm: GraphModule) -> bool:
+    """Whether the graph ends where Dynamo broke it, and not where the function returns."""
+    why: Any = getattr(gm, "compile_subgraph_reason", None)
+    return why is not None and bool(why.graph_break)
 
 
 def _flat(returned: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 
 from sptc.ir.predicate import Binary, Element, Index, Literal, parse
 from sptc.ir.region import AttentionRegion
+from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, frames, input_index, outermost
 from sptc.passes.graph.pattern import argument, dtype, op, same_size, shape
 from sptc.passes.unit import Unit
@@ -65,7 +66,10 @@ def first_is_seen(region: AttentionRegion) -> bool:
 
 
 def hiding(region: AttentionRegion, by_graph: Mapping[Graph, Frame]) -> Node | None:
-    """The input [batch, keys] of the outermost graph by which attention hides the keys where it is 0, whatever looks at them."""
+    """The input [batch, keys] of the outermost graph by which attention hides the keys where it is 0, whatever looks at them.
+
+    None where the graph writes to it, be it before, between or behind its attentions: tokens that it hides here it may show there.
+    """
     for conjunct in parse(region.mask.predicate).conjuncts:
         tree = conjunct.tree
         if isinstance(tree, Binary) and tree.operator == "!=" and tree.right == Literal(0):
@@ -73,6 +77,6 @@ def hiding(region: AttentionRegion, by_graph: Mapping[Graph, Frame]) -> Node | N
         if isinstance(tree, Element) and tree.indices == (Index("b"), Index("k")):
             node = region.mask.tensors[tree.position]
             node = outermost(node, by_graph[node.graph])
-            if node.op == "placeholder" and len(shape(node)) == 2:
+            if node.op == "placeholder" and len(shape(node)) == 2 and node not in written_values(node.graph):
                 return node
     return None

@@ -1,4 +1,7 @@
-"""Operators that have no finite value, or no finite slope, at zero: rows of zeros in place of others would become NaN behind them."""
+"""Operators that may have no finite value, or no finite slope, where an FFN's row is left out.
+
+A row of zeros stands for it there, and what is added to it makes any number of that. Behind such an operator it would become NaN.
+"""
 
 from __future__ import annotations
 
@@ -9,64 +12,20 @@ import torch
 from torch.fx import Node
 
 from sptc.passes.graph.elementwise import elementwise
-from sptc.passes.graph.pattern import COPIES, VIEWS, argument, base_name, plain_number
+from sptc.passes.graph.pattern import COPIES, VIEWS, argument, base_name, dtype, plain_number
 
 _FINITE = frozenset(
     {
-        *(
-            "abs",
-            "add",
-            "addcmul",
-            "asin",
-            "asinh",
-            "atan",
-            "atanh",
-            "ceil",
-            "celu",
-            "clamp",
-            "clamp_max",
-            "clamp_min",
-            "clip",
-            "cos",
-            "cosh",
-        ),
-        *(
-            "elu",
-            "erf",
-            "erfc",
-            "exp",
-            "exp2",
-            "expm1",
-            "floor",
-            "fmax",
-            "fmin",
-            "gelu",
-            "hardshrink",
-            "hardsigmoid",
-            "hardswish",
-            "hardtanh",
-        ),
-        *(
-            "leaky_relu",
-            "lerp",
-            "log1p",
-            "logaddexp",
-            "masked_fill",
-            "maximum",
-            "minimum",
-            "mish",
-            "mul",
-            "multiply",
-            "neg",
-            "relu",
-            "relu6",
-        ),
-        *("round", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink", "square", "sub", "tan", "tanh"),
-        *("threshold", "trunc", "where", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not", "logical_or", "logical_xor"),
+        *("abs", "add", "addcmul", "asinh", "atan", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "cosh", "elu"),
+        *("eq", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmax", "fmin", "ge", "gelu", "gt", "hardshrink", "hardsigmoid"),
+        *("hardswish", "hardtanh", "le", "leaky_relu", "lerp", "logaddexp", "logical_and", "logical_not", "logical_or", "logical_xor"),
+        *("lt", "masked_fill", "maximum", "minimum", "mish", "mul", "multiply", "ne", "neg", "relu", "relu6", "round", "rsub", "selu"),
+        *("sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink", "square", "sub", "tan", "tanh", "threshold", "trunc"),
+        "where",
     }
 )
-"""Operators with a value and a slope at zero, in every operand. Of an operator that is not here, zeros are taken to make NaN."""
-_ROOTS = frozenset({"sqrt", "rsqrt", "reciprocal", "log", "log2", "log10"})  # finite above zero
+"""Operators with a value and a slope everywhere, in every operand. Of one that is not here it is taken that they may have none."""
+_ABOVE = frozenset({"sqrt", "rsqrt", "reciprocal", "log", "log2", "log10", "log1p"})  # finite above zero
 _QUOTIENTS = frozenset({"div", "true_divide", "floor_divide", "fmod", "remainder"})
 _POWERS = frozenset({"pow", "float_power"})
 _EPSILONS = {"layer_norm": 4, "rms_norm": 3}
@@ -75,9 +34,9 @@ _NOT_NEGATIVE = frozenset({"abs", "square", "exp", "exp2", "sigmoid", "relu", "s
 
 
 def pole_at_zero(node: Node, tokens: Container[Node], written: Container[Node]) -> bool:
-    """Whether rows of zeros in what an operator computes from `tokens` may make it infinite, or its gradient.
+    """Whether an operator may be infinite, or its gradient, where rows of what it computes from `tokens` are left out.
 
-    What is at least a positive number is none: a sum of it and what is not negative, as the variance and epsilon of a norm.
+    Not where what must be positive is: a sum of a positive number and what is not negative, as the variance and epsilon of a norm.
 
     `written`: values whose memory is written to, which may be other than they were computed.
     """
@@ -87,26 +46,28 @@ def pole_at_zero(node: Node, tokens: Container[Node], written: Container[Node]) 
     if name in _FINITE or not (elementwise(node) or _pointwise(node)):
         return False
     exponent = plain_number(node.args[1]) if name in _POWERS else None
-    if (exponent is not None and exponent >= 1) or (name in _POWERS and _is_positive(node.args[0])):
+    if name in _POWERS and (_exceeds(node.args[0], 0.0) or (exponent is not None and exponent >= 1 and exponent.is_integer())):
         return False
-    risky = {1} if name in _QUOTIENTS else {0} if name in _ROOTS or exponent is not None else range(len(node.args))
+    bound = _not_negative if name == "log1p" or (exponent is not None and exponent >= 1) else _positive
+    risky = {1} if name in _QUOTIENTS else {0} if name in _ABOVE or exponent is not None else range(len(node.args))
     operands = [node.args[i] for i in risky]
-    return any(isinstance(n, Node) and n in tokens and not _at_least(n, _positive, written) for n in operands)
+    return any(isinstance(n, Node) and n in tokens and not _at_least(n, bound, written) for n in operands)
 
 
 def _at_least(node: Node, bound: Callable[[Node, Container[Node]], bool], written: Container[Node]) -> bool:
     """Whether what a node is, but for its shape, dtype and scale, has a property; not of what is written to."""
-    while base_name(node) in _SAME_SIGNS and node not in written:
+    while base_name(node) in _SAME_SIGNS and node not in written and _is_real(node):
         node = node.args[0]  # type: ignore[assignment]
     return node not in written and bound(node, written)
 
 
 def _positive(node: Node, written: Container[Node]) -> bool:
-    """Whether a value is at least some positive number."""
-    name = _function(node)
+    """Whether a value is at least some positive number, not so small that slopes there exceed its dtype."""
+    name, kind = _function(node), dtype(node)
+    least = torch.finfo(kind).max ** -0.5 if kind is not None and kind.is_floating_point else 0.0
     if name == "add" and not node.kwargs:
-        return any(_is_positive(a) and _term(b, written) for a, b in (node.args[:2], node.args[1::-1]))  # type: ignore[misc]
-    return name in ("clamp", "clamp_min") and _is_positive(argument(node, 1, "min"))
+        return any(_exceeds(a, least) and _term(b, written) for a, b in (node.args[:2], node.args[1::-1]))  # type: ignore[misc]
+    return name in ("clamp", "clamp_min") and _exceeds(argument(node, 1, "min"), least)
 
 
 def _not_negative(node: Node, written: Container[Node]) -> bool:
@@ -130,9 +91,15 @@ def _term(given: Any, written: Container[Node]) -> bool:
     return isinstance(given, Node) and _at_least(given, _not_negative, written)
 
 
-def _is_positive(given: Any) -> bool:
+def _exceeds(given: Any, least: float) -> bool:
     number = plain_number(given)
-    return number is not None and number > 0
+    return number is not None and number > least
+
+
+def _is_real(node: Node) -> bool:
+    """Whether it is no cast to integers, which makes 0 of what is between 0 and 1."""
+    kind = dtype(node)
+    return kind is not None and kind.is_floating_point
 
 
 def _function(node: Node) -> str:

@@ -174,3 +174,20 @@ def test_default_blocks_leave_a_choice_and_grow_with_length():
             assert 2 * query_block <= max(density * n, 32) and key_block <= query_block
     assert default_blocks(512, 512, 1 / 8, own=True) == (32, 16)
     assert default_blocks(5, 3, 0.1) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    "predicate", ["t0[(19 * b) + k] != 0", "t0[(19 * b) + ((k + 1) % 19)] != 0", "(t0[(19 * b) + q] != 0) & (t0[(19 * b) + k] != 0)"]
+)
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_mask_of_all_sequences_in_one_row(predicate, where):
+    """Bounds of its elements are those of all sequences; blocks are allowed by each sequence's own."""
+    q, k, v, *_ = (x.double() for x in case(b=3))
+    rows = (torch.arange(19) < torch.tensor([[4], [11], [19]])).flip(0 if where == "last" else ()).flatten()
+    spec = (predicate, [rows.long()], [], None, None)
+    b, i, j = torch.arange(3).view(-1, 1, 1, 1), torch.arange(19).view(-1, 1), torch.arange(19)
+    shown = rows[19 * b + ((j + 1) % 19 if "%" in predicate else j)]
+    shown = (shown & rows[19 * b + i]) if "q" in predicate else shown
+    want = (q @ k.repeat_interleave(2, 1).mT * 0.35).masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num() @ v.repeat_interleave(2, 1)
+    ids, counts, *_ = ops.select_blocks(q, k, None, *spec, "pooled", 1.0, 0.35, 4, 4, False, False)
+    torch.testing.assert_close(ops.sparse_attention(q, k, v, ids, counts, *spec, None, 0.0, 0.35, 4, 4, "u0", None)[0], want)

@@ -35,5 +35,5 @@ def assert_small_as_dense(model: nn.Module, inputs: dict[str, Tensor], want: lis
     loss, expected = compiled(**inputs)[0], reference(**{**inputs, "x": inputs["x"].double()})[0]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_gradients_close(gradients(model, loss), gradients(reference, expected))
-    assert rows(compiled) == want
+    assert (got := rows(compiled)) == want, got
     torch._dynamo.reset()

@@ -344,3 +344,28 @@ def test_keys_may_be_read_behind_a_graph_break() -> None:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(3, 13, D), "labels": torch.tensor([0, 2, 1]), "attention_mask": padded()["attention_mask"]}
     assert_small_as_dense(Broken(), inputs, ["all"])
+
+
+class BrokenBehindItsLoss(nn.Module):
+    """Logits, or keys, are read by another loss behind a graph break."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.ffn, self.head = what, Gated(), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        k = self.ffn(x).view(*x.shape[:2], 2, D // 2).transpose(1, 2)
+        y = F.scaled_dot_product_attention(k, k, k, attn_mask=attention_mask[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+        logits = self.head(x + self.ffn(y))
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        torch._dynamo.graph_break()
+        return (loss + 0.1 * (logits.logsumexp(-1) if self.what == "logits" else k).square().mean(),)
+
+
+@pytest.mark.parametrize("what", ["logits", "keys"])
+def test_what_is_returned_beside_a_loss_may_be_read_behind_a_graph_break(what: str) -> None:
+    torch.manual_seed(0)
+    batch = padded()
+    inputs = {"x": torch.randn(3, 13, D), "labels": batch["labels"] % CLASSES, "attention_mask": batch["attention_mask"]}
+    inputs["labels"][batch["labels"] == -100] = -100
+    assert_small_as_dense(BrokenBehindItsLoss(what), inputs, ["all", "all"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BartConfig, BartForConditionalGeneration
 
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
@@ -75,6 +76,11 @@ def test_padding_is_not_that_of_as_many_other_tokens(decoder: bool) -> None:
     assert rows(compiled) == ["visible", "all"]
 
 
+def attended(x: Tensor, mask: Tensor) -> Tensor:
+    q = x.view(*x.shape[:2], 2, D // 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=mask[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+
+
 class Pooled(nn.Module):
     """The mean of rows by a copy of the mask that was written to, or by the mask itself."""
 
@@ -83,9 +89,12 @@ class Pooled(nn.Module):
         self.how, self.ffn, self.head = how, Gated(), nn.Linear(D, CLASSES)
 
     def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        q = x.view(*x.shape[:2], 2, D // 2).transpose(1, 2)
-        x = F.scaled_dot_product_attention(q, q, q, attn_mask=attention_mask[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+        x = attended(x, attention_mask)
         x = x + self.ffn(x)
+        if self.how == "before a checkpoint":
+            attention_mask[:, -1] = 1
+            x = checkpoint(attended, x, attention_mask, use_reentrant=False)
+            return (F.cross_entropy(self.head(x[:, 0]), labels),)
         weights = attention_mask if self.how == "the mask itself" else attention_mask.clone()
         if self.how == "a row":
             weights[0] = 1
@@ -107,6 +116,7 @@ class Pooled(nn.Module):
         ("a view", "all"),
         ("cast later", "all"),
         ("the mask itself", "all"),
+        ("before a checkpoint", "all"),
     ],
 )
 def test_mask_that_was_written_to_is_no_mask_of_padding(how: str, want: str) -> None:
