@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from sptc.ir.condition import Size
+from sptc.ir.condition import Element, Size
 from sptc.passes.graph.effects import alias_sets, written_by
 from sptc.passes.graph.pattern import dtype, op, plain_number, same_size, shape, value
 from sptc.passes.graph.site import called
@@ -66,7 +66,10 @@ class Reader:
         rule = RULES.get(op(node) or node.op)
         if rule is not None:
             try:
-                return exact(rule(self, node, at), dtype(node))
+                term = exact(rule(self, node, at), dtype(node))
+                # What it wrote to is no longer what it read.
+                if not any(isinstance(atom, Element) and node in self._writers_of(atom.position) for atom in terms.atoms(term)):
+                    return term
             except Unreadable:
                 pass
         return _leaf(node, at)

@@ -79,10 +79,10 @@ def exact(term: Term, kind: torch.dtype | None) -> Term:
 
 
 def _within(number: Number, low: int, high: int, floating: bool) -> bool:
-    """Whether the values of a number lie between two. What is no position is taken to be: constants, flags cast or in a floating sum."""
+    """Whether the values of a number lie between two. Of a floating sum constants and flags are taken to."""
     if isinstance(number, terms.Cases):
         return _within(number.then, low, high, floating) and _within(number.other, low, high, floating)
-    if all(isinstance(atom, Element) for atom, _ in number.terms) and (floating or number.is_constant or number.atom is not None):
+    if floating and all(isinstance(atom, Element) for atom, _ in number.terms):
         return True
     if not all(c == int(c) for _, c in number.terms) or not math.isfinite(number.constant):
         return True  # no comparison reads it

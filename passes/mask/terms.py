@@ -22,6 +22,7 @@ from sptc.passes.graph.pattern import dtype
 from sptc.passes.mask.bounds import EVERYWHERE
 
 _MAX_CHOICES = 32
+_ROUNDING = 2**-6  # relative, twice that of bf16: nearer fractions may be equal in the program, or not
 
 
 class Unreadable(Exception):
@@ -182,7 +183,8 @@ def absolute(a: Number) -> Number:
 
 def _split(a: Linear, divisor: int) -> tuple[Linear, Linear]:
     """(multiple, rest) with a == divisor * multiple + rest, taking all terms whose coefficient `divisor` divides."""
-    if divisor <= 0 or any(c != int(c) for _, c in a.terms) or not _finite_integer(a.constant):
+    whole = all(_finite_integer(c) for c in (a.constant, *(c for _, c in a.terms)))
+    if divisor <= 0 or not whole or any(isinstance(atom, Element) and floating(atom) for atom, _ in a.terms):
         raise Unreadable("a quotient of what is not an integer")
     high = tuple((atom, int(c) // divisor) for atom, c in a.terms if c % divisor == 0)
     low = tuple((atom, c) for atom, c in a.terms if c % divisor)
@@ -271,6 +273,9 @@ def compare(operator: str, a: Number, b: Number) -> Truth:
     if isinstance(b, Cases):
         return select(b.condition, compare(operator, a, b.then), compare(operator, a, b.other))
     if a.is_constant and b.is_constant:
+        fractions = any(math.isfinite(x.constant) and x.constant != int(x.constant) for x in (a, b))
+        if fractions and math.isclose(a.constant, b.constant, rel_tol=_ROUNDING):
+            raise Unreadable("constants that a dtype may round apart, or together")
         return bool(OPERATORS[operator](a.constant, b.constant))
     difference = subtract(a, b)
     assert isinstance(difference, Linear)

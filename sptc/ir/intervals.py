@@ -268,7 +268,12 @@ class OverRanges(Intervals[Tensor]):
             else:
                 low, high = low.amin(axis, keepdim=True), high.amax(axis, keepdim=True)
                 picks.append(torch.zeros((), dtype=torch.int64, device=values.device))
-        return Interval(low[tuple(picks)], high[tuple(picks)])
+        return Interval(widened(low[tuple(picks)]), widened(high[tuple(picks)]))
+
+
+def widened(values: Tensor) -> Tensor:
+    """`values`, int64 if they are narrower integers: arithmetic with them must not wrap around, and none but int64 is an index."""
+    return values if values.dtype == torch.bool or values.dtype.is_floating_point else values.long()
 
 
 def _reduced(values: Tensor, axis: int, step: int, reduce: Callable[..., Tensor]) -> Tensor:

@@ -43,7 +43,7 @@ from sptc.ir.condition import (
     text_of,
     walk,
 )  # fmt: skip
-from sptc.ir.intervals import OverRanges, Ranges, tight
+from sptc.ir.intervals import OverRanges, Ranges, tight, widened
 
 INDICES = ("b", "h", "q", "k")
 _ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
@@ -228,7 +228,7 @@ def _evaluate(tree: Expression, names: dict[str, Tensor], tensors: Sequence[Tens
         case Size(position):
             return torch.tensor(int(sizes[position]), device=device)
         case Element(position, indices):
-            return tensors[position][tuple(_evaluate(index, names, tensors, sizes, device) for index in indices)]
+            return widened(tensors[position][tuple(_evaluate(index, names, tensors, sizes, device) for index in indices)])
         case Not(operand):
             return _truth(_evaluate(operand, names, tensors, sizes, device)).logical_not()
         case Binary(operator, left, right):

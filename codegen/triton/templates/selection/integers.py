@@ -26,7 +26,7 @@ def modulo_bounds(low, high, divisor):
 
 @triton.jit
 def element(pointer, live):
-    """What `pointer` points to where `live`, a bool tensor to which it broadcasts; bools as integers.
+    """What `pointer` points to where `live`, a bool tensor to which it broadcasts; bools as integers, integers as int64.
 
     A pointer that is the same along an axis is read once along it.
     """
@@ -39,4 +39,8 @@ def element(pointer, live):
         value = tl.load(pointer, mask=live, other=0)
     else:
         value = tl.load(pointer)
-    return value.to(tl.int32) if value.dtype == tl.int1 else value
+    if value.dtype == tl.int1:
+        value = value.to(tl.int32)
+    elif tl.constexpr(value.dtype.is_int()):  # arithmetic with narrow ones must not wrap around
+        value = value.to(tl.int64)
+    return value
