@@ -19,7 +19,7 @@ import torch
 from torch import SymInt, Tensor
 
 from sptc.codegen.ops import autocast, units
-from sptc.device.products import by_onednn, fast, linear
+from sptc.device.products import fast, linear
 
 _lib = torch.library.Library("sptc", "FRAGMENT")
 _lib.define("gather_product(Tensor x, Tensor weight, Tensor tokens, Tensor offsets) -> Tensor")
@@ -120,7 +120,7 @@ def _stepped(entries: Tensor, tokens: int) -> Tensor:
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] times b [k, n], which is `fast`."""
-    return linear(a, b.t()) if by_onednn(b) else a @ b
+    return linear(a, b.t())
 
 
 def _grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:

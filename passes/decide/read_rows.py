@@ -22,7 +22,7 @@ from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_ma
 from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, frames, operands
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
-from sptc.passes.graph.poles import pole_at_zero
+from sptc.passes.graph.poles import may_be_infinite
 from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of
 from sptc.passes.unit import Unit
 
@@ -115,7 +115,7 @@ class _Reader:
             return
         known = {n: rows for n in node.all_input_nodes if (rows := self.axes.get(n)) is not None}
         # Rows that are left out are zeros: what would make NaN of them reads all, since a product with 0 leaves NaN as it is.
-        self.axes[node] = axes_after(node, known) if known and not pole_at_zero(node, known, self._written) else None
+        self.axes[node] = axes_after(node, known) if known and not may_be_infinite(node, known, self._written) else None
 
     def _follow_region(self, region: Region) -> None:
         if isinstance(region, FfnRegion):

@@ -27,6 +27,11 @@ def elementwise(node: Node) -> bool:
     return _base(node) in _ELEMENTWISE
 
 
+def pointwise(node: Node) -> bool:
+    """Whether each element is computed from those at the same place: by an operator of an activation's, or one that torch tags so."""
+    return elementwise(node) or (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags)
+
+
 def function(node: Node) -> bool:
     """Whether it is a function with a name of its own, such as a gate has, and no arithmetic."""
     return _base(node) in _FUNCTIONS

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sptc.passes.graph.elementwise import elementwise
+from sptc.passes.graph.elementwise import pointwise
 from sptc.passes.graph.pattern import COPIES, VIEWS, argument, base_name, dtype, plain_number
 
 _FINITE = frozenset(
@@ -33,7 +33,7 @@ _SAME_SIGNS = COPIES | VIEWS | {f"aten.{name}" for name in ("sqrt.default", "exp
 _NOT_NEGATIVE = frozenset({"abs", "square", "exp", "exp2", "sigmoid", "relu", "softplus", "var", "softmax", "cosh"})
 
 
-def pole_at_zero(node: Node, tokens: Container[Node], written: Container[Node]) -> bool:
+def may_be_infinite(node: Node, tokens: Container[Node], written: Container[Node]) -> bool:
     """Whether an operator may be infinite, or its gradient, where rows of what it computes from `tokens` are left out.
 
     Not where what must be positive is: a sum of a positive number and what is not negative, as the variance and epsilon of a norm.
@@ -43,7 +43,7 @@ def pole_at_zero(node: Node, tokens: Container[Node], written: Container[Node]) 
     name = _function(node)
     if name in _EPSILONS:
         return argument(node, _EPSILONS[name], "eps", 1e-5) == 0
-    if name in _FINITE or not (elementwise(node) or _pointwise(node)):
+    if name in _FINITE or not pointwise(node):
         return False
     exponent = plain_number(node.args[1]) if name in _POWERS else None
     if name in _POWERS and (_exceeds(node.args[0], 0.0) or (exponent is not None and exponent >= 1 and exponent.is_integer())):
@@ -106,7 +106,3 @@ def _function(node: Node) -> str:
     """The name of an operator of ATen's without its overload, "" for anything else."""
     namespace, _, rest = base_name(node).partition(".")
     return rest.partition(".")[0] if namespace == "aten" else ""
-
-
-def _pointwise(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags

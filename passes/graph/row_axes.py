@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from sptc.ir.hint import optimization_hint
-from sptc.passes.graph.elementwise import elementwise
+from sptc.passes.graph.elementwise import pointwise
 from sptc.passes.graph.pattern import COPIES, VIEWS, argument, op, same_size, shape
 from sptc.passes.graph.rows import order_of
 
@@ -44,7 +44,7 @@ def axes_after(node: Node, axes: Mapping[Node, Axes]) -> Axes | None:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return None
     name = op(node)
-    if name == "aten.dropout.default" or name in COPIES or elementwise(node) or torch.Tag.pointwise in node.target.tags:
+    if name == "aten.dropout.default" or name in COPIES or pointwise(node):
         return _of_elements(node, given, axes)
     if name in ("aten.cat.default", "aten.stack.default"):
         return _joined(node, given, axes) if name == "aten.cat.default" else None

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, as `aten.linear`, of x [..., k] and W [n, k]; without gradients, and outside of autocast, where oneDNN multiplies."""
-    if all(plain(t) for t in (x, weight, bias) if t is not None) and by_onednn(weight) and x.dtype == weight.dtype:
+    """x W^T + b of x [..., k] and W [n, k], as `aten.linear`. Not to be differentiated, nor under an autocast that is to cast."""
+    if all(_plain(t) for t in (x, weight, bias) if t is not None) and by_onednn(weight) and x.dtype == weight.dtype:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), fast(weight), bias, "none", [], "")
     return torch.ops.aten.linear.default(x, weight, bias)
 
 
-def plain(x: Tensor) -> bool:
+def _plain(x: Tensor) -> bool:
     """Whether it is no subclass, which computes products in its own way (quantized, distributed)."""
     return type(x) in (Tensor, nn.Parameter)
 

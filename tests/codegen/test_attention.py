@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 from itertools import accumulate
 
 import pytest
@@ -235,7 +236,7 @@ def test_operands_of_wrong_shapes_are_errors():
 def test_predicates_compute_as_python_does(text, dtype, kind, monkeypatch):
     if kind == "kernels":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        if dtype.is_floating_point and "t0[b, k] //" in text.replace("%", "//"):
+        if dtype.is_floating_point and "t0" in text and re.search("//|%", text):
             pytest.skip("no mask that is read has a quotient of fractions")
     q, k, v = (heads(2, 1, 24, 16, torch.float32 if kind == "kernels" else torch.float64, seed) for seed in range(3))
     tensor = torch.arange(-10 if dtype.is_signed else 0, 38 if dtype.is_signed else 48).view(2, 24).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +35,7 @@ def run(x: Tensor, weight: Tensor) -> tuple[Tensor, list[str]]:
     return y, called.names
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 def test_products_are_of_the_faster_library() -> None:
     x, weight = torch.randn(4, 128), torch.randn(128, 128)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sptc
 from tests.models.compiled import FULL, assert_gradients_close, gradients, without_inductor
 
 B, N, D = 3, 11, 8
@@ -65,4 +66,5 @@ def test_attention_is_the_dense_one(name: str) -> None:
     compiled = torch.compile(model, backend=without_inductor(**FULL))
     want, got = model(x, given.clone()), compiled(x, given.clone())
     torch.testing.assert_close(got, want)
+    assert [r.status for r in sptc.report(compiled).regions] == ["rewritten"]
     assert_gradients_close(gradients(model, got.square().sum()), gradients(model, want.square().sum()))
