@@ -29,8 +29,9 @@ VARIANTS = {
     "inductor": Variant("inductor", "inductor"),
     # Only the settings by which AOTAutograd's partitioner keeps little, as objective "memory" has them: without any rewrite.
     "inductor-lean": Variant("inductor-lean", "inductor", keeps_little=True),
-    # Nothing left out, and logits returned as they are by default.
+    # Nothing left out; logits, which nothing uses, are deferred, as by default, or computed in every step.
     "exact": Variant("exact", "spt", {"max_rise": 0.0}),
+    "kept": Variant("kept", "spt", {"max_rise": 0.0, "loss.logits": "keep"}),
     # The loss alone, which is exact.
     "loss": Variant("loss", "spt", {"attention.enabled": False, "ffn.enabled": False, "loss.logits": "drop"}),
     # Besides, backward computes hidden values of FFNs again: exact as well.

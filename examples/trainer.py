@@ -13,7 +13,7 @@ BATCH, STEPS = 4, 20
 
 model, tokenizer = load(next(iter(sys.argv[1:]), None))
 # In place, instead of TrainingArguments(torch_compile=True): Trainer takes the model as it is. It reads logits in evaluation only.
-model.compile(backend="spt", options={"loss.logits": "drop"})
+model.compile(backend="spt")
 
 arguments = TrainingArguments(
     output_dir="checkpoints",

@@ -23,7 +23,7 @@ class ModelsLoss(SFTTrainer):
 
 model, tokenizer = load(next(iter(sys.argv[1:]), None))
 model.get_base_model().enable_input_require_grads = lambda: None  # a hook that reentrant checkpoints alone need, and that cuts the graph
-model.compile(backend="spt", options={"loss.logits": "drop"})  # nothing reads logits in training
+model.compile(backend="spt")
 
 arguments = SFTConfig(
     output_dir="checkpoints",

@@ -10,7 +10,7 @@ from torch import fx
 
 from sptc.config import Config
 from sptc.ir.plan import Plan
-from sptc.ir.region import Counted, Decision, LossRegion, Refusal, Region, Rows, State
+from sptc.ir.region import Counted, Decision, Deferral, LossRegion, Refusal, Region, Rows, State
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Unit:
     unmatched: tuple[str, ...] = ()  # patterns of option `exclude` that name no region
     losses: tuple[LossRegion, ...] = ()  # exact whatever the options: neither plans nor states know them
     dropped: tuple[int, ...] = ()  # results of the rewritten graph that are None where the captured one returns logits
+    deferred: Mapping[int, Deferral] = field(default_factory=dict)  # in place of these results it returns what they are computed from
     handles: tuple[tuple[int, int], ...] = ()  # results of the rewritten graph without gradient, and which results are their handles
     states: Mapping[Region, State] = field(default_factory=dict)  # regions of a prepared model
     counted: Counted | str | None = None  # which tokens count in the loss, or why that is not known; None: without a loss, or not asked

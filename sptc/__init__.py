@@ -11,7 +11,7 @@ from sptc.config import Config, ConfigError
 from sptc.ir.errors import SptcError
 from sptc.ir.plan import Plan
 from sptc.model.compiled import report
-from sptc.model.dropped import DroppedLogitsError
+from sptc.model.logits import DroppedLogitsError, StaleLogitsError
 from sptc.paper.prepare import detach, prepare
 from sptc.paper.saved import StateError, load_state, save_state
 from sptc.paper.state import step
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Report",
     "SptcError",
+    "StaleLogitsError",
     "StateError",
     "bench",
     "detach",

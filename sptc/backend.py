@@ -28,6 +28,7 @@ from sptc.device.fingerprint import fingerprint
 from sptc.device.heap import give_back
 from sptc.ir.plan import Plan
 from sptc.model.compiled import CompiledGraph
+from sptc.model.logits import deferred_logits
 from sptc.model.recompiles import limit_note
 from sptc.model.wrapped import refuse_wrapped_model
 from sptc.passes import ANALYSIS, PIPELINE, REWRITING
@@ -132,7 +133,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], config: Config,
         with _keeping_little(unit, rewritten):
             compiled, dropped = inner(unit.gm if rewritten else gm, example_inputs, config), unit.dropped
         if unit.handles:
-            compiled = joined(compiled, unit.handles)
+            deferred = {place: functools.partial(deferred_logits, how.gm, how.inputs) for place, how in unit.deferred.items()}
+            compiled = joined(compiled, unit.handles, deferred)
         called = _summary.gather(report, config, example_inputs)
     except (TorchDynamoException, ConfigError):
         raise  # Dynamo restarts a capture this way; a wrong option or state is the user's to mend

@@ -88,10 +88,11 @@ class Config:
     )
     max_rise: float = _option("max_rise", 0.005, "of densities 'auto': how much the loss may rise before training, relative, at least 0")
     loss_enabled: bool = _option("loss.enabled", True, "rewrite losses: only labels that count cost anything, and no logits are kept")
-    loss_logits: Literal["keep", "drop"] = _option(
+    loss_logits: Literal["defer", "keep", "drop"] = _option(
         "loss.logits",
-        "keep",
-        "logits that a graph with gradients returns beside its loss: 'keep' computes them all, 'drop' returns a tensor that raises",
+        "defer",
+        "logits that a graph with gradients returns beside its loss: 'defer' computes them once something uses them, 'keep' in every step, "
+        "'drop' returns a tensor that raises",
     )
     inference: Literal["dense", "sparse"] = _option(
         "inference", "dense", "graphs without gradients; with trained routers or codebooks they are sparse unless this is given"

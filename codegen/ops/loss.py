@@ -47,20 +47,20 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, count, *grads, _ = output
-    x, weight, bias, low, up, _, logits, _, mean, _, _, returned, _, need = inputs
+    x, weight, bias, low, up, _, _, _, mean, _, _, returned, _, need = inputs
     asked = ctx.needs_input_grad[: len(need)]
     if unforeseen := [i for i, (wanted, known) in enumerate(zip(asked, need, strict=True)) if wanted and not known]:
         raise AssertionError(f"sptc::linear_cross_entropy: gradients of operands {unforeseen} are asked for and were not computed")
-    ctx.mark_non_differentiable(*output[1 : -1 if logits is not None else None])
+    ctx.mark_non_differentiable(*output[1 : -1 if returned else None])
     ctx.set_materialize_grads(False)
     _, of_weight, _, of_low, of_up = asked
     read = (x, weight, bias, low, up)
-    if logits is None:
+    if not returned:
         read = (None,) * 5
     elif returned == "u0":  # else logits are computed again
         read = (x if of_weight else None, weight, None, low if of_up else None, up if of_low else None)
     ctx.save_for_backward(count, *read, *(grad for grad, wanted in zip(grads, asked, strict=True) if wanted))
-    ctx.asked, ctx.mean, ctx.inputs, ctx.kept, ctx.returned = asked, mean, len(inputs), logits is not None, returned
+    ctx.asked, ctx.mean, ctx.inputs, ctx.returned = asked, mean, len(inputs), returned
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -75,7 +75,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tup
         # Where no label counts the mean is NaN, and so may be what it is given; gradients are zeros.
         factor = factor.where(count > 0, 0)
         grads = [grad * factor for grad in saved]
-    if ctx.kept and handle is not None:
+    if ctx.returned and handle is not None:
         torch.ops.sptc.add_gradients_of_logits_(grads, handle, x, weight, bias, low, up, ctx.returned, list(ctx.asked))
     left = iter(grads)
     return (*(next(left) if wanted else None for wanted in ctx.asked), *[None] * (ctx.inputs - len(ctx.asked)))

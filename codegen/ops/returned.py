@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,19 +47,19 @@ class _Apart(torch.autograd.Function):
 
 class _Returned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, handle: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, handle: Tensor, shown: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.set_materialize_grads(False)
-        return value.detach()  # no view of `value`, so that users may write to it
+        return shown(value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None, None]:
         (gradient,) = gradients
         if gradient is None:
-            return None, None
+            return None, None, None
         handle: Tensor = torch.ops.sptc.hand_over(gradient)
         if not torch.compiler.is_compiling():  # where backward fails before it is found, it goes with the graph
             weakref.finalize(ctx, _handed.pop, int(handle), None)
-        return None, handle
+        return None, handle, None
 
 
 def apart(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,19 +117,26 @@ def handed(handle: Tensor) -> Tensor | None:
     return found
 
 
-def joined(call: Callable[..., Sequence[Any]], handles: Sequence[tuple[int, int]]) -> Callable[..., list[Any]]:
+def joined(
+    call: Callable[..., Sequence[Any]],
+    handles: Sequence[tuple[int, int]],
+    deferred: Mapping[int, Callable[[Tensor, Sequence[Any]], Tensor]],
+) -> Callable[..., list[Any]]:
     """A call of a graph whose results get their gradients back.
 
     Args:
         call: returns the results of a graph, handles behind all others.
         handles: which result belongs to which handle, by position.
+        deferred: makes a result, by position, of what the graph returned in its place and the arguments of the call.
     """
     first = min(handle for _, handle in handles)
 
     def joining(*args: Any) -> list[Any]:
         results = [*call(*args)]
         for place, handle in handles:
-            results[place] = _Returned.apply(results[place], results[handle])  # type: ignore[no-untyped-call]
+            # As it is it would be a view of what the graph returned, and users may not write to that.
+            shown = partial(deferred[place], arguments=args) if place in deferred else torch.detach  # type: ignore[call-arg]
+            results[place] = _Returned.apply(results[place], results[handle], shown)  # type: ignore[no-untyped-call]
         return results[:first]
 
     return joining

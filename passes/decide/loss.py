@@ -10,7 +10,7 @@ from sptc.ir.hint import optimization_hint
 from sptc.ir.region import Decision, LossRegion, LossSettings, Refusal
 from sptc.passes.decide.cost import LossShape, dense_loss, kept_for_backward, loss_by_rows
 from sptc.passes.find.loss import needed
-from sptc.passes.find.returned import logits_given
+from sptc.passes.find.returned import ends_at_a_break, logits_given, source_of
 from sptc.passes.graph.pattern import shape, value
 from sptc.passes.unit import Unit
 
@@ -26,11 +26,12 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
 
     `recorded`: gradients are recorded where it stands.
     """
-    keep = bool(region.returned) and unit.config.loss_logits == "keep"
+    keep = bool(region.returned) and unit.config.loss_logits != "drop"
     besides = keep or bool(region.readers)
     given = logits_given(unit, region, keep) if besides else None
-    settings = LossSettings(_rows(region)) if given is None else LossSettings(_rows(region), True, *given)
-    sizes = _shape(unit, region, besides)
+    deferred = given is not None and _deferred(unit, region, given[0])
+    settings = LossSettings(_rows(region)) if given is None else LossSettings(_rows(region), not deferred, *given, deferred)
+    sizes = _shape(unit, region, besides and not deferred)
     costs = dense_loss(sizes, unit.device).at({}), loss_by_rows(sizes, unit.device).at({})
     dense, by_rows = costs
     features = sizes.d
@@ -51,14 +52,22 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
             results = f", the graph returns them ({returned})" if returned else ""
             reason = f"{reading} reads its logits{results}, and the loss can't take them from there"
         return Refusal("loss", "logits", region.y, reason, region.site)
-    logits = f", and the logits that the graph returns ({returned}) are {'computed besides' if keep else 'dropped'}" if returned else ""
+    how = "computed once they are used" if deferred else "computed besides" if keep else "dropped"
+    logits = f", and the logits that the graph returns ({returned}) are {how}" if returned else ""
     logits += f", and those that {reading} reads are computed besides" if reading else ""
     return Decision(region, True, f"pays: {kept}{logits}", settings, *costs)
 
 
 def keeps_logits(decision: Decision) -> bool:
-    """Whether the graph goes on computing all logits of a loss that is rewritten."""
-    return isinstance(decision.settings, LossSettings) and decision.settings.given
+    """Whether something but a loss that is rewritten may read its logits, those of all rows."""
+    return isinstance(decision.settings, LossSettings) and (decision.settings.given or decision.settings.deferred)
+
+
+def _deferred(unit: Unit, region: LossRegion, place: int | None) -> bool:
+    """Whether the logits that the graph returns are computed once something uses them. Code behind a graph break is taken to use them."""
+    if unit.config.loss_logits != "defer" or place is None or region.readers or ends_at_a_break(unit.gm):
+        return False
+    return source_of(unit, region, place) is not None
 
 
 def _rows(region: LossRegion) -> int:

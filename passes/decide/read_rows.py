@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Region, Rows
 from sptc.passes.find.counted import fits
 from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_mask
+from sptc.passes.find.returned import ends_at_a_break
 from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, frames, operands
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
@@ -85,7 +86,7 @@ class _Reader:
         attentions = [r for r in unit.regions if isinstance(r, AttentionRegion)]
         self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
         # Behind a graph break anything reads what the graph returns; a graph without labels may end at one.
-        self._broken = counted is None or _breaks(unit.gm)
+        self._broken = counted is None or ends_at_a_break(unit.gm)
         self._cached = set() if self._broken else set().union(*self._keys.values())
         hides = [r for r in attentions if padding is not None and hiding(r, self._by_graph) is padding]
         self._padded = {n for r in hides for n in self._stream(r.k)}  # what keys are computed from, token by token
@@ -260,12 +261,6 @@ def _with_cache(operand: Node) -> Iterator[Node]:
     for user in operand.users:
         if op(user) == "aten.cat.default" and all(part is operand or empty(part) for part in user.args[0]):  # type: ignore[union-attr]
             yield user
-
-
-def _breaks(gm: GraphModule) -> bool:
-    """Whether the graph ends where Dynamo broke it, and not where the function returns."""
-    why: Any = getattr(gm, "compile_subgraph_reason", None)
-    return why is not None and bool(why.graph_break)
 
 
 def _flat(returned: Any) -> Iterator[Any]:

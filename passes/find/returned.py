@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 from torch._inductor import config as inductor_config
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sptc.ir.hint import optimization_hint
 from sptc.ir.region import LossRegion
-from sptc.passes.graph.effects import alias_sets, written_by
+from sptc.passes.graph.effects import alias_sets, has_effects, written_by
 from sptc.passes.graph.pattern import VIEWS, dtype, op, requires_grad, shape, transparent, under_views, value
 from sptc.passes.graph.row_axes import empty
 from sptc.passes.unit import Unit
@@ -58,7 +58,7 @@ def logits_given(unit: Unit, region: LossRegion, keep: bool) -> tuple[int | None
     if not _as_projected(region):
         return None
     if not returned:
-        return None, "u0"
+        return None, ""
     places = [place for place in large_results(unit) if results_of(output)[place] in returned]
     if len(places) != 1 or len(returned) != 1:
         return None
@@ -69,6 +69,42 @@ def logits_given(unit: Unit, region: LossRegion, keep: bool) -> tuple[int | None
     if node is not region.logits or tuple(mapped) not in ((), region.mapped):
         return None
     return places[0], region.transform if mapped else "u0"
+
+
+def source_of(unit: Unit, region: LossRegion, place: int) -> tuple[Node, ...] | None:
+    """What the logits that the graph returns at `place` are computed by, when that is done once they are used.
+
+    The nodes behind the input of the projection, in the order of the graph, inputs of the graph among them. None where logits would not be
+    the same then: what is drawn at random, weights that are trained, and whatever is written to or shares memory with what others see.
+    """
+    x, graph = region.projection.x, unit.gm.graph
+    (output,) = graph.find_nodes(op="output")
+    seen: set[Node] = set()
+    waiting = [results_of(output)[place]]
+    while waiting:
+        node = waiting.pop()
+        if node is x or node in seen:
+            continue
+        if node.op == "placeholder":
+            known = value(node)
+            if isinstance(known, Tensor) and (requires_grad(node) or is_traceable_wrapper_subclass(known)):
+                return None
+        elif node.op != "call_function" or has_effects(node) or "device" in node.kwargs:
+            return None
+        seen.add(node)
+        waiting += node.all_input_nodes
+    sets = alias_sets(graph)
+    visible = [n for n in (*graph.find_nodes(op="placeholder"), *results_of(output)) if isinstance(n, Node)]
+    written = {sets[target] for node in graph.nodes for target in written_by(node)}
+    if any(sets[node] is sets[x] for node in visible) or any(sets[node] in written for node in (x, *seen)):
+        return None
+    return tuple(node for node in graph.nodes if node in seen)
+
+
+def ends_at_a_break(gm: GraphModule) -> bool:
+    """Whether a graph ends where Dynamo broke it, and not where the function returns."""
+    why: Any = getattr(gm, "compile_subgraph_reason", None)
+    return why is not None and bool(why.graph_break)
 
 
 def _as_projected(region: LossRegion) -> bool:

@@ -12,11 +12,13 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from sptc.ir import expression
-from sptc.ir.region import LossRegion, LossSettings
+from sptc.ir.region import Deferral, LossRegion, LossSettings
 from sptc.passes.find.loss import needed
+from sptc.passes.find.returned import source_of
 from sptc.passes.graph.insert import as_rows, cast, insert
 from sptc.passes.graph.pattern import dtype
 from sptc.passes.graph.rows import brought_back, sized
+from sptc.passes.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,21 @@ def drop_returned(graph: fx.Graph, logits: tuple[Node, ...]) -> tuple[int, ...]:
     dropped = tuple(i for i, result in enumerate(results) if result in logits)
     output.args = (type(results)(None if i in dropped else result for i, result in enumerate(results)),)
     return dropped
+
+
+def defer_returned(unit: Unit, region: LossRegion, place: int) -> Deferral:
+    """Let the graph return the input of the projection in place of its logits; returns how these are computed from it."""
+    nodes = source_of(unit, region, place)
+    assert nodes is not None, "decide defers only what can be"
+    (output,) = unit.gm.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    inputs = unit.gm.graph.find_nodes(op="placeholder")
+    given = [node for node in nodes if node.op == "placeholder"]
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in (region.projection.x, *given)}
+    for node in nodes:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[results[place]])
+    output.args = (type(results)(region.projection.x if i == place else result for i, result in enumerate(results)),)
+    return Deferral(fx.GraphModule(unit.gm, graph), tuple(inputs.index(node) for node in given))

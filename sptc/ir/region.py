@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 Kind = Literal["attention", "ffn", "loss"]
 Rows = Literal["all", "visible", "counted"]
@@ -269,9 +269,18 @@ class LossSettings:
 
     rows: int  # at a time, at most
     given: bool = False  # all logits are computed besides, and it takes those that count of them; else it computes these itself
-    kept: int | None = None  # the graph's result that are the given logits, if a gradient may come for it
-    returned: str = "u0"  # what that result is, a function of the logits as the region's `transform`
+    kept: int | None = None  # the graph's result that are its logits, if a gradient may come for it
+    returned: str = ""  # what that result is, a function of the logits as the region's `transform`; "" without one
+    deferred: bool = False  # that result is computed when something outside uses it
     density: float = 1.0  # exact whatever the settings
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """How logits that a graph returned are computed once something uses them."""
+
+    gm: GraphModule  # of the input of their projection, then of some inputs of the graph
+    inputs: tuple[int, ...]  # which these are
 
 
 @dataclass(frozen=True)

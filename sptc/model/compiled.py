@@ -20,7 +20,7 @@ from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_lis
 
 from sptc.ir.errors import SptcError
 from sptc.model.capture import called_modules
-from sptc.model.dropped import dropped_logits
+from sptc.model.logits import dropped_logits
 from sptc.model.outside import outside_note
 from sptc.model.recompiles import limit_note
 from sptc.reports.report import Report

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 import sptc
-from sptc.model.dropped import DroppedLogits
+from sptc.model.logits import DeferredLogits, DroppedLogits
 from sptc.passes.find import returned as find_returned
 from tests.models.compiled import gradients, without_inductor
 from tests.passes.find.losses import (
@@ -196,20 +196,28 @@ RETURNED: dict[str, tuple[Loss, bool]] = {
 }
 
 
-@pytest.mark.parametrize("head", ["linear", "adapter"])
+RETURNING: dict[str, tuple[Callable[[], nn.Module], str]] = {  # and what is said of logits that are returned
+    "trained": (lambda: nn.Linear(D, CLASSES), "computed besides"),
+    "adapter": (lambda: Adapted(), "computed besides"),
+    "frozen": (lambda: nn.Linear(D, CLASSES).requires_grad_(False), "computed once they are used"),
+}
+
+
+@pytest.mark.parametrize("head", RETURNING)
 @pytest.mark.parametrize("name", RETURNED)
 def test_logits_that_are_returned(name, head, monkeypatch):
-    loss, taken = RETURNED[name]
-    assert_returned(Model(loss, Adapted() if head == "adapter" else None), taken, monkeypatch)
+    (loss, taken), (build, said) = RETURNED[name], RETURNING[head]
+    assert_returned(Model(loss, build()), said if taken else None, monkeypatch)
 
 
 @pytest.mark.parametrize("returned", ["with", "without"])
 def test_logits_that_are_returned_with_a_bias_that_is_added_and_without(returned, monkeypatch):
-    assert_returned(Prior(returned), returned == "with", monkeypatch)
+    assert_returned(Prior(returned), "computed besides" if returned == "with" else None, monkeypatch)
 
 
-def assert_returned(model: nn.Module, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss takes logits as they are, for the rows that count; what they give outside reaches every gradient."""
+def assert_returned(model: nn.Module, said: str | None, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """The loss is computed for the rows that count, and what its logits give outside reaches every gradient; `said` of them in the report,
+    None where the loss is left as it is."""
     monkeypatch.setattr(find_returned, "_LEAST", 0)
     reference, (x, labels) = copy.deepcopy(model).double(), batch()
 
@@ -218,11 +226,12 @@ def assert_returned(model: nn.Module, taken: bool, monkeypatch: pytest.MonkeyPat
 
     for used in (lambda outputs: outputs[0], both):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend=without_inductor(**ALONE))
+        compiled = torch.compile(model, backend=without_inductor(**ALONE, **options))
         outputs, wanted = compiled(x, labels), reference(x.double(), labels)
         (row,) = (r for r in sptc.report(compiled).regions if r.kind == "loss")
-        assert (row.status, row.rule) == (("rewritten", None) if taken else ("refused", "logits"))
-        assert not taken or row.reason.endswith(" are computed besides")
+        assert (row.status, row.rule) == (("refused", "logits") if said is None else ("rewritten", None))
+        assert said is None or row.reason.endswith(f" are {said}")
+        assert isinstance(outputs[1], DeferredLogits) == (said == "computed once they are used")
         for got, want in zip(outputs, wanted, strict=True):
             torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
         assert_same(gradients(model, used(outputs)), gradients(reference, used(wanted)))
@@ -249,7 +258,7 @@ READ: dict[str, tuple[Loss, str | None]] = {  # and the rule of the refusal
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("logits", ["keep", "drop"])
+@pytest.mark.parametrize("logits", ["defer", "keep", "drop"])
 @pytest.mark.parametrize("name", READ)
 def test_logits_that_something_reads_without_gradient(name, logits, monkeypatch):
     monkeypatch.setattr(find_returned, "_LEAST", 0)
@@ -296,6 +305,12 @@ class Adapted(nn.Module):
         return self.base(x) + self.b(self.a(x)) * 0.5
 
 
+@pytest.mark.parametrize("name", [name for name in RETURNED if RETURNED[name][1]])
+def test_logits_of_a_frozen_head_are_kept_as_asked(name, monkeypatch):
+    model = Model(RETURNED[name][0], nn.Linear(D, CLASSES).requires_grad_(False))
+    assert_returned(model, "computed besides", monkeypatch, **{"loss.logits": "keep"})
+
+
 def test_dropped_logits_raise_when_used():
     model = Model(lambda y, t: (cross_entropy(*flat(y, t)), y, y.detach().float(), y.mean()))
     _, _, (row,) = compiled_gradients(model, *batch(), **{"loss.logits": "drop"})
@@ -334,7 +349,7 @@ def test_options():
     model = Model(SPELLINGS["mean"][0])
     assert refused(model, *batch(), **{"loss.enabled": False}).reason == "option 'loss.enabled' is False"
     assert refused(model, *batch(), exclude=["head"]).reason == "option 'exclude' names it: 'head'"
-    with pytest.raises(sptc.ConfigError, match=r"'loss\.logits' must be one of 'keep', 'drop'"):
+    with pytest.raises(sptc.ConfigError, match=r"'loss\.logits' must be one of 'defer', 'keep', 'drop'"):
         without_inductor(**{"loss.logits": "none"})
 
 

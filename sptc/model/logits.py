@@ -1,0 +1,189 @@
+"""What a compiled graph returns for logits that its loss does not need: computed when they are used, or an error that says so.
+
+A loss is computed for some rows at a time and needs no logits of all tokens; most training steps read the loss alone. With option
+`loss.logits="defer"` who does read logits finds what the model gives, with its gradient, and pays for it then. With "drop" they raise.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sptc.ir.errors import SptcError
+
+# What tells a kind of tensor and not its content: whoever only passes outputs on, such as a wrapper for mixed precision, asks for these.
+_KIND = frozenset({"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse"})
+
+
+class DroppedLogitsError(SptcError, RuntimeError):
+    """Logits were used that were not computed."""
+
+
+class StaleLogitsError(SptcError, RuntimeError):
+    """Logits were first used after a tensor that they are computed from had changed."""
+
+
+class DroppedLogits(Tensor):
+    """An empty tensor in place of logits. Whatever reads more of it than its dtype and device raises DroppedLogitsError."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        owner = getattr(func, "__self__", None)  # the property that a getter belongs to
+        if getattr(func, "__name__", "") == "__get__" and getattr(owner, "__name__", "") in _KIND:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        name = getattr(owner, "__name__", None) or getattr(func, "__name__", str(func))
+        raise DroppedLogitsError(
+            f"{name} of logits that were not computed: the model was compiled with "
+            "options={'loss.logits': 'drop'}, which gives the loss without them wherever gradients are recorded. Run the model under "
+            "torch.no_grad() for logits, or compile it without that option, which computes logits when they are used"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return "DroppedLogits()"
+
+
+def dropped_logits() -> Tensor:
+    return torch.empty(0).as_subclass(DroppedLogits)
+
+
+class _Once:
+    """A value that is computed when it is first asked for, without gradient, and copies of it that are computed from it."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute: Callable[[], Tensor] | None = compute
+        self._value: Tensor | None = None
+        self._copies: list[weakref.ref[_Once]] = []
+
+    @property
+    def computed(self) -> bool:
+        return self._value is not None
+
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> _Once:
+        """A copy of the value, computed when it is asked for, or as soon as the value is in hands that may write to it."""
+        later = _Once(lambda: copy(self._own()))
+        if self.computed:
+            later._own()
+        self._copies.append(weakref.ref(later))
+        return later
+
+    @torch.compiler.disable
+    def value(self) -> Tensor:
+        value = self._own()
+        for made in self._copies:
+            if (later := made()) is not None:
+                later._own()
+        self._copies.clear()
+        return value
+
+    def _own(self) -> Tensor:
+        if self._value is None:
+            assert self._compute is not None
+            with torch.no_grad():
+                self._value, self._compute = self._compute(), None
+        return self._value
+
+
+class DeferredLogits(Tensor):
+    """Logits that are computed when something reads more of them than their shape, dtype or device; to autograd a tensor like any other.
+
+    Every operator reaches `__torch_dispatch__`, below autograd; what reads memory without one is overridden here. `torch.compile` does not
+    trace into it: code that it compiles goes on, behind a graph break, with what an operator made of the logits.
+    """
+
+    _once: _Once
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    @torch.compiler.disable
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # What wrappers for mixed precision and loggers do with every output need not be a use.
+        if func is torch.ops.aten.detach.default:
+            return _standing_for(args[0], args[0]._once)
+        if func is torch.ops.aten._to_copy.default and not {"device", "layout"} & kwargs.keys():
+            (logits,), cast = args, partial(func, **kwargs)
+            like = cast(torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta"))
+            return _standing_for(like, logits._once.copied(cast), logits.device)
+        computed = pytree.tree_map_only(DeferredLogits, lambda logits: logits._once.value(), (args, kwargs))
+        result = func(*computed[0], **computed[1])
+        in_place = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable and result is computed[0][0]
+        return args[0] if in_place else result
+
+    def _plain(self) -> Tensor:
+        return self._once.value().detach().requires_grad_(self.requires_grad)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._plain().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self._plain().tolist()
+
+    def data_ptr(self) -> int:
+        return self._plain().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self._plain().untyped_storage()
+
+    def __dlpack__(self, **how: Any) -> Any:
+        return self._plain().__dlpack__(**how)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(self._plain(), memo)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self._plain())
+
+
+def deferred_logits(gm: fx.GraphModule, inputs: Sequence[int], x: Tensor, arguments: Sequence[Any]) -> Tensor:
+    """Logits that are computed when they are used.
+
+    Args:
+        gm: computes them from `x` and some inputs of the compiled graph.
+        inputs: which these are.
+        x: the input of their projection, [..., d], without gradient.
+        arguments: those that the compiled graph was called with.
+    """
+    operands = [x, *(arguments[place] for place in inputs)]
+    states = list(map(_state, operands))
+
+    def compute() -> Tensor:
+        if list(map(_state, operands)) != states:
+            raise StaleLogitsError(
+                "logits were first used after a tensor that they are computed from had changed: use them before weights or inputs "
+                "change, or compile the model with options={'loss.logits': 'keep'}, which computes them in every step"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = gm(*operands)
+        return logits
+
+    like = gm(*pytree.tree_map_only(Tensor, lambda t: t.to("meta"), operands))
+    return _standing_for(like, _Once(compute), x.device)
+
+
+def _standing_for(like: Tensor, once: _Once, device: torch.device | None = None) -> DeferredLogits:
+    """A tensor of the sizes, strides and dtype of `like` that computes itself."""
+    sizes, strides, device = like.shape, like.stride(), device or like.device
+    logits: DeferredLogits = Tensor._make_wrapper_subclass(DeferredLogits, sizes, strides, dtype=like.dtype, device=device)
+    torch._C._set_throw_on_mutable_data_ptr(logits)  # an extension that reads the memory itself raises, instead of crashing
+    logits._once = once
+    return logits
+
+
+def _state(operand: Any) -> tuple[int, int] | None:
+    """What differs once a tensor has changed: in place, by another one behind `.data`, or by a sharded weight that was freed."""
+    return None if not isinstance(operand, Tensor) or operand.is_inference() else (operand._version, operand.data_ptr())
