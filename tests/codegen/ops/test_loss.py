@@ -54,7 +54,7 @@ def by_op(
     need: tuple[bool, ...] = (True,) * 5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     leaves = {name: value.clone().requires_grad_(wanted) for (name, value), wanted in zip(given.items(), need, strict=True)}
-    outcome = OP(*leaves.values(), labels, None, ignore_index, reduction == "mean", label_smoothing, transform, "u0", rows, list(need))
+    outcome = OP(*leaves.values(), labels, None, ignore_index, reduction == "mean", label_smoothing, transform, "", rows, list(need))
     outcome[0].backward()
     return outcome[0].detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -91,8 +91,9 @@ def test_equals_cross_entropy(share, options):
 @pytest.mark.parametrize("need", [(True,) * 5, (True, False, False, False, False), (False, True, False, True, False)])
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("returned", ["u0", CAP])
-def test_given_logits(returned, share, need):
-    """It takes them in place of those that it would compute, and gives their own gradient to what they are computed from."""
+@pytest.mark.parametrize("at_hand", [True, False], ids=["given", "deferred"])
+def test_returned_logits(at_hand, returned, share, need):
+    """It takes them in place of those that it would compute, if it is given them, and gives their own gradient to what they are made of."""
     given, labels = operands(torch.float64), some_labels(share)
     weights = torch.randn(N, CLASSES, dtype=torch.float64)
 
@@ -107,8 +108,9 @@ def test_given_logits(returned, share, need):
         scores = logits(*theirs)
         capped = scores if returned == "u0" else 5 * torch.tanh(scores / 5)
         want = cross_entropy(capped, labels, label_smoothing=0.1, reduction="sum")
-        loss, *_, handle = OP(*ours, labels, scores.detach(), -100, False, 0.1, returned, returned, 5, list(need))
-        result = _Returned.apply(capped.detach(), handle)
+        given_logits = scores.detach() if at_hand else None
+        loss, *_, handle = OP(*ours, labels, given_logits, -100, False, 0.1, returned, returned, 5, list(need))
+        result = _Returned.apply(capped.detach(), handle, torch.detach)
         torch.testing.assert_close(loss, want)
         for total, value, of_logits in ((loss, ours, result), (want, theirs, capped)):
             what = (0 if outside == "logits alone" else total) + (0 if outside == "nothing" else (weights * of_logits).sum())
@@ -135,7 +137,7 @@ def test_what_is_made_of_a_loss_without_labels_has_no_gradient(share, options):
 
     def op(leaves: dict[str, Tensor]) -> Tensor:
         mean, smoothing = options.get("reduction", "mean") == "mean", options.get("label_smoothing", 0.0)
-        loss: Tensor = OP(*leaves.values(), labels, None, -100, mean, smoothing, "u0", "u0", 5, [True] * 5)[0]
+        loss: Tensor = OP(*leaves.values(), labels, None, -100, mean, smoothing, "u0", "", 5, [True] * 5)[0]
         return loss
 
     labels = some_labels(share)
@@ -173,7 +175,7 @@ def test_one_operand_alone_may_need_its_gradient():
 def test_a_gradient_that_was_not_foreseen_is_an_error():
     given = {name: value.requires_grad_() for name, value in operands(torch.float32).items()}
     with pytest.raises(AssertionError, match=r"gradients of operands \[1\] are asked for and were not computed"):
-        OP(*given.values(), some_labels(1.0), None, -100, True, 0.0, "u0", "u0", 5, [True, False, True, True, True])
+        OP(*given.values(), some_labels(1.0), None, -100, True, 0.0, "u0", "", 5, [True, False, True, True, True])
 
 
 @pytest.mark.parametrize("label", [CLASSES, -1])
