@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from sptc.ir.region import AttentionRegion, Counted, FfnRegion, LossRegion, Region, Rows
 from sptc.passes.find.counted import fits
-from sptc.passes.find.padding import averages, first_is_seen, hiding, padding_mask
+from sptc.passes.find.padding import OF_PAIRS, averages, first_is_seen, hiding, in_its_order, padding_mask
 from sptc.passes.find.returned import ends_at_a_break
 from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, frames, operands
@@ -37,10 +37,6 @@ class _Read(IntEnum):
     ALL = 3
 
 
-# Attention that is no region: what stands first is of the queries' tokens.
-_OF_PAIRS = frozenset(
-    {"aten.scaled_dot_product_attention.default", "aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default", "aten.einsum.default"}
-)
 _NAMES: Mapping[_Read, Rows] = {_Read.COUNTED: "counted", _Read.VISIBLE: "visible", _Read.ALL: "all", _Read.NONE: "all"}
 
 
@@ -57,7 +53,9 @@ def read_rows(unit: Unit, rewritten: Collection[Region | LossRegion]) -> dict[Re
     reader = _Reader(unit, counted, padding, rewritten)
     reader.follow(reader.frames[0])
     reader.read(reader.frames[0])
-    return {region: _NAMES[reader.needs[region.y]] for region in unit.regions if isinstance(region, FfnRegion) and region.y in reader.needs}
+    known = {region: reader.needs[region.y] for region in unit.regions if isinstance(region, FfnRegion) and region.y in reader.needs}
+    ordered = frozenset() if padding is None else in_its_order(unit, padding)
+    return {region: _NAMES[_Read.ALL if need is _Read.VISIBLE and region not in ordered else need] for region, need in known.items()}
 
 
 class _Reader:
@@ -248,7 +246,7 @@ class _Reader:
             return [self._returned(self._by_call[source])[int(node.args[1])]]  # type: ignore[index, call-overload]
         if node.target is operator.getitem and isinstance(source, Node):
             return source.all_input_nodes  # of a split
-        return node.all_input_nodes[:1] if base_name(node) in _OF_PAIRS else node.all_input_nodes
+        return node.all_input_nodes[:1] if base_name(node) in OF_PAIRS else node.all_input_nodes
 
     def _returned(self, frame: Frame) -> list[Any]:
         (output,) = frame.gm.graph.find_nodes(op="output")

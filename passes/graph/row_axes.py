@@ -47,7 +47,7 @@ def axes_after(node: Node, axes: Mapping[Node, Axes]) -> Axes | None:
     if name == "aten.dropout.default" or name in COPIES or pointwise(node):
         return _of_elements(node, given, axes)
     if name in ("aten.cat.default", "aten.stack.default"):
-        return _joined(node, given, axes) if name == "aten.cat.default" else None
+        return _joined(node, given, axes)
     if len(given) != 1:
         return None
     (source,) = given
@@ -77,8 +77,8 @@ def axes_after(node: Node, axes: Mapping[Node, Axes]) -> Axes | None:
     if name == "aten.slice.Tensor":
         dim = argument(node, 1, "dim", 0) % rank
         return rows if dim not in rows or same_size(before[dim], shape(node)[dim]) else None
-    if name == "aten.select.int":
-        dim = int(node.args[1]) % rank  # type: ignore[call-overload]
+    if name in ("aten.select.int", "aten.unbind.int"):
+        dim = argument(node, 1, "dim", 0) % rank
         return tuple(d - (dim < d) for d in rows) if dim not in rows else None
     return None
 
@@ -105,6 +105,8 @@ def _joined(node: Node, given: Sequence[Node], axes: Mapping[Node, Axes]) -> Axe
     if len(found) != 1:
         return None
     (rows,) = found
+    if op(node) == "aten.stack.default":
+        return tuple(d + (d >= dim) for d in rows)
     if dim in rows:  # beside nothing but an empty cache
         return rows if len(given) == 1 and all(part is given[0] or empty(part) for part in parts) else None
     return rows

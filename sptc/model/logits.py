@@ -118,8 +118,7 @@ class DeferredLogits(Tensor):
             return _standing_for(like, logits._once.copied(cast), logits.device)
         computed = pytree.tree_map_only(DeferredLogits, lambda logits: logits._once.value(), (args, kwargs))
         result = func(*computed[0], **computed[1])
-        in_place = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable and result is computed[0][0]
-        return args[0] if in_place else result
+        return next((given for given, own in zip(args, computed[0], strict=True) if own is result), result)  # what is written in place
 
     def _plain(self) -> Tensor:
         return self._once.value().detach().requires_grad_(self.requires_grad)
