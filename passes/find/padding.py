@@ -115,7 +115,7 @@ class _Order:
 
     def __init__(self, unit: Unit, padding: Node) -> None:
         self.axes: dict[Node, Axes | None] = {}
-        self._indices: dict[Node, Axes | None | _Nothing] = {}
+        self._indices: dict[Node, Axes | _Nothing | None] = {}
         every = list(frames(unit.gm))
         self.outermost = every[0]
         self._lead = shape(padding)
@@ -201,7 +201,7 @@ class _Order:
             self._indices[node] = self._of_index(node)
         return self._indices[node]
 
-    def _of_index(self, node: Node) -> Axes | None | _Nothing:
+    def _of_index(self, node: Node) -> Axes | _Nothing | None:
         if node.op == "placeholder":
             return rows_of(shape(node), range(len(self._lead))) if self._is_lead(shape(node)) else _NOTHING
         known = {operand: rows for operand in node.all_input_nodes if not isinstance(rows := self._of_indices(operand), _Nothing)}

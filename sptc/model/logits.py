@@ -22,6 +22,9 @@ from sptc.ir.errors import SptcError
 _KIND = frozenset({"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse"})
 
 
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+
+
 class DroppedLogitsError(SptcError, RuntimeError):
     """Logits were used that were not computed."""
 
@@ -109,13 +112,13 @@ class DeferredLogits(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # What wrappers for mixed precision and loggers do with every output need not be a use.
+        # What wrappers for mixed precision and of other libraries do with every output need not be a use.
         if func is torch.ops.aten.detach.default:
             return _standing_for(args[0], args[0]._once)
-        if func is torch.ops.aten._to_copy.default and not {"device", "layout"} & kwargs.keys():
-            (logits,), cast = args, partial(func, **kwargs)
-            like = cast(torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta"))
-            return _standing_for(like, logits._once.copied(cast), logits.device)
+        if func in _COPIES and not {"device", "layout"} & kwargs.keys():
+            (logits,), copied = args, partial(func, **kwargs)
+            like = copied(torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta"))
+            return _standing_for(like, logits._once.copied(copied), logits.device)
         computed = pytree.tree_map_only(DeferredLogits, lambda logits: logits._once.value(), (args, kwargs))
         result = func(*computed[0], **computed[1])
         return next((given for given, own in zip(args, computed[0], strict=True) if own is result), result)  # what is written in place

@@ -143,12 +143,12 @@ def test_what_does_not_read_them_computes_none(monkeypatch):
         want.numel(),
     )
     assert logits.grad_fn is not None and torch.is_tensor(logits)
-    passed_on = logits.detach(), logits.to(torch.bfloat16), logits.float()
+    passed_on = logits.detach(), logits.to(torch.bfloat16), logits.float(), logits.clone()
     loss.backward()
     assert not logits._once.computed
     assert logits.sum().item() == pytest.approx(want.sum().item(), rel=1e-5)
     assert logits._once.computed
-    for got, dtype in zip(passed_on, (torch.float32, torch.bfloat16, torch.float32), strict=True):
+    for got, dtype in zip(passed_on, (torch.float32, torch.bfloat16, torch.float32, torch.float32), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.detach(), want.detach().to(dtype))
 
