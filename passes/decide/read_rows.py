@@ -12,7 +12,6 @@ import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
-from typing import Any
 
 from torch.fx import Node
 
@@ -21,10 +20,10 @@ from sptc.passes.find.counted import fits
 from sptc.passes.find.padding import OF_PAIRS, averages, first_is_seen, hiding, in_its_order, padding_mask
 from sptc.passes.find.returned import ends_at_a_break
 from sptc.passes.graph.effects import written_values
-from sptc.passes.graph.frame import Frame, frames, operands
+from sptc.passes.graph.frame import Frame, operands
 from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
 from sptc.passes.graph.poles import may_be_infinite
-from sptc.passes.graph.row_axes import Axes, axes_after, empty, rows_of
+from sptc.passes.graph.row_axes import Axes, Follower, axes_after, empty, rows_of
 from sptc.passes.unit import Unit
 
 
@@ -58,28 +57,22 @@ def read_rows(unit: Unit, rewritten: Collection[Region | LossRegion]) -> dict[Re
     return {region: _NAMES[_Read.ALL if need is _Read.VISIBLE and region not in ordered else need] for region, need in known.items()}
 
 
-class _Reader:
+class _Reader(Follower):
     """Follows rows forwards, then reads backwards, through checkpoint bodies as through the graph around them.
 
     Attributes:
-        axes: which dimensions of a value are the tokens; without an entry it does not depend on FFNs, None where tokens are mixed.
+        axes: without an entry a value does not depend on FFNs; None where tokens are mixed.
         needs: what is read of a value.
     """
 
     def __init__(self, unit: Unit, counted: Counted | None, padding: Node | None, rewritten: Collection[Region | LossRegion]) -> None:
-        self.frames = list(frames(unit.gm))
-        self.axes: dict[Node, Axes | None] = {}
+        super().__init__(unit.gm, (*unit.losses, *unit.regions))
         self.needs: dict[Node, _Read] = {}
         self._padding = padding
         self._written = {node for frame in self.frames for node in written_values(frame.gm.graph)}
         self._lead = shape(padding) if counted is None or padding is not None else counted.lead
         same = counted is not None and same_size(math.prod(counted.lead), math.prod(self._lead))
         self._counted = counted if same else None  # if labels are of these tokens
-        self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
-        self._by_graph = {frame.gm.graph: frame for frame in self.frames}
-        self._inside: dict[Node, Region | LossRegion] = {}
-        for region in (*unit.losses, *unit.regions):
-            self._inside.update(dict.fromkeys(region.nodes, region))
         self._rewritten = rewritten
         attentions = [r for r in unit.regions if isinstance(r, AttentionRegion)]
         self._keys = {r: frozenset(n for operand in (r.k, r.v) for n in _with_cache(operand)) for r in attentions}
@@ -89,28 +82,8 @@ class _Reader:
         hides = [r for r in attentions if padding is not None and hiding(r, self._by_graph) is padding]
         self._padded = {n for r in hides for n in self._stream(r.k)}  # what keys are computed from, token by token
 
-    def follow(self, frame: Frame) -> None:
-        """Find the rows of every value of a graph, given those of its inputs."""
-        for node in frame.gm.graph.nodes:
-            region = self._inside.get(node)
-            if region is not None and not isinstance(region, LossRegion):
-                if node is region.y:
-                    self._follow_region(region)
-            elif node in self._by_call:
-                body = self._by_call[node]
-                self.axes.update({inner: self.axes[outer] for inner, outer in operands(body).items() if outer in self.axes})
-                self.follow(body)
-            elif node.op == "call_function" and any(n in self.axes or n in self._by_call for n in node.all_input_nodes):
-                self._follow_call(node)
-
     def _follow_call(self, node: Node) -> None:
-        source = node.args[0] if node.args else None
-        if node.target is operator.getitem and source in self._by_call:
-            returned = self._returned(self._by_call[source])[int(node.args[1])]  # type: ignore[index, call-overload]
-            if returned in self.axes:
-                self.axes[node] = self.axes[returned]
-            if returned in self._cached:
-                self._cached.add(node)
+        if not any(n in self.axes or n in self._by_call for n in node.all_input_nodes):
             return
         known = {n: rows for n in node.all_input_nodes if (rows := self.axes.get(n)) is not None}
         # Rows that are left out are zeros: what would make NaN of them reads all, since a product with 0 leaves NaN as it is.
@@ -196,7 +169,7 @@ class _Reader:
 
     def _by_output(self, node: Node, frame: Frame) -> _Read:
         if frame.call is None:
-            return self._beside(node) if node in self._cached else _Read.ALL
+            return self._beside(node) if not self._cached.isdisjoint((node, self._result_of(node))) else _Read.ALL
         places = [i for i, returned in enumerate(self._returned(frame)) if returned is node]
         outside = [user for user in frame.call.users if user.target is operator.getitem and user.args[1] in places]
         return max((self.needs.get(user, _Read.ALL) for user in outside), default=_Read.NONE)
@@ -242,15 +215,11 @@ class _Reader:
         if node.op == "placeholder":
             around = self._by_graph[node.graph]
             return [outer for inner, outer in operands(around).items() if inner is node]
-        if node.target is operator.getitem and source in self._by_call:
-            return [self._returned(self._by_call[source])[int(node.args[1])]]  # type: ignore[index, call-overload]
+        if (result := self._result_of(node)) is not None:
+            return [result]
         if node.target is operator.getitem and isinstance(source, Node):
             return source.all_input_nodes  # of a split
         return node.all_input_nodes[:1] if base_name(node) in OF_PAIRS else node.all_input_nodes
-
-    def _returned(self, frame: Frame) -> list[Any]:
-        (output,) = frame.gm.graph.find_nodes(op="output")
-        return list(_flat(output.args[0]))
 
 
 def _with_cache(operand: Node) -> Iterator[Node]:
@@ -259,10 +228,3 @@ def _with_cache(operand: Node) -> Iterator[Node]:
     for user in operand.users:
         if op(user) == "aten.cat.default" and all(part is operand or empty(part) for part in user.args[0]):  # type: ignore[union-attr]
             yield user
-
-
-def _flat(returned: Any) -> Iterator[Any]:
-    if isinstance(returned, list | tuple):
-        yield from returned
-    else:
-        yield returned

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -13,9 +11,9 @@ from torch.fx import Graph, Node
 from sptc.ir.predicate import Binary, Element, Index, Literal, parse
 from sptc.ir.region import AttentionRegion, FfnRegion, Region
 from sptc.passes.graph.effects import written_values
-from sptc.passes.graph.frame import Frame, frames, input_index, operands, outermost
+from sptc.passes.graph.frame import Frame, frames, input_index, outermost
 from sptc.passes.graph.pattern import argument, base_name, dtype, op, same_size, shape
-from sptc.passes.graph.row_axes import Axes, axes_after, rows_of
+from sptc.passes.graph.row_axes import Axes, Follower, axes_after, rows_of
 from sptc.passes.unit import Unit
 
 # Attention that is no region: what stands first is of the queries' tokens.
@@ -100,38 +98,38 @@ def in_its_order(unit: Unit, padding: Node) -> frozenset[FfnRegion]:
     Sizes do not tell: [tokens, batch, d] is flattened to as many rows, or is a square, and a batch may be sorted, or turned around.
     """
     order = _Order(unit, padding)
-    order.follow(order.outermost)
+    order.follow(order.frames[0])
     return order.ffns()
 
 
-class _Order:
+class _Order(Follower):
     """Which dimensions of a value are the mask's batch and tokens, followed from what tokens are embedded by.
 
     Whatever mixes tokens, and yet gives each of them its own row, keeps them in order here, as attention does.
 
     Attributes:
         axes: without an entry a value does not depend on tokens; None where their order is not known.
+        indices: the same of what embeddings are looked up by: an input of the mask's sizes, or what is computed of one, as positions are.
     """
 
     def __init__(self, unit: Unit, padding: Node) -> None:
-        self.axes: dict[Node, Axes | None] = {}
-        self._indices: dict[Node, Axes | _Nothing | None] = {}
-        every = list(frames(unit.gm))
-        self.outermost = every[0]
-        self._lead = shape(padding)
-        self._by_call = {frame.call: frame for frame in every if frame.call is not None}
+        super().__init__(unit.gm, unit.regions)
+        self.indices: dict[Node, Axes | None] = {}
         self._regions = unit.regions
-        self._inside = {node: region for region in unit.regions for node in region.nodes}
-        by_graph = {frame.gm.graph: frame for frame in every}
         attentions = (region for region in unit.regions if isinstance(region, AttentionRegion))
-        self._hiding = [region for region in attentions if hiding(region, by_graph) is padding]
+        self._hiding = [region for region in attentions if hiding(region, self._by_graph) is padding]
+        lead = shape(padding)
+        for node in unit.gm.graph.find_nodes(op="placeholder"):
+            kind, sizes = dtype(node), shape(node)
+            if kind is None or len(sizes) != len(lead) + kind.is_floating_point:  # [batch, tokens], and features of them
+                continue
+            if all(same_size(a, b) for a, b in zip(sizes, lead, strict=False)):
+                (self.axes if kind.is_floating_point else self.indices)[node] = rows_of(sizes, range(len(lead)))
 
     def ffns(self) -> frozenset[FfnRegion]:
         """None at all unless keys that the mask hides are seen to be its tokens: inputs that are taken for its tokens might be others."""
-        keys = [
-            self.axes.get(region.k) == rows_of(shape(region.k), (0, 2)) for region in self._hiding if self.axes.get(region.k) is not None
-        ]
-        if not keys or not all(keys):
+        keys = [region.k for region in self._hiding if self.axes.get(region.k) is not None]
+        if not keys or any(self.axes[k] != rows_of(shape(k), (0, 2)) for k in keys):
             return frozenset()
         return frozenset(region for region in self._regions if isinstance(region, FfnRegion) and self._lies(region.x))
 
@@ -139,85 +137,33 @@ class _Order:
         """Whether a value [..., d] has the tokens in its dimensions but the last, in order."""
         return self.axes.get(x) == rows_of(shape(x), range(len(shape(x)) - 1))
 
-    def follow(self, frame: Frame) -> None:
-        for node in frame.gm.graph.nodes:
-            region = self._inside.get(node)
-            if region is not None:
-                if node is region.y:
-                    self._set(node, self._after_region(region))
-            elif node in self._by_call:
-                body = self._by_call[node]
-                self.axes.update({inner: self.axes[outer] for inner, outer in operands(body).items() if outer in self.axes})
-                self.follow(body)
-            elif node.op == "placeholder":
-                if frame is self.outermost and self._embedded(node):
-                    self.axes[node] = rows_of(shape(node), range(len(self._lead)))
-            elif node.op == "call_function":
-                self._set(node, self._after(node))
-
-    def _embedded(self, node: Node) -> bool:
-        """Whether an input is features of the mask's tokens, [batch, tokens, d]."""
-        kind, sizes = dtype(node), shape(node)
-        return kind is not None and kind.is_floating_point and len(sizes) == len(self._lead) + 1 and self._is_lead(sizes[:-1])
-
-    def _is_lead(self, sizes: Sequence[Any]) -> bool:
-        return len(sizes) == len(self._lead) and all(same_size(a, b) for a, b in zip(sizes, self._lead, strict=True))
-
-    def _set(self, node: Node, axes: Axes | _Nothing | None) -> None:
-        if not isinstance(axes, _Nothing):
-            self.axes[node] = axes
-
-    def _after_region(self, region: Region) -> Axes | _Nothing | None:
-        source = region.q if isinstance(region, AttentionRegion) else region.x
+    def _follow_region(self, region: Region) -> None:
+        source, sizes = region.q if isinstance(region, AttentionRegion) else region.x, shape(region.y)
         if source not in self.axes:
-            return _NOTHING
+            return
         if isinstance(region, AttentionRegion):
-            return rows_of(shape(region.y), (0, 2)) if self.axes[source] == rows_of(shape(source), (0, 2)) else None
-        return rows_of(shape(region.y), range(len(shape(region.y)) - 1)) if self._lies(source) else None
+            lies, after = self.axes[source] == rows_of(shape(source), (0, 2)), rows_of(sizes, (0, 2))
+        else:
+            lies, after = self._lies(source), rows_of(sizes, range(len(sizes) - 1))
+        self.axes[region.y] = after if lies else None
 
-    def _after(self, node: Node) -> Axes | _Nothing | None:
-        source = node.args[0] if node.args else None
-        if node.target is operator.getitem and source in self._by_call:
-            (output,) = self._by_call[source].gm.graph.find_nodes(op="output")
-            returned = output.args[0][int(node.args[1])]  # type: ignore[index, call-overload]
-            return self.axes.get(returned, _NOTHING)
-        if op(node) == "aten.embedding.default":
-            return self._of_indices(node)
-        known = {operand: self.axes[operand] for operand in node.all_input_nodes if operand in self.axes}
-        if not known:
-            return _NOTHING
-        if base_name(node) in OF_PAIRS and isinstance(source, Node):  # attention that is no region
-            rows = known.get(source)
-            return rows if rows is not None and len(shape(node)) == len(shape(source)) and len(shape(source)) - 1 not in rows else None
-        if any(rows is None for rows in known.values()):
-            return None
-        return axes_after(node, known)  # type: ignore[arg-type]
-
-    def _of_indices(self, node: Any) -> Axes | _Nothing | None:
-        """Of embeddings and what they are looked up by: an input of the mask's sizes, or what is computed of one, as positions are."""
-        if not isinstance(node, Node):
-            return _NOTHING
-        if node not in self._indices:
-            self._indices[node] = self._of_index(node)
-        return self._indices[node]
-
-    def _of_index(self, node: Node) -> Axes | _Nothing | None:
-        if node.op == "placeholder":
-            return rows_of(shape(node), range(len(self._lead))) if self._is_lead(shape(node)) else _NOTHING
-        known = {operand: rows for operand in node.all_input_nodes if not isinstance(rows := self._of_indices(operand), _Nothing)}
-        if not known:
-            return _NOTHING
-        if any(rows is None for rows in known.values()):
-            return None
-        if op(node) == "aten.cumsum.default":
-            return known[node.args[0]]  # type: ignore[index]
-        if op(node) in _LOOKUPS:
-            return known.get(node.args[_LOOKUPS[op(node)]]) if len(known) == 1 else None  # type: ignore[call-overload]
-        return axes_after(node, known)  # type: ignore[arg-type]
+    def _follow_call(self, node: Node) -> None:
+        name, source = op(node), node.args[0] if node.args else None
+        known = {n: self.axes[n] for n in node.all_input_nodes if n in self.axes}
+        indices = {n: self.indices[n] for n in node.all_input_nodes if n in self.indices}
+        if name in _LOOKUPS and indices and not known:
+            found = indices.get(node.args[_LOOKUPS[name]]) if len(indices) == 1 else None  # type: ignore[call-overload]
+            (self.axes if name == "aten.embedding.default" else self.indices)[node] = found
+        elif known:
+            if base_name(node) in OF_PAIRS and isinstance(source, Node):  # attention that is no region
+                rows, rank = known.get(source), len(shape(source))
+                self.axes[node] = rows if rows is not None and len(shape(node)) == rank and rank - 1 not in rows else None
+            else:
+                self.axes[node] = _after(node, known)
+        elif indices:
+            self.indices[node] = indices.get(source) if name == "aten.cumsum.default" else _after(node, indices)  # type: ignore[arg-type]
 
 
-class _Nothing:
-    """Of a value that does not depend on tokens."""
-
-
-_NOTHING = _Nothing()
+def _after(node: Node, known: Mapping[Node, Axes | None]) -> Axes | None:
+    rows = {n: axes for n, axes in known.items() if axes is not None}
+    return axes_after(node, rows) if len(rows) == len(known) else None

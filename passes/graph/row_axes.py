@@ -7,14 +7,16 @@ heads and transposed (0, 2). Dimensions of size 1 make no difference and are lef
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from sptc.ir.hint import optimization_hint
+from sptc.ir.region import LossRegion, Region
 from sptc.passes.graph.elementwise import pointwise
+from sptc.passes.graph.frame import Frame, frames, operands
 from sptc.passes.graph.pattern import COPIES, VIEWS, argument, op, same_size, shape
 from sptc.passes.graph.rows import order_of
 
@@ -26,6 +28,55 @@ _ALONG = frozenset({"aten.softmax.int", "aten.log_softmax.int", "aten._softmax.d
 _REDUCTIONS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default", "aten.var.correction"})
 _NORMS = frozenset({"aten.layer_norm.default", "aten.rms_norm.default"})
 _PARTS = frozenset({"aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.split.sizes"})
+
+
+class Follower:
+    """Follows rows forwards through a graph and its checkpoint bodies; whoever derives from it says what they are behind a node.
+
+    Attributes:
+        axes: which dimensions of a value are the rows; without an entry it has nothing to do with them, None where they are not known.
+    """
+
+    def __init__(self, gm: GraphModule, regions: Iterable[Region | LossRegion]) -> None:
+        self.axes: dict[Node, Axes | None] = {}
+        self.frames = list(frames(gm))
+        self._by_call = {frame.call: frame for frame in self.frames if frame.call is not None}
+        self._by_graph = {frame.gm.graph: frame for frame in self.frames}
+        self._inside = {node: region for region in regions for node in region.nodes}
+
+    def follow(self, frame: Frame) -> None:
+        """Find the rows of every value of a graph, given those of its inputs."""
+        for node in frame.gm.graph.nodes:
+            region = self._inside.get(node)
+            if region is not None and not isinstance(region, LossRegion):
+                if node is region.y:
+                    self._follow_region(region)
+            elif node in self._by_call:
+                body = self._by_call[node]
+                self.axes.update({inner: self.axes[outer] for inner, outer in operands(body).items() if outer in self.axes})
+                self.follow(body)
+            elif (result := self._result_of(node)) is not None:
+                if result in self.axes:
+                    self.axes[node] = self.axes[result]
+            elif node.op == "call_function":
+                self._follow_call(node)
+
+    def _result_of(self, node: Node) -> Node | None:
+        """The node of a checkpoint body that a node around it is the result of."""
+        source = node.args[0] if node.args and node.target is operator.getitem else None
+        return self._returned(self._by_call[source])[int(node.args[1])] if source in self._by_call else None  # type: ignore[index, call-overload]
+
+    def _returned(self, frame: Frame) -> list[Any]:
+        """What a body returns, one after another."""
+        (output,) = frame.gm.graph.find_nodes(op="output")
+        returned: Any = output.args[0]
+        return list(returned) if isinstance(returned, list | tuple) else [returned]
+
+    def _follow_region(self, region: Region) -> None:
+        raise NotImplementedError
+
+    def _follow_call(self, node: Node) -> None:
+        raise NotImplementedError
 
 
 def rows_of(sizes: Sequence[Any], dims: Sequence[int]) -> Axes:
