@@ -70,12 +70,13 @@ class _Once:
     def computed(self) -> bool:
         return self._value is not None
 
-    def copied(self, copy: Callable[[Tensor], Tensor]) -> _Once:
+    def copied(self, make: Callable[[Tensor], Tensor]) -> _Once:
         """A copy of the value, computed when it is asked for, or as soon as the value is in hands that may write to it."""
-        later = _Once(lambda: copy(self._own()))
+        later = _Once(lambda: make(self._own()))
         if self.computed:
             later._own()
-        self._copies.append(weakref.ref(later))
+        else:
+            self._copies.append(weakref.ref(later))
         return later
 
     @torch.compiler.disable
@@ -90,7 +91,7 @@ class _Once:
     def _own(self) -> Tensor:
         if self._value is None:
             assert self._compute is not None
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # whatever uses it first, others may need it for a gradient
                 self._value, self._compute = self._compute(), None
         return self._value
 

@@ -34,6 +34,11 @@ class _Exponential(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0].exp()
 
 
+def first_use(y: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return y.argmax(-1)
+
+
 def doubled(y: Tensor) -> Tensor:
     y.mul_(2)
     return y.square()
@@ -60,6 +65,7 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "a function with a backward of its own": _Exponential.apply,
     "compiled by itself": torch.compile(lambda y: (y * y).tanh(), backend="aot_eager"),
     "one row after another": lambda y: torch.stack([row.exp().mean() for row in y]),
+    "a use without gradient before": lambda y: [first_use(y), y[:, 1:].square()][-1],
     "a hook": lambda y: [y.register_hook(lambda gradient: 2 * gradient), y.sin()][1],
     "a checkpoint": lambda y: torch.utils.checkpoint.checkpoint(lambda z: z.exp().sin(), y, use_reentrant=False),
     "into another tensor": lambda y: torch.zeros_like(y).copy_(y).square(),
