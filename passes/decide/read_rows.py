@@ -21,7 +21,7 @@ from sptc.passes.find.padding import OF_PAIRS, averages, first_is_seen, hiding, 
 from sptc.passes.find.returned import ends_at_a_break
 from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, operands
-from sptc.passes.graph.pattern import TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
+from sptc.passes.graph.pattern import COPIES, TRANSPARENT, VIEWS, base_name, dtype, op, same_size, shape
 from sptc.passes.graph.poles import may_be_infinite
 from sptc.passes.graph.row_axes import Axes, Follower, axes_after, empty, rows_of
 from sptc.passes.unit import Unit
@@ -133,6 +133,8 @@ class _Reader(Follower):
             inner = [placeholder for placeholder, outer in operands(self._by_call[user]).items() if outer is node]
             return max((self.needs.get(placeholder, _Read.NONE) for placeholder in inner), default=_Read.ALL)
         rows = self.axes[node]
+        if op(user) in COPIES and node is not user.args[0]:
+            return _Read.NONE  # but its dtype
         if rows is None:
             return _Read.ALL
         if self._padding is not None and (self._takes_first(user, rows) or self._masks(user, node, rows)):

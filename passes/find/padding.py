@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,7 +13,7 @@ from sptc.ir.predicate import Binary, Element, Index, Literal, parse
 from sptc.ir.region import AttentionRegion, FfnRegion, Region
 from sptc.passes.graph.effects import written_values
 from sptc.passes.graph.frame import Frame, frames, input_index, outermost
-from sptc.passes.graph.pattern import argument, base_name, dtype, op, same_size, shape
+from sptc.passes.graph.pattern import COPIES, argument, base_name, dtype, op, same_size, shape
 from sptc.passes.graph.row_axes import Axes, Follower, axes_after, rows_of
 from sptc.passes.unit import Unit
 
@@ -114,6 +115,8 @@ class _Order(Follower):
 
     def __init__(self, unit: Unit, padding: Node) -> None:
         super().__init__(unit.gm, unit.regions)
+        # Rows may be written in another order, through a view as well.
+        self._written = {node for frame in self.frames for node in written_values(frame.gm.graph)}
         self.indices: dict[Node, Axes | None] = {}
         self._regions = unit.regions
         attentions = (region for region in unit.regions if isinstance(region, AttentionRegion))
@@ -121,10 +124,12 @@ class _Order(Follower):
         lead = shape(padding)
         for node in unit.gm.graph.find_nodes(op="placeholder"):
             kind, sizes = dtype(node), shape(node)
-            if kind is None or len(sizes) != len(lead) + kind.is_floating_point:  # [batch, tokens], and features of them
+            if kind is None or kind.is_complex or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):  # a parameter
+                continue
+            if len(sizes) != len(lead) + kind.is_floating_point:  # [batch, tokens], and features of them
                 continue
             if all(same_size(a, b) for a, b in zip(sizes, lead, strict=False)):
-                (self.axes if kind.is_floating_point else self.indices)[node] = rows_of(sizes, range(len(lead)))
+                self._set(self.axes if kind.is_floating_point else self.indices, node, rows_of(sizes, range(len(lead))))
 
     def ffns(self) -> frozenset[FfnRegion]:
         """None at all unless keys that the mask hides are seen to be its tokens: inputs that are taken for its tokens might be others."""
@@ -145,23 +150,31 @@ class _Order(Follower):
             lies, after = self.axes[source] == rows_of(shape(source), (0, 2)), rows_of(sizes, (0, 2))
         else:
             lies, after = self._lies(source), rows_of(sizes, range(len(sizes) - 1))
-        self.axes[region.y] = after if lies else None
+        self._set(self.axes, region.y, after if lies else None)
+
+    def _set(self, found: dict[Node, Axes | None], node: Node, axes: Axes | None) -> None:
+        found[node] = None if node in self._written else axes
 
     def _follow_call(self, node: Node) -> None:
-        name, source = op(node), node.args[0] if node.args else None
-        known = {n: self.axes[n] for n in node.all_input_nodes if n in self.axes}
-        indices = {n: self.indices[n] for n in node.all_input_nodes if n in self.indices}
+        name = op(node)
+        read = node.args[:1] if name in COPIES else node.all_input_nodes
+        known = {n: self.axes[n] for n in read if n in self.axes}
+        indices = {n: self.indices[n] for n in read if n in self.indices}
         if name in _LOOKUPS and indices and not known:
             found = indices.get(node.args[_LOOKUPS[name]]) if len(indices) == 1 else None  # type: ignore[call-overload]
-            (self.axes if name == "aten.embedding.default" else self.indices)[node] = found
+            self._set(self.axes if name == "aten.embedding.default" else self.indices, node, found)
         elif known:
-            if base_name(node) in OF_PAIRS and isinstance(source, Node):  # attention that is no region
-                rows, rank = known.get(source), len(shape(source))
-                self.axes[node] = rows if rows is not None and len(shape(node)) == rank and rank - 1 not in rows else None
-            else:
-                self.axes[node] = _after(node, known)
+            self._set(self.axes, node, _of_queries(node, known) if base_name(node) in OF_PAIRS else _after(node, known))
         elif indices:
-            self.indices[node] = indices.get(source) if name == "aten.cumsum.default" else _after(node, indices)  # type: ignore[arg-type]
+            cumulated = name == "aten.cumsum.default"
+            self._set(self.indices, node, indices.get(node.args[0]) if cumulated else _after(node, indices))  # type: ignore[call-overload]
+
+
+def _of_queries(node: Node, known: Mapping[Node, Axes | None]) -> Axes | None:
+    """Of attention that is no region."""
+    first: Any = node.args[1 if base_name(node) == "aten.baddbmm.default" else 0]
+    rows = known.get(first) if isinstance(first, Node) else None
+    return rows if rows is not None and len(shape(node)) == len(shape(first)) and len(shape(first)) - 1 not in rows else None
 
 
 def _after(node: Node, known: Mapping[Node, Axes | None]) -> Axes | None:

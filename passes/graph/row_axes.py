@@ -90,12 +90,14 @@ def axes_after(node: Node, axes: Mapping[Node, Axes]) -> Axes | None:
     `axes`: of the operands that are computed from tokens; others are the same for all tokens, or known beforehand for each.
     """
     given = [operand for operand in node.all_input_nodes if operand in axes]
+    if op(node) in COPIES:  # of the first; another one tells a dtype
+        return axes.get(node.args[0])  # type: ignore[call-overload]
     if node.target is operator.getitem:
         return axes[given[0]]
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return None
     name = op(node)
-    if name == "aten.dropout.default" or name in COPIES or pointwise(node):
+    if name == "aten.dropout.default" or pointwise(node):
         return _of_elements(node, given, axes)
     if name in ("aten.cat.default", "aten.stack.default"):
         return _joined(node, given, axes)

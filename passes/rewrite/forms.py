@@ -17,7 +17,6 @@ from sptc.ir.region import (
     AttentionSettings,
     CodebookState,
     Decision,
-    Deferral,
     FfnSettings,
     LossRegion,
     LossSettings,
@@ -35,7 +34,7 @@ from sptc.passes.graph.insert import forget_marks
 from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
-from sptc.passes.rewrite.loss import defer_returned, drop_returned, rewrite_loss
+from sptc.passes.rewrite.loss import deferral, drop_returned, return_instead, rewrite_loss
 from sptc.passes.rewrite.returned import set_apart
 from sptc.passes.rewrite.token_lists import TokenLists, Tokens, insert_tokens
 from sptc.passes.rewrite.units import rewrite_units
@@ -51,7 +50,11 @@ def rewrite(unit: Unit) -> Unit:
     tokens = insert_tokens(unit, [d.settings for d in chosen if not isinstance(d.settings, LossSettings)])
     dropped: list[int] = []
     kept: dict[int, Node] = {}
-    deferred: dict[int, Deferral] = {}
+    deferred = {
+        d.settings.kept: deferral(unit, d.region, d.settings.kept)
+        for d in chosen
+        if isinstance(d.region, LossRegion) and isinstance(d.settings, LossSettings) and d.settings.deferred and d.settings.kept is not None
+    }
     by_place = {node: place for frame in every for place, node in enumerate(frame.gm.graph.nodes)}
     # The last one first: what a region reads may be what another one computes, which is then replaced in the new form as well.
     for decision in sorted(chosen, key=lambda d: by_place[d.region.y], reverse=True):
@@ -63,8 +66,8 @@ def rewrite(unit: Unit) -> Unit:
                 dropped += drop_returned(region.y.graph, region.returned)
             elif settings.kept is not None:
                 kept[settings.kept] = handle
-                if settings.deferred:
-                    deferred[settings.kept] = defer_returned(unit, region, settings.kept)
+                if settings.kept in deferred:
+                    return_instead(region.y.graph, settings.kept, region.projection.x)
         else:
             assert not isinstance(settings, LossSettings)
             y = sparse_form(region, settings, unit.states.get(region), by_graph, tokens)

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sptc.ir import expression
 from sptc.ir.region import Deferral, LossRegion, LossSettings
 from sptc.passes.find.loss import needed
-from sptc.passes.find.returned import source_of
+from sptc.passes.find.returned import results_of, source_of
 from sptc.passes.graph.insert import as_rows, cast, insert
-from sptc.passes.graph.pattern import dtype
+from sptc.passes.graph.modes import autocast_like
+from sptc.passes.graph.pattern import dtype, value
 from sptc.passes.graph.rows import brought_back, sized
 from sptc.passes.unit import Unit
 
@@ -101,19 +104,33 @@ def drop_returned(graph: fx.Graph, logits: tuple[Node, ...]) -> tuple[int, ...]:
     return dropped
 
 
-def defer_returned(unit: Unit, region: LossRegion, place: int) -> Deferral:
-    """Let the graph return the input of the projection in place of its logits; returns how these are computed from it."""
+def deferral(unit: Unit, region: LossRegion, place: int) -> Deferral:
+    """How the logits that the captured graph returns at `place` are computed from the input of their projection, with autocast's casts."""
     nodes = source_of(unit, region, place)
     assert nodes is not None, "decide defers only what can be"
     (output,) = unit.gm.graph.find_nodes(op="output")
-    results: Any = output.args[0]
+    result: Node = results_of(output)[place]
     inputs = unit.gm.graph.find_nodes(op="placeholder")
     given = [node for node in nodes if node.op == "placeholder"]
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in (region.projection.x, *given)}
-    for node in nodes:
-        if node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[results[place]])
-    output.args = (type(results)(region.projection.x if i == place else result for i, result in enumerate(results)),)
-    return Deferral(fx.GraphModule(unit.gm, graph), tuple(inputs.index(node) for node in given))
+    device, fake_mode = value(result).device.type, detect_fake_mode([value(result)])
+    assert fake_mode is not None
+
+    def compute(*operands: Any) -> Any:
+        computed = dict(zip((region.projection.x, *given), operands, strict=True))
+        for node in nodes:
+            if node not in computed:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
+                with autocast_like(node, device):
+                    computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return computed[result]
+
+    with fake_mode, torch.no_grad():
+        gm = make_fx(compute)(*map(value, (region.projection.x, *given)))  # below autocast, whose casts are nodes then
+    return Deferral(gm, tuple(inputs.index(node) for node in given))
+
+
+def return_instead(graph: fx.Graph, place: int, node: Node) -> None:
+    """Let the graph return another node at `place`."""
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    output.args = (type(results)(node if i == place else result for i, result in enumerate(results)),)

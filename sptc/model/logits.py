@@ -7,6 +7,7 @@ A loss is computed for some rows at a time and needs no logits of all tokens; mo
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,8 @@ from sptc.ir.errors import SptcError
 _KIND = frozenset({"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse"})
 
 
+_KEEP = "compile the model with options={'loss.logits': 'keep'}, which computes them in every step"
+# Copies may wait as long as nothing can have written to what they are of (`_Once.copied`).
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 
@@ -65,6 +68,7 @@ class _Once:
         self._compute: Callable[[], Tensor] | None = compute
         self._value: Tensor | None = None
         self._copies: list[weakref.ref[_Once]] = []
+        self._lock = threading.Lock()
 
     @property
     def computed(self) -> bool:
@@ -89,11 +93,12 @@ class _Once:
         return value
 
     def _own(self) -> Tensor:
-        if self._value is None:
-            assert self._compute is not None
-            with torch.inference_mode(False), torch.no_grad():  # whatever uses it first, others may need it for a gradient
-                self._value, self._compute = self._compute(), None
-        return self._value
+        with self._lock:
+            if self._value is None:
+                assert self._compute is not None
+                with torch.inference_mode(False), torch.no_grad():  # whatever uses it first, others may need it for a gradient
+                    self._value, self._compute = self._compute(), None
+            return self._value
 
 
 class DeferredLogits(Tensor):
@@ -122,7 +127,15 @@ class DeferredLogits(Tensor):
             return _standing_for(like, logits._once.copied(copied), logits.device)
         computed = pytree.tree_map_only(DeferredLogits, lambda logits: logits._once.value(), (args, kwargs))
         result = func(*computed[0], **computed[1])
-        return next((given for given, own in zip(args, computed[0], strict=True) if own is result), result)  # what is written in place
+        return next((_written(given, own) for given, own in zip(args, computed[0], strict=True) if own is result), result)
+
+    @property
+    def data(self) -> Tensor:
+        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(f"logits that are computed once they are used can't be given other data; {_KEEP}")
 
     def _plain(self) -> Tensor:
         return self._once.value().detach().requires_grad_(self.requires_grad)
@@ -168,8 +181,10 @@ def deferred_logits(gm: fx.GraphModule, inputs: Sequence[int], x: Tensor, argume
         if list(map(_state, operands)) != states:
             raise StaleLogitsError(
                 "logits were first used after a tensor that they are computed from had changed: use them before weights or inputs "
-                "change, or compile the model with options={'loss.logits': 'keep'}, which computes them in every step"
+                f"change, or {_KEEP}"
             )
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream(x.device))  # whoever uses them first may do so on another stream than the graph's
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = gm(*operands)
         return logits
@@ -182,9 +197,16 @@ def _standing_for(like: Tensor, once: _Once, device: torch.device | None = None)
     """A tensor of the sizes, strides and dtype of `like` that computes itself."""
     sizes, strides, device = like.shape, like.stride(), device or like.device
     logits: DeferredLogits = Tensor._make_wrapper_subclass(DeferredLogits, sizes, strides, dtype=like.dtype, device=device)
-    torch._C._set_throw_on_mutable_data_ptr(logits)  # an extension that reads the memory itself raises, instead of crashing
+    torch._C._set_throw_on_mutable_data_ptr(logits)  # for an extension that asks for the memory itself
     logits._once = once
     return logits
+
+
+def _written(given: Any, own: Any) -> Any:
+    """What an in-place operator returns: what it was given."""
+    if isinstance(given, DeferredLogits) and (own.shape, own.stride()) != (given.shape, given.stride()):
+        raise RuntimeError(f"sizes of logits that are computed once they are used can't be changed in place; clone them, or {_KEEP}")
+    return given
 
 
 def _state(operand: Any) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import sptc
 from sptc.model.logits import DeferredLogits
 from sptc.passes.find import returned as find_returned
-from tests.models.compiled import gradients, without_inductor
+from tests.models.compiled import assert_gradients_close, gradients, without_inductor
 from tests.passes.find.losses import ALONE, CLASSES, Model, assert_same, batch, flat
 
 
@@ -179,9 +179,71 @@ def test_sizes_that_change(monkeypatch):
         assert_same(gradients(model, loss + logits.exp().mean()), gradients(model, want[0] + want[1].exp().mean()))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside, monkeypatch):
+    """The head's weights are fp32, as with LoRA: what is cast in the graph is cast when logits are computed, too."""
+    monkeypatch.setattr(find_returned, "_LEAST", 0)
+
+    class Autocast(Model):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            if inside:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = self.head(torch.tanh(self.inner(x)))
+            else:
+                y = self.head(torch.tanh(self.inner(x)))
+            return cross_entropy(*flat(y.float(), labels)), y
+
+    torch.manual_seed(0)
+    model = Autocast(lambda y, t: None, nn.Linear(8, CLASSES).requires_grad_(False))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=without_inductor(**ALONE))
+    found = []
+    for call in (compiled, model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+            loss, logits = call(*batch())
+        assert logits.dtype == torch.bfloat16 and (type(logits) is DeferredLogits) == (call is compiled)
+        found.append((logits.detach().clone(), gradients(model, loss + logits.float().exp().mean())))
+    torch.testing.assert_close(*(logits for logits, _ in found), rtol=2**-7, atol=2**-7)
+    assert_gradients_close(found[0][1], found[1][1], 2e-2)
+
+
+def test_two_losses_of_what_one_value_is_projected_to(monkeypatch):
+    monkeypatch.setattr(find_returned, "_LEAST", 0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.one, self.other = (nn.Linear(8, CLASSES).requires_grad_(False) for _ in range(2))
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            x = torch.tanh(self.inner(x))
+            y, z = self.one(x), self.other(x)
+            return cross_entropy(*flat(y, labels)) + cross_entropy(*flat(z, labels)), y, z
+
+    torch.manual_seed(0)
+    model = Two()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=without_inductor(**ALONE))
+    found = []
+    for call in (compiled, model):
+        loss, y, z = call(*batch())
+        assert [type(logits) is DeferredLogits for logits in (y, z)] == [call is compiled] * 2
+        found.append((y.detach().clone(), z.detach().clone(), gradients(model, loss + y.exp().mean() + z.sin().mean())))
+    torch.testing.assert_close(found[0][:2], found[1][:2])
+    assert_same(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("change", [lambda y: y.transpose_(0, 1), lambda y: y.unsqueeze_(0), lambda y: setattr(y, "data", y.data / 2)])
+def test_what_they_are_can_not_be_exchanged(change, monkeypatch):
+    _, compiled = logits_of(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"logits that are computed once they are used can't be .*'loss\.logits': 'keep'"):
+        change(compiled(*batch())[1].detach())
+
+
 CHANGES: dict[str, Callable[[Model, Tensor], Any]] = {
     "in place": lambda model, x: model.head.weight.mul_(2),
-    "behind data": lambda model, x: setattr(model.head.weight, "data", torch.zeros_like(model.head.weight)),
+    "another storage": lambda model, x: setattr(model.head.weight, "data", torch.zeros_like(model.head.weight)),
 }
 
 

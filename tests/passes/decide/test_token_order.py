@@ -23,6 +23,14 @@ def _unsorted(x: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(x).index_copy(0, order, x)
 
 
+def _rewritten(x: Tensor, _: Tensor) -> Tensor:
+    x = x.clone()
+    first = x[0].clone()
+    x[0] = x[2]
+    x[2] = first
+    return x
+
+
 ORDERS: dict[str, tuple[Order, str]] = {  # and the rows that the FFN computes
     "as they are": ((lambda x, _: x, lambda y, _: y), "visible"),
     "flat": ((lambda x, _: x.flatten(0, 1), lambda y, _: y.view(-1, 6, D)), "visible"),
@@ -39,6 +47,8 @@ ORDERS: dict[str, tuple[Order, str]] = {  # and the rows that the FFN computes
     "turned around": ((lambda x, _: x.flip(1), lambda y, _: y.flip(1)), "all"),
     "rolled": ((lambda x, _: x.roll(1, 1), lambda y, _: y.roll(-1, 1)), "all"),
     "sorted by length": ((lambda x, order: x[order], _unsorted), "all"),
+    "written in another order, and labels": ((_rewritten, None), "all"),
+    "of a dtype told by another": ((lambda x, _: x * torch.ones(D).type_as(x), lambda y, _: y), "visible"),
     "turned around, and labels": ((lambda x, _: x.flip(1), None), "all"),
     "sorted by length, and labels": ((lambda x, order: x[order], None), "all"),
 }  # fmt: skip
