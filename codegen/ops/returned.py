@@ -120,14 +120,14 @@ def handed(handle: Tensor) -> Tensor | None:
 def joined(
     call: Callable[..., Sequence[Any]],
     handles: Sequence[tuple[int, int]],
-    deferred: Mapping[int, Callable[[Tensor, Sequence[Any]], Tensor]],
+    deferred: Mapping[int, Callable[..., Tensor]],
 ) -> Callable[..., list[Any]]:
     """A call of a graph whose results get their gradients back.
 
     Args:
         call: returns the results of a graph, handles behind all others.
         handles: which result belongs to which handle, by position.
-        deferred: makes a result, by position, of what the graph returned in its place and the arguments of the call.
+        deferred: makes a result, by position, of what the graph returned in its place, given `arguments` of the call as well.
     """
     first = min(handle for _, handle in handles)
 
@@ -135,7 +135,7 @@ def joined(
         results = [*call(*args)]
         for place, handle in handles:
             # As it is it would be a view of what the graph returned, and users may not write to that.
-            shown = partial(deferred[place], arguments=args) if place in deferred else torch.detach  # type: ignore[call-arg]
+            shown = partial(deferred[place], arguments=args) if place in deferred else torch.detach
             results[place] = _Returned.apply(results[place], results[handle], shown)  # type: ignore[no-untyped-call]
         return results[:first]
 

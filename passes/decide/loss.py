@@ -59,7 +59,7 @@ def decide_loss(unit: Unit, region: LossRegion, recorded: bool) -> Decision | Re
 
 
 def keeps_logits(decision: Decision) -> bool:
-    """Whether something but a loss that is rewritten may read its logits, those of all rows."""
+    """Whether the user's code may still read the logits of a loss that is rewritten: those that are computed, now or later."""
     return isinstance(decision.settings, LossSettings) and (decision.settings.given or decision.settings.deferred)
 
 

@@ -109,7 +109,7 @@ class _Order(Follower):
     Whatever mixes tokens, and yet gives each of them its own row, keeps them in order here, as attention does.
 
     Attributes:
-        axes: without an entry a value does not depend on tokens; None where their order is not known.
+        axes: without an entry nothing is known of a value that depends on its order; None where its tokens are in no known order.
         indices: the same of what embeddings are looked up by: an input of the mask's sizes, or what is computed of one, as positions are.
     """
 
