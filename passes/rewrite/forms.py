@@ -34,8 +34,8 @@ from sptc.passes.graph.insert import forget_marks
 from sptc.passes.rewrite.attention import rewrite_attention
 from sptc.passes.rewrite.blocks import rewrite_blocks
 from sptc.passes.rewrite.gradients import rewrite_gradients
-from sptc.passes.rewrite.loss import deferral, drop_returned, return_instead, rewrite_loss
-from sptc.passes.rewrite.returned import set_apart
+from sptc.passes.rewrite.loss import deferral, drop_returned, rewrite_loss
+from sptc.passes.rewrite.returned import return_instead, set_apart
 from sptc.passes.rewrite.token_lists import TokenLists, Tokens, insert_tokens
 from sptc.passes.rewrite.units import rewrite_units
 from sptc.passes.unit import Unit
@@ -67,7 +67,7 @@ def rewrite(unit: Unit) -> Unit:
             elif settings.kept is not None:
                 kept[settings.kept] = handle
                 if settings.kept in deferred:
-                    return_instead(region.y.graph, settings.kept, region.projection.x)
+                    return_instead(unit.gm.graph.output_node(), settings.kept, region.projection.x)
         else:
             assert not isinstance(settings, LossSettings)
             y = sparse_form(region, settings, unit.states.get(region), by_graph, tokens)

@@ -127,10 +127,3 @@ def deferral(unit: Unit, region: LossRegion, place: int) -> Deferral:
     with fake_mode, torch.no_grad():
         gm = make_fx(compute)(*map(value, (region.projection.x, *given)))  # below autocast, whose casts are nodes then
     return Deferral(gm, tuple(inputs.index(node) for node in given))
-
-
-def return_instead(graph: fx.Graph, place: int, node: Node) -> None:
-    """Let the graph return another node at `place`."""
-    (output,) = graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    output.args = (type(results)(node if i == place else result for i, result in enumerate(results)),)

@@ -37,7 +37,7 @@ def set_apart(graph: fx.Graph, large: Sequence[int], kept: Mapping[int, Node]) -
     for place in large:
         result = results_of(output)[place]
         if place in kept:
-            _return(output, place, insert(output, torch.detach, result, like=result))
+            return_instead(output, place, insert(output, torch.detach, result, like=result))
             continue
         if not isinstance(result, Node):  # logits that are dropped
             continue
@@ -48,13 +48,14 @@ def set_apart(graph: fx.Graph, large: Sequence[int], kept: Mapping[int, Node]) -
         inside, handles[place] = insert(start.next, torch.ops.sptc.apart, start, like=start)
         for user in users:
             user.replace_input_with(start, inside)
-        _return(output, place, insert(output, torch.detach, inside if start is result else result, like=result))
+        return_instead(output, place, insert(output, torch.detach, inside if start is result else result, like=result))
     results = results_of(output)
     output.args = (type(output.args[0])([*results, *handles.values()]),)
     return tuple((place, len(results) + i) for i, place in enumerate(handles))
 
 
-def _return(output: Node, place: int, new: Node) -> None:
+def return_instead(output: Node, place: int, new: Node) -> None:
+    """Let a graph return another node at `place`."""
     results = results_of(output)
     results[place] = new
     output.args = (type(output.args[0])(results),)

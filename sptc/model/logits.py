@@ -21,8 +21,6 @@ from sptc.ir.errors import SptcError
 
 # What tells a kind of tensor and not its content: whoever only passes outputs on, such as a wrapper for mixed precision, asks for these.
 _KIND = frozenset({"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse"})
-
-
 _KEEP = "compile the model with options={'loss.logits': 'keep'}, which computes them in every step"
 # Copies may wait as long as nothing can have written to what they are of (`_Once.copied`).
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
@@ -210,5 +208,5 @@ def _written(given: Any, own: Any) -> Any:
 
 
 def _state(operand: Any) -> tuple[int, int] | None:
-    """What differs once a tensor has changed: in place, by another one behind `.data`, or by a sharded weight that was freed."""
+    """What differs once a tensor has changed: in place, by another storage behind `.data`, or by a sharded weight that was freed."""
     return None if not isinstance(operand, Tensor) or operand.is_inference() else (operand._version, operand.data_ptr())

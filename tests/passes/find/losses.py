@@ -78,3 +78,7 @@ def refused(model: nn.Module, *inputs: Tensor, **options: Any) -> RegionReport:
 
 def flat(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return y.reshape(-1, CLASSES), t.reshape(-1)
+
+
+def shifted(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return flat(y[:, :-1], t[:, 1:])
